@@ -1,0 +1,316 @@
+"""Every setting of a run, as frozen dataclasses. `launch.py VERB --help` prints this file.
+
+Model fields carry the names of Hugging Face's `deepseek_v3` config, so that a checkpoint's `config.json` and
+ours are the same words. The dataclasses check what one field can know about another; errors are `ConfigError`s,
+one sentence each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message says which one and what to do."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A DeepSeek-V3-family network: MLA attention, leading dense layers, then sigmoid-routed MoE layers."""
+
+    vocab_size: int = 320
+    """Token ids, special ones included."""
+    hidden_size: int = 128
+    """Width of the residual stream (D)."""
+    num_hidden_layers: int = 4
+    """Dense and MoE layers together."""
+    first_k_dense_replace: int = 1
+    """Leading layers whose feed-forward block is dense."""
+    num_attention_heads: int = 4
+    """Attention heads (H)."""
+    q_lora_rank: int | None = 64
+    """Width of the query latent; None projects queries directly (Moonlight)."""
+    kv_lora_rank: int = 64
+    """Width of the key/value latent (R), the part of the cache that grows with depth."""
+    qk_nope_head_dim: int = 32
+    """Query/key width per head that carries no position."""
+    qk_rope_head_dim: int = 16
+    """Query/key width that is rotated by position; the key part is shared by all heads."""
+    v_head_dim: int = 32
+    """Value width per head."""
+    intermediate_size: int = 384
+    """Hidden width of the dense feed-forward layers."""
+    moe_intermediate_size: int = 128
+    """Hidden width of one expert (F)."""
+    n_routed_experts: int = 16
+    """Routed experts per MoE layer (E)."""
+    num_experts_per_tok: int = 4
+    """Routed experts per token (K)."""
+    n_shared_experts: int = 1
+    """Shared experts, stored as one feed-forward block of n times the expert width."""
+    norm_topk_prob: bool = True
+    """Divide the chosen gate weights by their sum."""
+    routed_scaling_factor: float = 1.0
+    """Multiplies the gate weights; see model/router.py:gate_scale for the value that keeps the output's size."""
+    n_group: int = 1
+    """Expert groups for the group-limited choice of DeepSeek-V3."""
+    topk_group: int = 1
+    """Groups kept per token."""
+    rms_norm_eps: float = 1e-6
+    """Of the block and final norms; the two latent norms always use 1e-6, as in every released model."""
+    rope_theta: float = 50000.0
+    """Base of the rotary frequencies."""
+    yarn_factor: float = 1.0
+    """Context extension factor of YaRN; 1 switches YaRN off."""
+    yarn_original_positions: int = 4096
+    """Context length the model had before YaRN."""
+    yarn_beta_fast: float = 32.0
+    """Rotations above which a frequency is left alone."""
+    yarn_beta_slow: float = 1.0
+    """Rotations below which a frequency is divided by the factor."""
+    yarn_mscale: float = 1.0
+    """Numerator of the cos/sin multiplier."""
+    yarn_mscale_all_dim: float = 1.0
+    """Denominator of the cos/sin multiplier; also sets the softmax scale."""
+    max_position_embeddings: int = 4096
+    """Longest context the exported config promises."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+    bos_token_id: int = 256
+    """Written to the exported config."""
+    eos_token_id: int = 258
+    """Written to the exported config; generation stops there."""
+    pad_token_id: int = 257
+    """Written to the exported config."""
+    dtype: Dtype = "bfloat16"
+    """What unquantised weights are served as. The training forward sees them rounded to it, so nothing changes at export."""
+
+    def __post_init__(self):
+        positive = ("vocab_size hidden_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim "
+                    "qk_rope_head_dim v_head_dim intermediate_size moe_intermediate_size n_routed_experts "
+                    "num_experts_per_tok n_shared_experts n_group topk_group")
+        for name in positive.split():
+            require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
+        require(0 <= self.first_k_dense_replace < self.num_hidden_layers,
+                f"model.first_k_dense_replace={self.first_k_dense_replace} leaves no MoE layer "
+                f"of {self.num_hidden_layers}; lower it")
+        require(self.qk_rope_head_dim % 2 == 0, "model.qk_rope_head_dim must be even: positions rotate pairs")
+        require(self.num_experts_per_tok <= self.n_routed_experts,
+                f"model.num_experts_per_tok={self.num_experts_per_tok} exceeds model.n_routed_experts={self.n_routed_experts}")
+        require(self.n_routed_experts % self.n_group == 0 and self.topk_group <= self.n_group,
+                f"model.n_routed_experts={self.n_routed_experts} must be a multiple of model.n_group={self.n_group}, "
+                f"and model.topk_group={self.topk_group} at most that")
+        reachable = self.n_routed_experts // self.n_group * self.topk_group
+        require(self.num_experts_per_tok <= reachable,
+                f"model.num_experts_per_tok={self.num_experts_per_tok} exceeds the {reachable} experts "
+                f"that model.topk_group={self.topk_group} groups hold")
+        require(self.yarn_factor >= 1.0, f"model.yarn_factor must be at least 1, not {self.yarn_factor}")
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_hidden_layers - self.first_k_dense_replace
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def shared_hidden(self) -> int:
+        return self.n_shared_experts * self.moe_intermediate_size
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Muon for matrices, AdamW for the rest, QK-Clip after both."""
+
+    matrices: Literal["muon", "adamw"] = "muon"
+    """Which rule updates the weight matrices; adamw exists for comparisons."""
+    lr: float = 2e-4
+    """Peak learning rate, shared by both rules (match_rms scaling makes it AdamW's)."""
+    schedule: Literal["wsd", "cosine", "moonlight", "constant"] = "wsd"
+    """wsd: warm-up, constant, decay (Kimi K2). cosine: warm-up, cosine. moonlight: its three stages."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up from zero."""
+    decay_fraction: float = 0.3
+    """wsd: share of the steps that decay. moonlight: share of the third stage."""
+    final_lr_ratio: float = 0.1
+    """Last learning rate over the peak one."""
+    weight_decay: float = 0.1
+    """Decoupled; multiplied by the plain learning rate."""
+    momentum: float = 0.95
+    """Muon's."""
+    nesterov: bool = True
+    """Muon looks ahead along the momentum."""
+    newton_schulz: Literal["keller", "quintic", "polar_express", "deepseek_v4"] = "keller"
+    """Coefficient set; see optim/newton_schulz.py for the singular-value band of each."""
+    newton_schulz_steps: int = 5
+    """Iterations; must be a count that the set defines."""
+    matrix_scale: Literal["match_rms", "keller", "unit_rms"] = "match_rms"
+    """Shape factor on the orthogonal update; match_rms is 0.2*sqrt(max(rows, columns)), Moonlight's and K2's."""
+    split_kv_a: bool = True
+    """Orthogonalise the key/value latent and the shared rope key of kv_a apart."""
+    momentum_dtype: Dtype = "float32"
+    """Storage of Muon's momentum; the arithmetic is float32."""
+    master_dtype: Dtype = "float32"
+    """Storage of the weights; bfloat16 uses stochastic rounding."""
+    adam_b1: float = 0.9
+    """AdamW group."""
+    adam_b2: float = 0.95
+    """AdamW group."""
+    adam_eps: float = 1e-8
+    """AdamW group."""
+    adam_lr_ratio: float = 1.0
+    """Learning rate of the AdamW group over Muon's."""
+    clip_norm: float = 1.0
+    """Gradient-norm limit; 0 switches clipping off."""
+    clip: Literal["adamw", "all"] = "adamw"
+    """Which group is clipped; Muon's direction does not depend on the size of a gradient."""
+    qk_clip_tau: float | None = 100.0
+    """Largest attention logit a head may keep; None switches QK-Clip off."""
+    router_bias_rate: float = 1e-3
+    """Step of the router bias against the load error (gamma)."""
+    router_bias_rule: Literal["sign", "centred"] = "sign"
+    """sign: DeepSeek-V3's. centred: Moonlight's, which subtracts the mean sign."""
+
+    def __post_init__(self):
+        require(self.lr > 0, f"optim.lr must be above 0, not {self.lr}")
+        require(self.qk_clip_tau is None or self.qk_clip_tau > 0,
+                f"optim.qk_clip_tau must be above 0, not {self.qk_clip_tau}; use None to switch QK-Clip off")
+        require(0 <= self.momentum < 1, f"optim.momentum must lie in [0, 1), not {self.momentum}")
+        require(0 <= self.decay_fraction <= 1, f"optim.decay_fraction must lie in [0, 1], not {self.decay_fraction}")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """The grid that routed experts live on."""
+
+    grid: Literal["none", "int4"] = "int4"
+    """int4: 15 levels, one bf16 scale per group, Kimi's grid. none: bf16 training."""
+    group_size: int = 32
+    """Consecutive inputs that share a scale."""
+    start_step: int = 0
+    """First optimizer step whose forward pass sees grid weights."""
+    ramp_steps: int = 0
+    """Blend linearly from the plain weights to the grid over this many steps; 0 switches at once."""
+
+    def __post_init__(self):
+        require(self.group_size >= 1, f"quant.group_size must be at least 1, not {self.group_size}")
+        require(self.start_step >= 0 and self.ramp_steps >= 0, "quant.start_step and quant.ramp_steps cannot be negative")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on: files, or a built-in task when no path is given."""
+
+    paths: tuple[str, ...] = ()
+    """Files or folders: plain text, source code, or JSONL with a text field."""
+    text_field: str = "text"
+    """JSONL field that holds the text."""
+    task: str = "chain"
+    """Built-in task used when data.paths is empty; see data/tasks.py."""
+    task_length: tuple[int, int] = (2, 8)
+    """Shortest and longest chain of a training problem, in steps."""
+    tokenizer: str = "bytes"
+    """bytes, or the path of a Hugging Face tokenizer.json or of a tiktoken file."""
+    validation_fraction: float = 0.1
+    """Last part of every text, held out."""
+    seed: int = 0
+    """Shuffles the rows, and draws the built-in task's problems."""
+
+    def __post_init__(self):
+        require(0 <= self.validation_fraction < 1, "data.validation_fraction must lie in [0, 1)")
+        lo, hi = self.task_length
+        require(1 <= lo <= hi, f"data.task_length must be two counts, the first at most the second, not {lo} {hi}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 400
+    """Optimizer steps of the whole run."""
+    batch_size: int = 32
+    """Rows per optimizer step, over all devices."""
+    seq_len: int = 256
+    """Tokens per row."""
+    accumulate: int = 1
+    """Microbatches per step."""
+    seed: int = 0
+    """Of the initial weights."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of activations and matmul inputs; auto takes what this machine multiplies fastest."""
+    remat: Literal["none", "layer", "names"] = "none"
+    """What the backward pass recomputes: nothing, whole layers, or all but the named tensors of model/remat.py."""
+    z_loss: float = 0.0
+    """Weight of the squared log-sum-exp of the logits."""
+    balance_loss: float = 0.0
+    """Weight of DeepSeek-V3's sequence-wise balance loss."""
+    log_every: int = 10
+    """Steps between printed lines; metrics.jsonl has every step."""
+    eval_every: int = 0
+    """Steps between evaluations on held-out rows; 0 evaluates at the end only."""
+    eval_batches: int = 8
+    """Batches of one evaluation; 0 takes all held-out rows."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Checkpoints kept."""
+    init_from: str | None = None
+    """Run directory, or RUN@STEP, whose weights this run starts from."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "seq_len", "accumulate", "log_every", "checkpoint_every"):
+            require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
+        require(self.keep >= 2, "train.keep must be at least 2: a damaged newest checkpoint needs one to fall back to")
+        require(self.batch_size % self.accumulate == 0,
+                f"train.batch_size={self.batch_size} must be a multiple of train.accumulate={self.accumulate}")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; the product must be the number of devices."""
+
+    data: int = 1
+    """Copies of the model, each with its own rows."""
+    fsdp: int = 1
+    """Rows and weights are split."""
+    expert: int = 1
+    """Experts, and rows, are split."""
+    context: int = 1
+    """Positions of a row are split."""
+    tensor: int = 1
+    """Heads and hidden widths are split."""
+
+    def __post_init__(self):
+        for axis in dataclasses.fields(self):
+            require(getattr(self, axis.name) >= 1, f"mesh.{axis.name} must be at least 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        if self.quant.grid != "none":
+            for name in ("hidden_size", "moe_intermediate_size"):
+                width = getattr(self.model, name)
+                require(width % self.quant.group_size == 0,
+                        f"model.{name}={width} is not divisible by quant.group_size={self.quant.group_size}; "
+                        f"the nearest widths that are: {width // self.quant.group_size * self.quant.group_size} "
+                        f"and {(width // self.quant.group_size + 1) * self.quant.group_size}")

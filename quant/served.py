@@ -1,0 +1,60 @@
+"""What a weight becomes when it is served, inside the training forward.
+
+Routed experts go to the INT4 grid, everything else to the dtype of the exported checkpoint. Because the forward
+already sees these values, export changes nothing. Gradients pass straight through to the float32 masters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from configs.param_spec import ParamSpec
+from configs.schema import ModelConfig, QuantConfig
+from quant import grid
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How weights are seen by the forward pass. `amount` is 0 before quant.start_step, 1 after the ramp."""
+
+    dtype: str = "bfloat16"
+    grid: str = "none"
+    group_size: int = 32
+
+    @classmethod
+    def of(cls, model: ModelConfig, quant: QuantConfig) -> Serving:
+        return cls(dtype=model.dtype, grid=quant.grid, group_size=quant.group_size)
+
+
+def grid_amount(quant: QuantConfig, step: Array) -> Float[Array, ""]:
+    """Share of the grid in the forward weights at an optimizer step: 0, the ramp, then exactly 1."""
+    if quant.grid == "none":
+        return jnp.zeros((), jnp.float32)
+    return jnp.clip((step - quant.start_step + 1) / (quant.ramp_steps + 1), 0.0, 1.0).astype(jnp.float32)
+
+
+def _straight_through(value: Array, master: Array) -> Array:
+    """`value` forward, identity to `master` backward."""
+    @jax.custom_vjp
+    def through(value, master):
+        return value
+
+    through.defvjp(lambda value, master: (value, None), lambda _, g: (jnp.zeros_like(g), g))
+    return through(jax.lax.stop_gradient(value), master)
+
+
+def as_served(w: Float[Array, "..."], spec: ParamSpec, serving: Serving, amount: Float[Array, ""]) -> Float[Array, "..."]:
+    """Forward value (float32) of a master weight; leading stacked axes of the spec may be sliced away."""
+    master = w.astype(jnp.float32)
+    value = master
+    if serving.dtype == "bfloat16" and spec.served is None:
+        value = grid.bf16_round(value)
+    if spec.on_grid and serving.grid != "none":
+        axis = spec.axis(spec.matrix.rows[0]) - len(spec.axes)
+        on_grid = grid.on_grid(master, axis, serving.group_size)
+        value = jnp.where(amount >= 1, on_grid, jnp.where(amount > 0, value + amount * (on_grid - value), value))
+    return _straight_through(value, master)

@@ -1,0 +1,6 @@
+"""Eight simulated CPU devices for every test; JAX must not have started before this file is read."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
