@@ -1,0 +1,87 @@
+"""What a layer is told besides its input, and what it reports besides its output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from quant.served import Serving, as_served
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Call:
+    """The setting of one forward pass.
+
+    positions   [B, S] int, restart with every packed document
+    segments    [B, S] int, 0 where a row is padded, else the number of the document within the row
+    amount      scalar, share of the grid in the expert weights (quant/served.py)
+    serving     how weights are rounded; dtype: of activations and matmul inputs
+    platform    of the mesh the program is compiled for; the registries choose implementations by it
+    """
+
+    positions: Int[Array, "B S"]
+    segments: Int[Array, "B S"]
+    amount: Float[Array, ""]
+    serving: Serving = field(metadata={"static": True})
+    dtype: str = field(default="float32", metadata={"static": True})
+    platform: str = field(default="cpu", metadata={"static": True})
+    remat: str = field(default="none", metadata={"static": True})
+
+    def weight(self, param: nnx.Param) -> Array:
+        """A parameter as the forward pass sees it: on its served grid, in the compute dtype."""
+        return self.exact_weight(param).astype(self.dtype)
+
+    def exact_weight(self, param: nnx.Param) -> Array:
+        """The same in float32, for norms and the router."""
+        return as_served(param[...], param.spec, self.serving, self.amount)
+
+
+def reduced_by(reduce: Callable) -> dataclass:
+    """A field of measurements and the one way to combine it over microbatches and shards."""
+    return field(metadata={"reduce": reduce})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerAux:
+    """Measured by every layer. Scanned layers keep their own entries: nothing is ever reduced over layers."""
+
+    max_logit: Float[Array, "... H"] = reduced_by(jnp.maximum)
+    """Largest scaled, unmasked attention logit of each head (QK-Clip's statistic)."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MoEAux:
+    """Measured by an MoE layer."""
+
+    expert_counts: Float[Array, "... E"] = reduced_by(jnp.add)
+    """Tokens sent to each expert; padding does not count."""
+    balance_loss: Float[Array, "..."] = reduced_by(jnp.add)
+    """Sequence-wise balance loss, summed over rows."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ModelAux:
+    """Everything measured in a forward pass, per layer: attention for all L layers, routing for the MoE ones."""
+
+    attention: LayerAux
+    moe: MoEAux
+
+
+def combine(a, b):
+    """Combine two aux trees of different tokens (microbatches, shards) by the reducer each field declares."""
+    if not hasattr(a, "__dataclass_fields__"):
+        raise TypeError(f"{type(a).__name__} declares no reducers")
+    out = {}
+    for f in fields(a):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        out[f.name] = f.metadata["reduce"](x, y) if "reduce" in f.metadata else combine(x, y)
+    return type(a)(**out)

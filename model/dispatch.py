@@ -1,0 +1,73 @@
+"""Where each (token, expert) pair goes: rows sorted by expert, every expert padded to whole blocks. No token is dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Dispatch:
+    """A permutation with padding. N tokens, K choices each, M slots (a multiple of `block`).
+
+    slot_of        [N, K] the slot of a token's k-th choice; every pair has one
+    token_of       [M] the token of a slot, N where the slot is padding
+    block_expert   [M/block] the expert of each block, ascending
+    """
+
+    slot_of: Int[Array, "N K"]
+    token_of: Int[Array, "M"]
+    block_expert: Int[Array, "M/b"]
+    block: int = field(metadata={"static": True})
+
+
+def plan(experts_NK: Int[Array, "N K"], num_experts: int, block: int) -> Dispatch:
+    """Slots for the chosen experts. M is the worst case over all routings: sum_e ceil(n_e / block) blocks."""
+    pairs, K = experts_NK.size, experts_NK.shape[1]
+    expert_of = experts_NK.reshape(-1)
+    order = jnp.argsort(expert_of, stable=True)
+    counts = jnp.zeros(num_experts, jnp.int32).at[expert_of].add(1)
+    blocks_of = -(-counts // block)
+    first_slot = block * (jnp.cumsum(blocks_of) - blocks_of)
+    rank = jnp.arange(pairs) - (jnp.cumsum(counts) - counts)[expert_of[order]]
+    slots = first_slot[expert_of[order]] + rank
+    num_blocks = (pairs + min(num_experts, pairs) * (block - 1)) // block
+    return Dispatch(
+        slot_of=jnp.zeros(pairs, jnp.int32).at[order].set(slots, unique_indices=True).reshape(-1, K),
+        token_of=jnp.full(num_blocks * block, len(experts_NK), jnp.int32).at[slots].set(order // K, unique_indices=True),
+        block_expert=jnp.minimum(jnp.searchsorted(jnp.cumsum(blocks_of), jnp.arange(num_blocks), side="right"),
+                                 num_experts - 1).astype(jnp.int32),
+        block=block)
+
+
+def _copy_to_slots(x_ND, to: Dispatch):
+    return jnp.take(x_ND, to.token_of, axis=0, mode="fill", fill_value=0)
+
+
+def _sum_from_slots(y_MD, to: Dispatch):
+    return jnp.sum(y_MD[to.slot_of].astype(jnp.float32), axis=1).astype(y_MD.dtype)
+
+
+@jax.custom_vjp
+def to_slots(x_ND: Float[Array, "N D"], to: Dispatch) -> Float[Array, "M D"]:
+    """Copy every token to its K slots; padding slots are zero."""
+    return _copy_to_slots(x_ND, to)
+
+
+@jax.custom_vjp
+def from_slots(y_MD: Float[Array, "M D"], to: Dispatch) -> Float[Array, "N D"]:
+    """Sum every token's K slots. The adjoint of `to_slots`; both gradients are gathers, never a scatter-add."""
+    return _sum_from_slots(y_MD, to)
+
+
+to_slots.defvjp(lambda x, to: (_copy_to_slots(x, to), to), lambda to, g: (_sum_from_slots(g, to), None))
+from_slots.defvjp(lambda y, to: (_sum_from_slots(y, to), to), lambda to, g: (_copy_to_slots(g, to), None))
+
+
+def gates_to_slots(gates_NK: Float[Array, "N K"], to: Dispatch) -> Float[Array, "M"]:
+    """Gate weight of every slot, 0 for padding."""
+    return jnp.zeros(len(to.token_of), gates_NK.dtype).at[to.slot_of].set(gates_NK, unique_indices=True)

@@ -1,0 +1,95 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), expanded for training, absorbed for decoding."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from configs.param_spec import Matrix
+from configs.schema import ModelConfig
+from model import attention, rope
+from model.call import Call, LayerAux
+from model.declare import Declare
+from model.layers import RMSNorm
+
+LATENT_EPS = 1e-6
+"""Of the two latent norms: every released model uses it, whatever rms_norm_eps says."""
+
+
+class MLA(nnx.Module):
+    """Queries through a low-rank latent (or directly), keys and values from a shared latent, one shared rope key."""
+
+    def __init__(self, cfg: ModelConfig, declare: Declare):
+        self.cfg = cfg
+        D, H, R, std = cfg.hidden_size, cfg.num_attention_heads, cfg.kv_lora_rank, cfg.initializer_range
+        nope, rot, v = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
+        clip_q = ((nope, 0.5), (rot, 1.0))
+        if cfg.q_lora_rank is None:
+            self.q = declare("q", (D, H, nope + rot), ("embed", "heads", "qk_dim"), init=std, update="muon",
+                             matrix=Matrix(("embed",), ("qk_dim",)), clip_powers=clip_q, hf="q_proj.weight")
+        else:
+            Q = cfg.q_lora_rank
+            self.q_a = declare("q_a", (D, Q), ("embed", "q_latent"), init=std, update="muon",
+                               matrix=Matrix(("embed",), ("q_latent",)), hf="q_a_proj.weight")
+            self.q_a_norm = RMSNorm(declare, "q_a_norm", Q, "q_latent", LATENT_EPS, "q_a_layernorm")
+            self.q = declare("q_b", (Q, H, nope + rot), ("q_latent", "heads", "qk_dim"), init=std, update="muon",
+                             matrix=Matrix(("q_latent",), ("qk_dim",)), clip_powers=clip_q, hf="q_b_proj.weight")
+        self.kv_a = declare("kv_a", (D, R + rot), ("embed", "kv_latent"), init=std, update="muon",
+                            matrix=Matrix(("embed",), ("kv_latent",), (R, rot)), hf="kv_a_proj_with_mqa.weight")
+        self.kv_a_norm = RMSNorm(declare, "kv_a_norm", R, "kv_norm", LATENT_EPS, "kv_a_layernorm")
+        self.kv_b = declare("kv_b", (R, H, nope + v), ("kv_norm", "heads", "kv_dim"), init=std, update="muon",
+                            matrix=Matrix(("kv_norm",), ("kv_dim",), (nope, v)), clip_powers=((nope, 0.5), (v, 0.0)),
+                            hf="kv_b_proj.weight")
+        self.o = declare("o", (H, v, D), ("heads", "v_dim", "embed"), init=std, update="muon",
+                         matrix=Matrix(("heads", "v_dim"), ("embed",)), hf="o_proj.weight")
+
+    def queries(self, x_BSD: Array, call: Call) -> tuple[Float[Array, "B S H nope"], Float[Array, "B S H rope"]]:
+        """Unrotated and rotated parts."""
+        if self.cfg.q_lora_rank is not None:
+            x_BSD = self.q_a_norm(x_BSD @ call.weight(self.q_a), call)
+        q = jnp.einsum("BSR,RHd->BSHd", x_BSD, call.weight(self.q))
+        q_nope, q_rope = jnp.split(q, [self.cfg.qk_nope_head_dim], axis=-1)
+        return q_nope, rope.rotate(q_rope, *rope.rotation(self.cfg, call.positions))
+
+    def latents(self, x_BSD: Array, call: Call) -> Float[Array, "B S R+rope"]:
+        """What decoding caches per token: the normed key/value latent, then the rotated shared key."""
+        latent, k_rope = jnp.split(x_BSD @ call.weight(self.kv_a), [self.cfg.kv_lora_rank], axis=-1)
+        k_rope = rope.rotate(k_rope, *rope.rotation(self.cfg, call.positions))
+        return checkpoint_name(jnp.concatenate([self.kv_a_norm(latent, call), k_rope], axis=-1), "kv_latent")
+
+    def __call__(self, x_BSD: Float[Array, "B S D"], call: Call) -> tuple[Array, LayerAux, Float[Array, "B S R+rope"]]:
+        """Causal attention within segments: output [B, S, D], measurements, and the latents for a decode cache."""
+        cfg = self.cfg
+        q = jnp.concatenate(self.queries(x_BSD, call), axis=-1)
+        cached = self.latents(x_BSD, call)
+        latent, k_rope = jnp.split(cached, [cfg.kv_lora_rank], axis=-1)
+        kv = jnp.einsum("BSR,RHd->BSHd", latent, call.weight(self.kv_b))
+        k_nope, v = jnp.split(kv, [cfg.qk_nope_head_dim], axis=-1)
+        k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))], -1)
+        out, max_logit = attention.causal(q, k, v, call.segments, rope.softmax_scale(cfg), call.platform)
+        out = checkpoint_name(out, "attention_out")
+        return jnp.einsum("BSHv,HvD->BSD", out, call.weight(self.o)), LayerAux(max_logit), cached
+
+    def decode(self, x_B1D: Array, cache_BTR: Float[Array, "B T R+rope"], at_B: Int[Array, "B"], call: Call
+               ) -> tuple[Array, Float[Array, "B T R+rope"]]:
+        """One token per row against the cache, without expanding it: kv_b is absorbed into query and output.
+
+        `at_B` is the position of the new token in its row's cache; later positions are ignored.
+        """
+        cfg = self.cfg
+        q_nope, q_rope = self.queries(x_B1D, call)
+        cache_BTR = cache_BTR.at[jnp.arange(len(at_B)), at_B].set(self.latents(x_B1D, call)[:, 0])
+        latent, k_rope = jnp.split(cache_BTR, [cfg.kv_lora_rank], axis=-1)
+        k_up, v_up = jnp.split(call.weight(self.kv_b), [cfg.qk_nope_head_dim], axis=-1)
+        q_latent = jnp.einsum("BSHd,RHd->BSHR", q_nope, k_up)
+        logits = (jnp.einsum("BSHR,BTR->BHST", q_latent, latent, preferred_element_type=jnp.float32)
+                  + jnp.einsum("BSHd,BTd->BHST", q_rope, k_rope, preferred_element_type=jnp.float32))
+        visible = jnp.arange(cache_BTR.shape[1]) <= at_B[:, None]
+        logits = jnp.where(visible[:, None, None], logits * rope.softmax_scale(cfg), attention.MASKED)
+        weights = jax.nn.softmax(logits, axis=-1).astype(latent.dtype)
+        context = jnp.einsum("BHST,BTR->BSHR", weights, latent)
+        out = jnp.einsum("BSHR,RHv->BSHv", context, v_up)
+        return jnp.einsum("BSHv,HvD->BSD", out, call.weight(self.o)), cache_BTR

@@ -1,0 +1,77 @@
+"""The sigmoid router of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): choose by biased score, weigh by unbiased score."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from configs.param_spec import Matrix
+from configs.schema import ModelConfig
+from model.call import Call
+from model.declare import Declare
+
+
+def gate_scale(experts: int, per_token: int, samples: int = 20000) -> float:
+    """routed_scaling_factor that keeps the routed output's size: E[1/|p|] of random gates (Moonlight, appendix C)."""
+    scores = 1 / (1 + np.exp(-np.random.default_rng(0).standard_normal((samples, experts))))
+    top = np.sort(scores, axis=1)[:, -per_token:]
+    top /= top.sum(1, keepdims=True)
+    return round(float(np.mean(1 / np.linalg.norm(top, axis=1))), 3)
+
+
+class Router(nnx.Module):
+    """Scores, choice and gate weights, all in float32."""
+
+    def __init__(self, cfg: ModelConfig, declare: Declare):
+        self.cfg = cfg
+        D, E = cfg.hidden_size, cfg.n_routed_experts
+        self.weight = declare("router", (D, E), ("embed", "experts"), init=cfg.initializer_range, update="muon",
+                              matrix=Matrix(("embed",), ("experts",)), hf="gate.weight")
+        self.bias = declare("router_bias", (E,), ("experts",), init="zeros", update="router_bias", decay=False,
+                            served="float32", hf="gate.e_score_correction_bias")
+
+    def __call__(self, x_ND: Float[Array, "N D"], call: Call
+                 ) -> tuple[Int[Array, "N K"], Float[Array, "N K"], Float[Array, "N E"]]:
+        """Chosen experts, their gate weights, and all scores. The bias moves the choice only."""
+        cfg = self.cfg
+        logits = jnp.dot(x_ND.astype(jnp.float32), call.exact_weight(self.weight), precision="highest")
+        scores = jax.nn.sigmoid(logits)
+        choice = jax.lax.stop_gradient(scores + self.bias[...])
+        if cfg.n_group > 1:
+            choice = self._limit_groups(choice)
+        experts = jax.lax.top_k(choice, cfg.num_experts_per_tok)[1]
+        weights = jnp.take_along_axis(scores, experts, axis=-1)
+        if cfg.norm_topk_prob:
+            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+        return experts, weights * cfg.routed_scaling_factor, scores
+
+    def _limit_groups(self, choice_NE: Array) -> Array:
+        """Only the topk_group groups with the largest sum of their two best biased scores stay eligible."""
+        cfg = self.cfg
+        grouped = choice_NE.reshape(len(choice_NE), cfg.n_group, -1)
+        best_two = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
+        kept = jax.lax.top_k(best_two, cfg.topk_group)[1]
+        keep = jnp.any(kept[:, :, None] == jnp.arange(cfg.n_group), axis=1)
+        return jnp.where(keep[:, :, None], grouped, -jnp.inf).reshape(choice_NE.shape)
+
+
+def expert_counts(experts_NK: Int[Array, "N K"], valid_N: Array, num_experts: int) -> Float[Array, "E"]:
+    """Tokens sent to each expert, padding left out."""
+    weights = jnp.broadcast_to(valid_N[:, None], experts_NK.shape).astype(jnp.float32)
+    return jnp.zeros(num_experts, jnp.float32).at[experts_NK.reshape(-1)].add(weights.reshape(-1))
+
+
+def sequence_balance_loss(experts_BSK: Int[Array, "B S K"], scores_BSE: Float[Array, "B S E"], valid_BS: Array
+                          ) -> Float[Array, ""]:
+    """DeepSeek-V3's equations 17-20, without alpha, summed over rows: sum_i f_i P_i per row, 1 at perfect balance."""
+    E, K = scores_BSE.shape[-1], experts_BSK.shape[-1]
+    valid = valid_BS.astype(jnp.float32)
+    tokens_B = jnp.maximum(valid.sum(-1), 1.0)
+    chosen_BSE = jax.nn.one_hot(experts_BSK, E).sum(2) * valid[..., None]
+    f_BE = jax.lax.stop_gradient(chosen_BSE.sum(1)) * E / (K * tokens_B[:, None])
+    share_BSE = scores_BSE / jnp.sum(scores_BSE, axis=-1, keepdims=True)
+    p_BE = jnp.sum(share_BSE * valid[..., None], axis=1) / tokens_B[:, None]
+    return jnp.sum(f_BE * p_BE)

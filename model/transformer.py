@@ -1,0 +1,123 @@
+"""The network: embedding, leading dense layers, scanned MoE layers, final norm, head."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from configs.param_spec import HFTensor, ParamSpec, Specs
+from configs.schema import ModelConfig
+from model import remat
+from model.call import Call, LayerAux, ModelAux, MoEAux
+from model.declare import Declare
+from model.layers import FeedForward, RMSNorm
+from model.mla import MLA
+from model.moe import MoE
+
+
+class Layer(nnx.Module):
+    """Pre-norm residual layer; `feed_forward` is dense or a mixture of experts."""
+
+    def __init__(self, cfg: ModelConfig, declare: Declare, moe: bool):
+        D, eps = cfg.hidden_size, cfg.rms_norm_eps
+        self.input_norm = RMSNorm(declare, "input_norm", D, "embed", eps, "input_layernorm")
+        self.attention = MLA(cfg, declare.at("attn", "self_attn."))
+        self.post_norm = RMSNorm(declare, "post_norm", D, "embed", eps, "post_attention_layernorm")
+        self.moe = moe
+        mlp = declare.at("mlp", "mlp.")
+        self.feed_forward = MoE(cfg, mlp) if moe else FeedForward(cfg, mlp, cfg.intermediate_size)
+
+    def __call__(self, x_BSD: Array, call: Call) -> tuple[Array, LayerAux, MoEAux | None, Array]:
+        """New residual stream, attention and routing measurements, latents for a decode cache."""
+        attended, aux, latents = self.attention(self.input_norm(x_BSD, call), call)
+        x_BSD, moe_aux = self._feed(x_BSD + attended, call)
+        return x_BSD, aux, moe_aux, latents
+
+    def decode(self, x_B1D: Array, cache_BTR: Array, at_B: Array, call: Call) -> tuple[Array, Array]:
+        attended, cache_BTR = self.attention.decode(self.input_norm(x_B1D, call), cache_BTR, at_B, call)
+        return self._feed(x_B1D + attended, call)[0], cache_BTR
+
+    def _feed(self, x_BSD: Array, call: Call) -> tuple[Array, MoEAux | None]:
+        normed = self.post_norm(x_BSD, call)
+        out, aux = self.feed_forward(normed, call) if self.moe else (self.feed_forward(normed, call), None)
+        return x_BSD + out, aux
+
+
+class Transformer(nnx.Module):
+    """Kimi K2 / DeepSeek-V3. Dense layers are unrolled, MoE layers are one stacked module that is scanned."""
+
+    def __init__(self, cfg: ModelConfig, declare: Declare):
+        self.cfg = cfg
+        V, D, L, dense = cfg.vocab_size, cfg.hidden_size, cfg.num_hidden_layers, cfg.first_k_dense_replace
+        std, layer = cfg.initializer_range, "model.layers.{layer}."
+        self.embed = declare("embed", (V, D), ("vocab", "embed"), init=std, update="adamw",
+                             hf="model.embed_tokens.weight")
+        self.dense = nnx.List([Layer(cfg, declare.at(f"dense.{i}").over_layers((i,), layer, stacked=False), moe=False)
+                               for i in range(dense)])
+        self.moe = Layer(cfg, declare.at("moe").over_layers(tuple(range(dense, L)), layer, stacked=True), moe=True)
+        self.final_norm = RMSNorm(declare, "final_norm", D, "embed", cfg.rms_norm_eps, "model.norm")
+        self.head = declare("head", (D, V), ("embed", "vocab"), init=std, update="adamw",
+                            hf=(HFTensor("lm_head.weight"),))
+
+    def __call__(self, tokens_BS: Int[Array, "B S"], call: Call) -> tuple[Float[Array, "B S D"], ModelAux, Array]:
+        """Final normed hidden states, measurements per layer, and the latents [L, B, S, R+rope] of all layers."""
+        x = call.weight(self.embed)[tokens_BS]
+        measured = []
+        for layer in self.dense:
+            x, aux, _, latents = remat.wrap(layer, call.remat)(x, call)
+            measured.append((aux, latents))
+
+        def body(x, layer):
+            x, aux, moe_aux, latents = remat.wrap(layer, call.remat)(x, call)
+            return x, (aux, moe_aux, latents)
+
+        x, (aux, moe_aux, latents) = jax.lax.scan(body, x, self.moe)
+        for layer_aux, layer_latents in reversed(measured):
+            aux = jax.tree.map(lambda one, stack: jnp.concatenate([one[None], stack]), layer_aux, aux)
+            latents = jnp.concatenate([layer_latents[None], latents])
+        return self.final_norm(x, call), ModelAux(aux, moe_aux), latents
+
+    def decode(self, tokens_B: Int[Array, "B"], cache_LBTR: Float[Array, "L B T R+rope"], at_B: Int[Array, "B"],
+               call: Call) -> tuple[Float[Array, "B V"], Array]:
+        """Logits of one token per row at cache position `at_B`, and the cache with it written."""
+        x = call.weight(self.embed)[tokens_B[:, None]]
+        dense = []
+        for layer, cache in zip(self.dense, cache_LBTR):
+            x, cache = layer.decode(x, cache, at_B, call)
+            dense.append(cache)
+
+        def body(x, layer_and_cache):
+            layer, cache = layer_and_cache
+            return layer.decode(x, cache, at_B, call)
+
+        x, stacked = jax.lax.scan(body, x, (self.moe, cache_LBTR[len(dense):]))
+        cache_LBTR = jnp.concatenate([jnp.stack(dense), stacked]) if dense else stacked
+        return self.logits(self.final_norm(x, call)[:, 0], call), cache_LBTR
+
+    def logits(self, hidden: Float[Array, "... D"], call: Call) -> Float[Array, "... V"]:
+        """float32 logits."""
+        return jnp.dot(hidden, call.weight(self.head), preferred_element_type=jnp.float32)
+
+
+@lru_cache(maxsize=8)
+def _skeleton(cfg: ModelConfig) -> tuple[nnx.GraphDef, tuple, dict[str, ParamSpec]]:
+    table: dict[str, ParamSpec] = {}
+    graph, state = nnx.split(Transformer(cfg, Declare(table)))
+    by_spec = {id(spec): path for path, spec in table.items()}
+    leaves = tuple((key, param, by_spec[id(param.spec)]) for key, param in nnx.to_flat_state(state))
+    return graph, leaves, table
+
+
+def param_specs(cfg: ModelConfig) -> Specs:
+    """The table: path of every stored array to its spec."""
+    return dict(_skeleton(cfg)[2])
+
+
+def bind(cfg: ModelConfig, params: dict[str, Array]) -> Transformer:
+    """The network with these arrays; `params` has the table's keys."""
+    graph, leaves, _ = _skeleton(cfg)
+    return nnx.merge(graph, nnx.from_flat_state([(key, param.replace(params[path])) for key, param, path in leaves]))
