@@ -1,0 +1,184 @@
+"""From stored arrays to a Hugging Face directory that inference engines serve at four bits.
+
+One tensor is in memory at a time. The directory is written under a temporary name and renamed when it is complete,
+so a failed export leaves nothing behind and an existing directory is never touched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Mapping, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from configs.param_spec import Specs
+from configs.schema import ConfigError, ModelConfig, QuantConfig
+from quant import evidence
+from quant.codecs import KIMI7, Encoded, jitted
+from quant.hf_config import generation_config, write_config
+from quant.layout import Slot, all_slots
+from quant.model_card import model_card
+from quant.pack import PER_WORD, pack
+from quant.source import LastBlock, WeightSource
+from quant.tensor_file import Writer
+
+SHARD_BYTES = 4 * 2**30
+"""A file is closed when the next projection would pass this size."""
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+F32, I32 = np.dtype("<f4"), np.dtype("<i4")
+
+Quantizer = Callable[[Slot, np.ndarray, int], Encoded]
+"""(slot, its weight [out, in], group) -> codes and scales; how post-training baselines reach the same files."""
+
+Table = dict[str, tuple[np.dtype, tuple[int, ...]]]
+
+
+class SavesTokenizer(Protocol):
+    def save(self, directory: Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and what else a reader needs."""
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """What was written."""
+
+    directory: Path
+    files: int
+    tensors: int
+    bytes: int
+    quantized_weights: int
+    weights: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / self.weights
+
+
+def tensor_table(slot: Slot, model: ModelConfig, quant: QuantConfig) -> Table:
+    """Names, dtypes and shapes that one slot becomes in the checkpoint: itself, or the three parts of a packed one."""
+    if not (slot.spec.on_grid and quant.grid != "none"):
+        return {slot.name: (_plain_dtype(slot, model), slot.shape)}
+    out, inputs = slot.shape
+    if inputs % quant.group_size or inputs % PER_WORD:
+        raise ConfigError(f"{slot.name} has {inputs} inputs, which quant.group_size={quant.group_size} does not divide")
+    stem = slot.name.removesuffix(".weight")
+    return {f"{stem}.weight_packed": (I32, (out, inputs // PER_WORD)),
+            f"{stem}.weight_scale": (BF16, (out, inputs // quant.group_size)),
+            f"{stem}.weight_shape": (I32, (2,))}
+
+
+def _plain_dtype(slot: Slot, model: ModelConfig) -> np.dtype:
+    return F32 if slot.spec.served == "float32" or model.dtype == "float32" else BF16
+
+
+_nearest = jitted(KIMI7)
+
+
+def on_kimi_grid(slot: Slot, weight: np.ndarray, group: int) -> Encoded:
+    """Codes [out, in] and scales [out, in/group] of the training grid; the default Quantizer."""
+    return _nearest(weight, -1, group)
+
+
+def encode(slot: Slot, block: np.ndarray, model: ModelConfig, quant: QuantConfig,
+           quantizer: Quantizer = on_kimi_grid) -> dict[str, np.ndarray]:
+    """The tensors of `tensor_table` with their values, from a block of masters."""
+    weight = slot.to_hf(block)
+    if not (slot.spec.on_grid and quant.grid != "none"):
+        return {slot.name: weight.astype(np.float32).astype(_plain_dtype(slot, model))}
+    codes, scales = quantizer(slot, weight.astype(np.float32), quant.group_size)
+    stem = slot.name.removesuffix(".weight")
+    return {f"{stem}.weight_packed": pack(np.asarray(codes)),
+            f"{stem}.weight_scale": np.asarray(scales).astype(BF16),
+            f"{stem}.weight_shape": np.array(slot.shape, I32)}
+
+
+def plan_shards(tables: list[Table], limit: int) -> list[list[int]]:
+    """Positions in `tables` per file, in order; the parts of one projection never part."""
+    shards: list[list[int]] = [[]]
+    used = 0
+    for at, table in enumerate(tables):
+        size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in table.values())
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(at)
+        used += size
+    return shards
+
+
+def export_model(weights: WeightSource, specs: Specs, model: ModelConfig, quant: QuantConfig, out_dir: str | Path, *,
+                 tokenizer: SavesTokenizer | None = None, report: Mapping[str, Any] | None = None,
+                 probe: evidence.Probe | None = None, progress: Callable[[int, int], None] | None = None,
+                 quantizer: Quantizer = on_kimi_grid, shard_bytes: int = SHARD_BYTES) -> ExportSummary:
+    """Write `out_dir`: safetensors with index, config.json, generation_config.json, tokenizer, README.md, evidence.json.
+
+    weights   masters, read one block at a time
+    report    measured numbers for the model card, label -> value
+    probe     token rows with the log-probabilities the exported weights must reproduce
+    progress  called with (tensors written, tensors in all)
+    quantizer gives codes and scales of an expert's projection; the training grid unless a baseline is exported
+
+    Raises ConfigError where `out_dir` exists, the disk is too small, or a width is not divisible by the group.
+    """
+    out_dir = Path(out_dir)
+    if out_dir.exists():
+        raise ConfigError(f"{out_dir} exists; export to a new directory or remove it first")
+    slots = all_slots(specs)
+    tables = [tensor_table(slot, model, quant) for slot in slots]
+    total = sum(math.prod(shape) * dtype.itemsize for table in tables for dtype, shape in table.values())
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out_dir.parent).free
+    if total > free:
+        raise ConfigError(f"the export needs {total / 2**30:.1f} GiB, but {out_dir.parent} has {free / 2**30:.1f} GiB free")
+
+    partial_dir = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    try:
+        partial_dir.chmod(0o755)
+        hashes, index = _write_tensors(
+            slots, tables, plan_shards(tables, shard_bytes), partial_dir, progress,
+            lambda slot, source=LastBlock(weights): encode(slot, source.read(slot.path, slot.block), model, quant, quantizer))
+        summary = ExportSummary(out_dir, len(set(index.values())), len(index), total,
+                                sum(math.prod(s.shape) for s in slots if s.spec.on_grid and quant.grid != "none"),
+                                sum(math.prod(s.shape) for s in slots))
+        _write_json(partial_dir / "model.safetensors.index.json",
+                    {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))})
+        _write_json(partial_dir / "config.json", write_config(model, quant))
+        _write_json(partial_dir / "generation_config.json", generation_config(model))
+        _write_json(partial_dir / evidence.FILE, evidence.record(hashes, probe))
+        if tokenizer is not None:
+            tokenizer.save(partial_dir)
+        (partial_dir / "README.md").write_text(model_card(model, quant, summary, report or {}))
+        os.rename(partial_dir, out_dir)
+    except BaseException:
+        shutil.rmtree(partial_dir, ignore_errors=True)
+        raise
+    return summary
+
+
+def _write_tensors(slots: list[Slot], tables: list[Table], shards: list[list[int]], directory: Path,
+                   progress: Callable[[int, int], None] | None, tensors_of: Callable[[Slot], dict[str, np.ndarray]]):
+    """Every file, tensor by tensor; returns {tensor: hash} and {tensor: file}."""
+    hashes: dict[str, str] = {}
+    index: dict[str, str] = {}
+    for number, members in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):06}.safetensors"
+        with Writer(directory / file, {name: row for at in members for name, row in tables[at].items()}) as writer:
+            for at in members:
+                for name, array in tensors_of(slots[at]).items():
+                    hashes[name] = evidence.digest(writer.write(name, array))
+                    index[name] = file
+                if progress is not None:
+                    progress(at + 1, len(slots))
+    return hashes, index
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
