@@ -16,12 +16,14 @@ class Matrix:
     """The logical matrices inside a stored array: `rows` are inputs, `cols` outputs, every other axis a batch axis.
 
     The experts' `[layers, experts, embed, gate_up, expert_hidden]` with rows `embed` and cols `expert_hidden`
-    is layers*experts*2 matrices. `split` cuts the columns further, into blocks that are matrices of their own.
+    is layers*experts*2 matrices. `split` cuts the columns further, into blocks that are matrices of their own;
+    `split_by_choice` marks a split that optim.split_kv_a may decline.
     """
 
     rows: tuple[str, ...]
     cols: tuple[str, ...]
     split: tuple[int, ...] | None = None
+    split_by_choice: bool = False
 
 
 @dataclass(frozen=True)
