@@ -1,0 +1,160 @@
+"""From a run's settings to its batches. Batch `step` is a pure function of the settings; Grain only fetches ahead.
+
+Batch: a dict of [B, S] arrays.
+    tokens, targets   int32
+    weights           float32, of each target's loss; the step divides by their sum over the whole batch
+    positions         int32, counted from 0 in every piece
+    segments          int32, 0 for padding, 1.. for the pieces of a row; attention stays inside one
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from configs.schema import ConfigError, RunConfig
+from data.render import KimiRenderer
+from data.sources import read_texts
+from data.streams import Documents, DocumentStream, Piece, RowStream, TaskStream
+from data.tokenizer import EOS, Tokenizer
+
+Batch = dict[str, np.ndarray]
+
+TASK_VALIDATION_BATCHES = 8
+"""Held-out batches of an endless task when the run asks for all."""
+PLAN_VERSION = 1
+
+
+def assemble(rows: list[list[Piece]], seq_len: int, pad_id: int) -> Batch:
+    """Lay the pieces of each row side by side."""
+    shape = len(rows), seq_len
+    batch = {"tokens": np.full(shape, pad_id, np.int32), "targets": np.full(shape, pad_id, np.int32),
+             "weights": np.zeros(shape, np.float32), "positions": np.zeros(shape, np.int32),
+             "segments": np.zeros(shape, np.int32)}
+    for b, row in enumerate(rows):
+        at = 0
+        for segment, piece in enumerate(row, start=1):
+            here = slice(at, at + len(piece.weights))
+            batch["tokens"][b, here] = piece.ids[:-1]
+            batch["targets"][b, here] = piece.ids[1:]
+            batch["weights"][b, here] = piece.weights
+            batch["positions"][b, here] = np.arange(len(piece.weights))
+            batch["segments"][b, here] = segment
+            at = here.stop
+    return batch
+
+
+def batch_hash(batch: Batch, previous: str = "") -> str:
+    """Hash of a batch chained to the hash of what came before: equal values mean equal histories."""
+    digest = hashlib.sha256(previous.encode())
+    for name in sorted(batch):
+        digest.update(np.ascontiguousarray(batch[name]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Data:
+    """The batches of a run; see `open_data`."""
+
+    def __init__(self, cfg: RunConfig, tokenizer: Tokenizer, renderer: KimiRenderer, train: RowStream,
+                 heldout: list[list[Piece]], facts: dict[str, Any]):
+        self.tokenizer, self.renderer = tokenizer, renderer
+        self.batch_size, self.seq_len = cfg.train.batch_size, cfg.train.seq_len
+        self._train, self._heldout, self._facts = train, heldout, facts
+        plan = {"version": PLAN_VERSION, "seed": cfg.data.seed, "batch": self.batch_size, "seq_len": self.seq_len,
+                "tokenizer": tokenizer.fingerprint(), "rows": train.fingerprint()}
+        self.plan_hash = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """The global batch of a step, or a host's contiguous `rows` of it. ConfigError if nothing in it is trained."""
+        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)[rows]
+        batch = assemble([self._train.row(r) for r in numbers], self.seq_len, self.tokenizer.pad_id)
+        if not batch["weights"].sum() > 0:
+            raise ConfigError(f"step {step}: no token of rows {numbers.start} to {numbers.stop - 1} is trained; "
+                              f"check the loss weights of the data")
+        return batch
+
+    def iterate(self, start_step: int = 0, rows: slice = slice(None), workers: int = 0) -> Iterator[Batch]:
+        """Batches from `start_step` on, fetched ahead by threads (workers=0) or worker processes."""
+        steps = grain.MapDataset.range(start_step, 1 << 40).map(_Fetch(self, rows))
+        ahead = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+        if workers:
+            ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        return iter(ahead)
+
+    def validation(self, limit: int = 0) -> list[Batch]:
+        """Held-out batches in a fixed order, the last filled up with padding rows; `limit` 0 takes all."""
+        size = self.batch_size
+        starts = range(0, len(self._heldout), size)[:limit or None]
+        return [assemble(self._heldout[at:at + size] + [[]] * (at + size - len(self._heldout)), self.seq_len,
+                         self.tokenizer.pad_id) for at in starts]
+
+    def source_bytes(self, batch: Batch) -> int:
+        """UTF-8 bytes that the trained targets stand for: bits per byte = sum(weight * nll) / ln 2 / this."""
+        return int(self.tokenizer.byte_lengths[batch["targets"]][batch["weights"] > 0].sum())
+
+    def bytes_per_token(self) -> float:
+        """Bytes per trained target over the first held-out batches."""
+        batches = self.validation(limit=8) or [self.batch(0)]
+        return sum(map(self.source_bytes, batches)) / sum(int((b["weights"] > 0).sum()) for b in batches)
+
+    def describe(self) -> dict[str, Any]:
+        """What is trained on, in numbers."""
+        return self._facts | self._train.describe() | {"heldout_rows": len(self._heldout), "plan_hash": self.plan_hash}
+
+
+class _Fetch(grain.transforms.Map):
+    """Step number -> batch; a class, so that worker processes can receive it."""
+
+    def __init__(self, data: Data, rows: slice):
+        self.data, self.rows = data, rows
+
+    def map(self, step: int) -> Batch:
+        return self.data.batch(int(step), self.rows)
+
+
+def open_data(cfg: RunConfig, tokenizer: Tokenizer) -> Data:
+    """Read and tokenise the sources of a run (or set up its built-in task). ConfigError says what cannot be used."""
+    _check_tokenizer(cfg, tokenizer)
+    renderer = KimiRenderer(tokenizer)
+    if not cfg.data.paths:
+        return _open_task(cfg, tokenizer, renderer)
+    texts = read_texts(cfg.data.paths, cfg.data.text_field, cfg.data.validation_fraction)
+    seq_len, seed = cfg.train.seq_len, cfg.data.seed
+    train = DocumentStream(_tokenise(texts.train, tokenizer), seq_len, seed)
+    heldout = []
+    if texts.heldout:
+        stream = DocumentStream(_tokenise(texts.heldout, tokenizer), seq_len, seed)
+        heldout = [stream.row(r) for r in range(stream.describe()["rows_per_epoch"])]
+    facts = {"files": texts.files, "skipped_files": len(texts.skipped),
+             "train_bytes": sum(len(t.encode()) for t in texts.train),
+             "heldout_bytes": sum(len(t.encode()) for t in texts.heldout)}
+    return Data(cfg, tokenizer, renderer, train, heldout, facts)
+
+
+def _open_task(cfg: RunConfig, tokenizer: Tokenizer, renderer: KimiRenderer) -> Data:
+    def stream(split: str) -> TaskStream:
+        return TaskStream(cfg.data.task, cfg.data.task_length, cfg.data.seed, cfg.train.seq_len, renderer, split)
+
+    count = (cfg.train.eval_batches or TASK_VALIDATION_BATCHES) * cfg.train.batch_size
+    held = stream("heldout")
+    return Data(cfg, tokenizer, renderer, stream("train"), [held.row(r) for r in range(count)], {})
+
+
+def _tokenise(texts: list[str], tokenizer: Tokenizer) -> Documents:
+    documents = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.special[EOS]] for text in texts]
+    return Documents(documents, None, tokenizer.vocab_size)
+
+
+def _check_tokenizer(cfg: RunConfig, tokenizer: Tokenizer) -> None:
+    if cfg.model.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(f"model.vocab_size={cfg.model.vocab_size} is too small for the tokenizer's "
+                          f"{tokenizer.vocab_size} ids; set it to at least that")
+    for name in ("bos", "eos", "pad"):
+        wrong, right = getattr(cfg.model, f"{name}_token_id"), getattr(tokenizer, f"{name}_id")
+        if wrong != right:
+            raise ConfigError(f"model.{name}_token_id={wrong} does not match the tokenizer; set it to {right}")

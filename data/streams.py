@@ -1,0 +1,164 @@
+"""Endless streams of packed rows. Row r of a stream is a pure function of r: no stream remembers what was read."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from configs.schema import ConfigError
+from data import plan
+from data.render import KimiRenderer, Rendered
+from data.tasks import Draw, make_problem
+
+WINDOW_TOKENS = 1 << 16
+"""Tokens of task problems that are drawn and packed together."""
+
+
+class Piece(NamedTuple):
+    """A stretch of one document: `ids` has one token more than `weights`, the weights being those of ids[1:]."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+
+
+class RowStream(Protocol):
+    """Packed rows by number."""
+
+    def row(self, number: int) -> list[Piece]: ...
+    def fingerprint(self) -> str: ...
+    def describe(self) -> dict[str, Any]: ...
+
+
+class Memo:
+    """The last few results of a function of one integer. Threads share one computation; copies start empty."""
+
+    def __init__(self, function: Callable[[int], Any], keep: int = 4):
+        self._function, self._keep = function, keep
+        self.__setstate__(None)
+
+    def __getstate__(self) -> tuple:
+        return self._function, self._keep
+
+    def __setstate__(self, state: tuple | None) -> None:
+        if state:
+            self._function, self._keep = state
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def __call__(self, key: int) -> Any:
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = self._function(key)
+                if len(self._kept) > self._keep:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            return self._kept[key]
+
+
+class Documents:
+    """Tokenised documents in one flat array; `weights` None means that every token is trained."""
+
+    def __init__(self, documents: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None, vocab_size: int):
+        small = np.uint16 if vocab_size <= 1 << 16 else np.int32
+        self.offsets = np.cumsum([0, *map(len, documents)])
+        self.ids = np.concatenate([np.asarray(d, small) for d in documents])
+        self.weights = None if weights is None else np.concatenate([np.asarray(w, np.float32) for w in weights])
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """[documents] how many places of a row each fills."""
+        return np.diff(self.offsets) - 1
+
+    def piece(self, doc: int, start: int, count: int) -> Piece:
+        at = self.offsets[doc] + start
+        ids = self.ids[at:at + count + 1]
+        weights = np.ones(count, np.float32) if self.weights is None else self.weights[at + 1:at + count + 1]
+        return Piece(ids, weights)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.offsets.astype("<i8").tobytes())
+        digest.update(self.ids.astype("<i4").tobytes())
+        if self.weights is not None:
+            digest.update(self.weights.astype("<f4").tobytes())
+        return digest.hexdigest()[:16]
+
+
+class DocumentStream:
+    """Epochs over a finite set of documents, each epoch shuffled, cut and packed anew."""
+
+    def __init__(self, documents: Documents, seq_len: int, seed: int):
+        self.documents, self.seq_len, self.seed = documents, seq_len, seed
+        self._epoch = Memo(self._pack, keep=2)
+        self._first_row = [0]
+
+    def _pack(self, epoch: int) -> tuple[plan.Pieces, list[list[int]]]:
+        return plan.pack_epoch(self.documents.predictions, self.seq_len, self.seed, epoch)
+
+    def row(self, number: int) -> list[Piece]:
+        epoch = 0
+        while True:
+            if epoch + 1 == len(self._first_row):
+                self._first_row.append(self._first_row[epoch] + len(self._epoch(epoch)[1]))
+            if number < self._first_row[epoch + 1]:
+                break
+            epoch += 1
+        pieces, rows = self._epoch(epoch)
+        return [self.documents.piece(pieces.doc[i], pieces.start[i], pieces.count[i])
+                for i in rows[number - self._first_row[epoch]]]
+
+    def fingerprint(self) -> str:
+        return self.documents.fingerprint()
+
+    def describe(self) -> dict[str, Any]:
+        rows = len(self._epoch(0)[1])
+        predictions = int(self.documents.predictions.sum())
+        return {"documents": len(self.documents.predictions), "tokens": len(self.documents.ids),
+                "rows_per_epoch": rows, "padding": 1 - predictions / (rows * self.seq_len)}
+
+
+class TaskStream:
+    """Fresh problems of a built-in task for ever. Windows of a fixed number of rows are drawn and packed on demand."""
+
+    def __init__(self, task: str, length: tuple[int, int], seed: int, seq_len: int, renderer: KimiRenderer, split: str):
+        self.task, self.length, self.seed, self.seq_len = task, length, seed, seq_len
+        self.renderer, self.split = renderer, split
+        self.window_rows = max(8, WINDOW_TOKENS // seq_len)
+        self._window = Memo(self._draw)
+
+    def _rendered(self, window: int, number: int) -> Rendered:
+        lo, hi = self.length
+        length = lo + Draw("length", self.split, self.seed, window, number).below(hi - lo + 1)
+        problem = make_problem(self.task, self.seed, window << 32 | number, length, self.split)
+        (row,) = self.renderer.rows(problem.messages)
+        if len(row.ids) - 1 > self.seq_len:
+            raise ConfigError(f"a {self.task} problem of {length} steps takes {len(row.ids) - 1} tokens; raise "
+                              f"train.seq_len={self.seq_len} or lower data.task_length")
+        return row
+
+    def _draw(self, window: int) -> list[list[Piece]]:
+        drawn, total = [], 0
+        while total < self.window_rows * self.seq_len:
+            drawn.append(self._rendered(window, len(drawn)))
+            total += len(drawn[-1].ids) - 1
+        counts = np.array([len(row.ids) - 1 for row in drawn])
+        packed = plan.best_fit(counts, self.seq_len, max_rows=self.window_rows)
+        pieces = [Piece(np.array(row.ids, np.int32), np.array(row.weights[1:], np.float32)) for row in drawn]
+        return [[pieces[i] for i in packed[row]] for row in plan.shuffled(len(packed), self.seed, window)]
+
+    def row(self, number: int) -> list[Piece]:
+        return self._window(number // self.window_rows)[number % self.window_rows]
+
+    def fingerprint(self) -> str:
+        first = self.row(0)
+        return hashlib.sha256(b"".join(p.ids.tobytes() + p.weights.tobytes() for p in first)).hexdigest()[:16]
+
+    def describe(self) -> dict[str, Any]:
+        window = self._window(0)
+        filled = sum(len(piece.weights) for row in window for piece in row)
+        return {"task": self.task, "steps": self.length, "padding": 1 - filled / (len(window) * self.seq_len),
+                "problems_per_row": sum(map(len, window)) / len(window)}

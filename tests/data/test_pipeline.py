@@ -1,0 +1,134 @@
+"""Batches: pure in the step, packed without leaks, every prediction once an epoch."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from configs.schema import ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig
+from data import plan
+from data.pipeline import batch_hash, open_data
+from data.tokenizer import load_tokenizer
+
+
+def config(batch_size=4, seq_len=128, model=None, **data):
+    return RunConfig(model=model or ModelConfig(), data=DataConfig(**data),
+                     train=TrainConfig(batch_size=batch_size, seq_len=seq_len, eval_batches=2))
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"line {i} of the text\n" for i in range(700)))
+    return path
+
+
+def open_bytes(cfg):
+    return open_data(cfg, load_tokenizer("bytes"))
+
+
+def documents(batch):
+    """(tokens, targets, positions) of every piece of a batch."""
+    for b in range(len(batch["tokens"])):
+        for segment in range(1, batch["segments"][b].max() + 1):
+            here = batch["segments"][b] == segment
+            yield tuple(batch[name][b][here] for name in ("tokens", "targets", "positions"))
+
+
+@pytest.mark.parametrize("kind", ["text", "task"])
+def test_batches(kind, text_file):
+    data = open_bytes(config(paths=(str(text_file),) if kind == "text" else ()))
+    batch = data.batch(5)
+    assert {k: (v.shape, str(v.dtype)) for k, v in batch.items()} == {
+        "tokens": ((4, 128), "int32"), "targets": ((4, 128), "int32"), "weights": ((4, 128), "float32"),
+        "positions": ((4, 128), "int32"), "segments": ((4, 128), "int32")}
+    for tokens, targets, positions in documents(batch):
+        np.testing.assert_array_equal(tokens[1:], targets[:-1])
+        np.testing.assert_array_equal(positions, np.arange(len(tokens)))
+    padding = batch["segments"] == 0
+    assert (batch["weights"][padding] == 0).all() and (batch["tokens"][padding] == 257).all()
+    assert batch_hash(batch) == batch_hash(open_bytes(config(paths=(str(text_file),) if kind == "text" else ())).batch(5))
+    assert batch_hash(batch) != batch_hash(data.batch(6))
+
+
+def test_last_token_of_a_document_predicts_nothing(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(f'{{"text": "document {i}"}}' for i in range(50)))
+    batch = open_bytes(config(paths=(str(tmp_path / "a.jsonl"),))).batch(0)
+    for tokens, targets, _ in documents(batch):
+        assert tokens[0] == 256 and targets[-1] == 259  # [BOS] first, [EOS] only ever a target
+    assert not (batch["tokens"] == 259).any()
+
+
+def test_an_epoch_holds_every_prediction_once(text_file):
+    data = open_bytes(config(batch_size=1, paths=(str(text_file),)))
+    rows = data.describe()["rows_per_epoch"]
+    train = text_file.read_bytes()[:int(text_file.stat().st_size * 0.9)]
+    epochs = []
+    for epoch in (0, 1):
+        pieces = [d[1] for r in range(rows) for d in documents(data.batch(epoch * rows + r))]
+        assert sorted(np.concatenate(pieces)) == sorted([*train, 259])
+        epochs.append({bytes(targets.clip(max=255).astype(np.uint8)) for targets in pieces})
+    assert len(epochs[0] & epochs[1]) < len(epochs[0]) / 2, "every epoch cuts at other places"
+
+
+def test_validation_counts_the_bytes_of_the_last_tenth(text_file):
+    data = open_bytes(config(paths=(str(text_file),)))
+    size = text_file.stat().st_size
+    batches = data.validation()
+    assert sum(map(data.source_bytes, batches)) == size - int(size * 0.9)
+    assert all(batch["tokens"].shape == (4, 128) for batch in batches)
+    assert len(data.validation(limit=1)) == 1
+    held = "".join(data.tokenizer.decode(d[1]) for b in batches for d in documents(b))
+    assert sorted(held.replace("[EOS]", "")) == sorted(text_file.read_text()[int(size * 0.9):])
+
+
+def test_hosts_and_workers_do_not_change_a_batch(text_file):
+    data = open_bytes(config(batch_size=8, paths=(str(text_file),)))
+    whole = batch_hash(data.batch(3))
+    for hosts in (1, 2, 4, 8):
+        parts = [data.batch(3, rows=slice(h * 8 // hosts, (h + 1) * 8 // hosts)) for h in range(hosts)]
+        assert batch_hash({k: np.concatenate([p[k] for p in parts]) for k in parts[0]}) == whole
+    for _, batch in zip(range(2), data.iterate(start_step=2)):
+        last = batch
+    assert batch_hash(last) == whole
+
+
+def test_plan_hash_follows_what_decides_the_order(text_file):
+    base = config(paths=(str(text_file),))
+    hashes = {open_bytes(cfg).plan_hash for cfg in (
+        base, config(paths=(str(text_file),), seed=1), config(paths=(str(text_file),), batch_size=2),
+        config(paths=(str(text_file),), seq_len=64), config(), config(task_length=(2, 3)))}
+    assert len(hashes) == 6
+    longer = dataclasses.replace(base, train=dataclasses.replace(base.train, steps=999))
+    assert open_bytes(longer).plan_hash in hashes
+
+
+def test_padding_of_mixed_lengths_stays_under_half_a_percent():
+    rng = np.random.default_rng(0)
+    counts = np.clip(np.exp(rng.normal(6.0, 1.1, 20_000)).astype(int), 1, 40_000)
+    pieces, rows = plan.pack_epoch(counts, 4096, seed=0, epoch=0)
+    assert sorted(i for row in rows for i in row) == list(range(len(pieces.doc)))
+    filled = np.array([pieces.count[row].sum() for row in rows])
+    assert filled.max() <= 4096 and 1 - filled.mean() / 4096 < 0.005
+    covered = np.zeros(counts.sum(), int)
+    offsets = np.cumsum(counts) - counts
+    np.add.at(covered, np.concatenate([offsets[d] + s + np.arange(c) for d, s, c in
+                                       zip(pieces.doc, pieces.start, pieces.count)]), 1)
+    assert (covered == 1).all()
+
+
+def test_order_is_the_one_written_down():
+    """Golden: a change here changes the data order of every run and needs a new PLAN_VERSION."""
+    assert plan.shuffled(10, 0, 1, 2).tolist() == [9, 6, 5, 2, 1, 8, 4, 0, 7, 3]
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"paths": ("nowhere.txt",)}, "no file or folder nowhere.txt"),
+    ({"task": "chains"}, "'chains' does not exist"),
+    ({"model": ModelConfig(vocab_size=300)}, "vocab_size=300 is too small"),
+    ({"model": ModelConfig(eos_token_id=1)}, "eos_token_id=1"),
+    ({"seq_len": 40}, "raise train.seq_len=40"),
+])
+def test_unusable_settings(change, words):
+    with pytest.raises(ConfigError, match=words):
+        open_bytes(config(**change))

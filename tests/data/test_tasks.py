@@ -1,0 +1,49 @@
+"""Built-in problems: reproducible, right, and checked exactly."""
+
+import re
+
+import pytest
+
+from configs.schema import ConfigError
+from data.tasks import check, make_problem, right_steps
+
+
+def test_chain_is_right_and_reproducible():
+    seen = set()
+    for index in range(200):
+        length = 1 + index % 26
+        problem = make_problem("chain", 3, index, length)
+        assert problem == make_problem("chain", 3, index, length)
+        question, reply = problem.messages
+        value = int(question["content"][0])
+        operations = re.findall(r"([a-z])([+-])(\d)", question["content"])
+        assert len(operations) == len(problem.steps) == length
+        for (letter, sign, operand), step in zip(operations, problem.steps):
+            result = (value + int(sign + operand)) % 10
+            assert step == f"{value}{letter}{sign}{operand}={result}"
+            value = result
+        assert problem.answer == str(value) and check(problem, reply) and right_steps(problem, reply) == length
+        seen.add(question["content"])
+    assert len(seen) > 190
+
+
+def test_golden():
+    """The stream of problems must not change with the Python version."""
+    assert make_problem("chain", 0, 0, 3).steps == ("2y+6=8", "8z-9=9", "9a+1=0")
+    assert make_problem("chain", 0, 0, 3, "train").steps != make_problem("chain", 0, 0, 3).steps
+
+
+def test_checks_of_generated_text():
+    problem = make_problem("chain", 0, 0, 3)
+    good = "<think>" + "\n".join(problem.steps) + "</think>0<|im_end|>"
+    assert check(problem, good) and right_steps(problem, good) == 3
+    assert not check(problem, good.replace("</think>0", "</think>1"))
+    assert not check(problem, good.replace("</think>", "")), "an unclosed thought is no answer"
+    assert right_steps(problem, good.replace("8z-9=9", "8z-9=8")) == 2
+    assert not check(problem, "") and right_steps(problem, "") == 0
+
+
+@pytest.mark.parametrize("task, length", [("chain", 0), ("chain", 27), ("nothing", 3)])
+def test_unknown(task, length):
+    with pytest.raises(ConfigError):
+        make_problem(task, 0, 0, length)
