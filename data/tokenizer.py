@@ -150,7 +150,8 @@ class ByteTokenizer(Tokenizer):
         return list(text.encode("utf-8", "replace"))
 
     def token_bytes(self, ids: Sequence[int]) -> bytes:
-        return b"".join(bytes([i]) if i < 256 else b"\xff\xff" for i in ids)
+        unused = b"\xff"
+        return b"".join(bytes([i]) if i < 256 else b"\xff\xff" if i == self.merged else unused for i in ids)
 
     def tokenizer_json(self) -> dict:
         char = byte_characters()
