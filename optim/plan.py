@@ -1,0 +1,159 @@
+"""Where every Newton-Schulz runs: a static decision per group of equal matrices, made from shapes and shardings only.
+
+An array whose matrix axes are whole on every device is worked on where it lies (LOCAL; experts split over the expert
+axis are of this kind and move no byte). Where a mesh axis cuts rows or columns, pieces of many matrices are exchanged
+so that every device holds a few whole ones, and exchanged back (ALL_TO_ALL: two collectives per group, whatever the
+number of arrays in it). A single matrix has nothing to exchange with: its pieces are gathered and every device does
+the same work (GATHER), which moves half of what two exchanges padded with zeros would.
+
+The plan is not state: momentum keeps the weights' shape and sharding, so a checkpoint moves between plans freely.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from enum import Enum
+from typing import Mapping
+
+from jax.sharding import Mesh, NamedSharding
+
+from configs.param_spec import Specs
+from configs.schema import ConfigError
+from optim.matrices import MatrixLayout
+from optim.newton_schulz import standard_flops
+
+Factor = tuple[int, tuple[str, ...]]
+"""Size of an array axis and the mesh axes that cut it, outermost first."""
+
+
+class Strategy(Enum):
+    LOCAL = "local"
+    ALL_TO_ALL = "all-to-all"
+    GATHER = "gather"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One stored array of a group. `flip`: its columns take the place of the group's rows."""
+
+    path: str
+    layout: MatrixLayout
+    shape: tuple[int, ...]
+    flip: bool
+    count: int
+    count_per_device: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Equal matrices that are moved and orthogonalised together.
+
+    rows, cols   the array axes that form rows and columns after flipping, with the mesh axes that cut them
+    splits       blocks of the last column axis, each a matrix of its own
+    axes         mesh axes that cut rows or columns, in mesh order
+    shards       devices along those axes
+    """
+
+    strategy: Strategy
+    rows: tuple[Factor, ...]
+    cols: tuple[Factor, ...]
+    splits: tuple[int, ...]
+    axes: tuple[str, ...]
+    shards: int
+    members: tuple[Member, ...]
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """(m, n) of each block of a stored matrix."""
+        m = math.prod(size for size, _ in self.rows)
+        outer = math.prod(size for size, _ in self.cols[:-1])
+        return [(m, outer * size) for size in self.splits]
+
+    @property
+    def count(self) -> int:
+        """Logical matrices of the group, over all devices."""
+        return sum(member.count for member in self.members) * len(self.splits)
+
+    @property
+    def count_per_device(self) -> int:
+        """Stored matrices each device orthogonalises, padding included."""
+        held = sum(member.count_per_device for member in self.members)
+        return -(-held // self.shards) if self.strategy is Strategy.ALL_TO_ALL else held
+
+    @property
+    def elements(self) -> int:
+        return sum(m * n for m, n in self.blocks)
+
+    def flops_per_device(self, steps: int) -> int:
+        return self.count_per_device * sum(standard_flops(m, n, steps) for m, n in self.blocks)
+
+    def bytes_per_device(self, itemsize: int) -> int:
+        """Received over the network by one device in one step."""
+        if self.strategy is Strategy.ALL_TO_ALL:
+            return 2 * self.count_per_device * self.elements * itemsize * (self.shards - 1) // self.shards
+        if self.strategy is Strategy.GATHER:
+            return self.count_per_device * self.elements * itemsize * (self.shards - 1) // self.shards
+        return 0
+
+
+def _mesh_axes(sharding: NamedSharding | None, ndim: int) -> list[tuple[str, ...]]:
+    """The mesh axes that cut each array axis; mesh axes of size one cut nothing."""
+    if sharding is None:
+        return [()] * ndim
+    out = []
+    for entry in tuple(sharding.spec) + (None,) * (ndim - len(sharding.spec)):
+        names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+        out.append(tuple(a for a in names if sharding.mesh.shape[a] > 1))
+    return out
+
+
+def _merge(factors: list[Factor]) -> tuple[Factor, ...]:
+    """An uncut axis inside of another is part of it: [heads cut by t, value] is [heads * value cut by t]."""
+    merged: list[Factor] = []
+    for size, axes in factors:
+        if merged and not axes:
+            merged[-1] = (merged[-1][0] * size, merged[-1][1])
+        else:
+            merged.append((size, axes))
+    return tuple(merged)
+
+
+def make_plan(specs: Specs, paths: list[str], *, split_kv_a: bool = True, mesh: Mesh | None = None,
+              shardings: Mapping[str, NamedSharding] | None = None) -> tuple[Group, ...]:
+    """Groups of the matrices at `paths`. ConfigError if an array has no sharding on a mesh, or an axis does not divide."""
+    found: dict[tuple, list[Member]] = defaultdict(list)
+    for path in paths:
+        spec = specs[path]
+        if mesh is not None and shardings is not None and path not in shardings:
+            raise ConfigError(f"{path} has no sharding on the mesh; give every parameter one")
+        cut = _mesh_axes(shardings[path] if shardings is not None else None, len(spec.shape))
+        for axis, size, names in zip(spec.axes, spec.shape, cut):
+            parts = math.prod(mesh.shape[a] for a in names) if names else 1
+            if size % parts:
+                raise ConfigError(f"{path}: axis {axis} of size {size} cannot be cut into {parts} equal parts "
+                                  f"over mesh axes {names}")
+        layout = MatrixLayout.of(spec, split_kv_a)
+        rows = [(spec.shape[a], cut[a]) for a in layout.rows]
+        cols = [(spec.shape[a], cut[a]) for a in layout.cols]
+        flip = False
+        if len(layout.splits) == 1:
+            rows, cols = _merge(rows), _merge(cols)
+            flip = math.prod(s for s, _ in rows) > math.prod(s for s, _ in cols)
+            rows, cols = (cols, rows) if flip else (rows, cols)
+        splits = (cols[-1][0],) if flip or len(layout.splits) == 1 else layout.splits
+        count = math.prod(spec.shape[a] for a in layout.batch)
+        held = count // math.prod(mesh.shape[n] for a in layout.batch for n in cut[a]) if mesh is not None else count
+        key = (tuple(rows), tuple(cols), splits)
+        found[key].append(Member(path, layout, spec.shape, flip, count, held))
+
+    groups = []
+    for (rows, cols, splits), members in found.items():
+        used = {name for _, names in rows + cols for name in names}
+        axes = tuple(a for a in mesh.axis_names if a in used) if mesh is not None else ()
+        shards = math.prod(mesh.shape[a] for a in axes) if axes else 1
+        held = sum(member.count_per_device for member in members)
+        strategy = Strategy.LOCAL if shards == 1 else Strategy.GATHER if held == 1 else Strategy.ALL_TO_ALL
+        groups.append(Group(strategy, rows, cols, splits, axes, shards, tuple(members)))
+    return tuple(groups)
