@@ -155,7 +155,8 @@ class ByteTokenizer(Tokenizer):
 
     def tokenizer_json(self) -> dict:
         char = byte_characters()
-        vocab = {char[b]: b for b in range(256)} | {char[255] * 2: self.merged}
+        # The special tokens stand here too: readers number added tokens by the size of this table otherwise.
+        vocab = {char[b]: b for b in range(256)} | self.special | {char[255] * 2: self.merged}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
         return {
             "version": "1.0", "truncation": None, "padding": None, "added_tokens": added_tokens(self.special),
