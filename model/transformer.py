@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from configs.param_spec import HFTensor, ParamSpec, Specs
+from configs.param_spec import Matrix, ParamSpec, Specs
 from configs.schema import ModelConfig
 from model import remat
 from model.call import Call, LayerAux, ModelAux, MoEAux
@@ -61,7 +61,7 @@ class Transformer(nnx.Module):
         self.moe = Layer(cfg, declare.at("moe").over_layers(tuple(range(dense, L)), layer, stacked=True), moe=True)
         self.final_norm = RMSNorm(declare, "final_norm", D, "embed", cfg.rms_norm_eps, "model.norm")
         self.head = declare("head", (D, V), ("embed", "vocab"), init=std, update="adamw",
-                            hf=(HFTensor("lm_head.weight"),))
+                            matrix=Matrix(("embed",), ("vocab",)), hf="lm_head.weight")
 
     def __call__(self, tokens_BS: Int[Array, "B S"], call: Call) -> tuple[Float[Array, "B S D"], ModelAux, Array]:
         """Final normed hidden states, measurements per layer, and the latents [L, B, S, R+rope] of all layers."""

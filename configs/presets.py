@@ -1,0 +1,2 @@
+from configs.schema import RunConfig
+def preset(name): return RunConfig()

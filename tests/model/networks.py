@@ -1,0 +1,48 @@
+"""Small configurations and random weights for the tests of model/."""
+
+from __future__ import annotations
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs.schema import ModelConfig
+from model.call import Call
+from model.transformer import param_specs
+from quant.served import Serving
+
+SMALL = dict(vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16,
+             qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12, intermediate_size=48, moe_intermediate_size=16,
+             n_routed_experts=8, num_experts_per_tok=2, dtype="float32")
+
+EXACT = Serving(dtype="float32", grid="none")
+
+
+def small(**changes) -> ModelConfig:
+    return ModelConfig(**SMALL | changes)
+
+
+def random_params(cfg: ModelConfig, std: float = 0.3, seed: int = 0, bias: float = 0.0) -> dict[str, jax.Array]:
+    """float32 weights large enough that every part of the network shows in the logits; `bias` spreads the router's."""
+    params = {}
+    for path, spec in param_specs(cfg).items():
+        x = np.random.default_rng([seed, zlib.crc32(path.encode())]).standard_normal(spec.shape)
+        if spec.update == "router_bias":
+            x = x * bias
+        elif spec.init == "ones":
+            x = 1 + 0.2 * x
+        else:
+            x = x * std
+        params[path] = jnp.asarray(x, jnp.float32)
+    return params
+
+
+def call_for(tokens, segments=None, serving: Serving = EXACT, amount: float = 0.0, dtype: str = "float32", **more) -> Call:
+    """One document per row unless `segments` says otherwise; positions restart with every document."""
+    segments = np.ones(tokens.shape, np.int32) if segments is None else np.asarray(segments)
+    positions = np.zeros(segments.shape, np.int32)
+    for t in range(1, segments.shape[1]):
+        positions[:, t] = np.where(segments[:, t] == segments[:, t - 1], positions[:, t - 1] + 1, 0)
+    return Call(jnp.asarray(positions), jnp.asarray(segments), jnp.float32(amount), serving, dtype=dtype, **more)
