@@ -8,8 +8,9 @@ what. The probe ties the weights to the function: log-probabilities of a few tok
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Any
 
 import numpy as np
 

@@ -11,9 +11,10 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Mapping, Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -142,9 +143,10 @@ def export_model(weights: WeightSource, specs: Specs, model: ModelConfig, quant:
     partial_dir = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
         partial_dir.chmod(0o755)
+        source = LastBlock(weights)
         hashes, index = _write_tensors(
             slots, tables, plan_shards(tables, shard_bytes), partial_dir, progress,
-            lambda slot, source=LastBlock(weights): encode(slot, source.read(slot.path, slot.block), model, quant, quantizer))
+            lambda slot: encode(slot, source.read(slot.path, slot.block), model, quant, quantizer))
         summary = ExportSummary(out_dir, len(set(index.values())), len(index), total,
                                 sum(math.prod(s.shape) for s in slots if s.spec.on_grid and quant.grid != "none"),
                                 sum(math.prod(s.shape) for s in slots))

@@ -15,7 +15,6 @@ exported file; without them, a quarter (docs/quantization.md).
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8

@@ -7,8 +7,9 @@ training masters it also proves that every weight a reader gets is the one the t
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -1,0 +1,29 @@
+"""How far the masters are from the grid that the forward pass sees."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from configs.param_spec import Specs
+from quant import grid
+from quant.ptq import group_axis
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _sums(w: Array, axis: int, group: int) -> tuple[Array, Array, Array]:
+    codes, scales = grid.quantize(w, axis, group)
+    error = grid.dequantize(codes, scales, axis, group) - w
+    return jnp.sum(error**2), jnp.sum(w.astype(jnp.float32)**2), jnp.sum(jnp.abs(codes) == grid.LEVELS)
+
+
+def grid_error(params: dict[str, Array], specs: Specs, group: int) -> dict[str, Float[Array, ""]]:
+    """Over all weights on the grid: RMS of (grid value - master) over RMS of master, and the share of codes at +-7
+    (at least one in every group, by construction)."""
+    sums = [_sums(params[path], group_axis(spec), group) for path, spec in specs.items() if spec.on_grid]
+    error, size, edge = (sum(column) for column in zip(*sums))
+    count = sum(spec.size for spec in specs.values() if spec.on_grid)
+    return {"grid_error": jnp.sqrt(error / size), "codes_at_edge": edge / count}

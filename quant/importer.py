@@ -1,0 +1,122 @@
+"""A Hugging Face directory as stored arrays: bf16, f32, or INT4 pack-quantized, one block at a time.
+
+The directory is a WeightSource, so it can be exported again, compared, or loaded into any sharding without ever being
+in memory as a whole. Everything is checked when it is opened: nothing is written before a missing or misshapen tensor
+is known.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from configs.param_spec import Specs
+from configs.schema import ConfigError
+from quant.layout import Slot, all_slots
+from quant.packed import PARTS, projections
+from quant.tensor_file import Checkpoint
+from quant.verify_values import grid_of, is_fixed_point
+
+READABLE = ("BF16", "F32")
+"""Dtypes whose values a float32 master holds and a served weight returns unchanged."""
+
+GRID_NAMES = {"kimi7": "absmax/7", "ct75": "absmax/7.5 (codes down to -8)", "other": "no absmax grid"}
+
+
+class Imported:
+    """Weights of a directory, by the paths of the ParamSpec table.
+
+    skipped   tensors that are recognised and not part of the network: multi-token prediction, towers
+    packed    stored arrays that were INT4 in the file
+    """
+
+    def __init__(self, directory: str | Path, specs: Specs, *, prefix: str = "", for_training: bool = False):
+        """Opens and checks every tensor's name, shape and dtype.
+
+        prefix         before every tensor name, as read_config reports it
+        for_training   refuse codes that are no fixed point of the training grid when they are read: training would
+                       start from other weights than the file serves
+
+        Raises ConfigError naming file and tensor; DamagedFile for a truncated file.
+        """
+        self.checkpoint, self.specs, self._prefix, self._for_training = Checkpoint(directory), specs, prefix, for_training
+        self._packed = projections(self.checkpoint)
+        self._slots: dict[tuple[str, tuple[int, ...]], list[Slot]] = defaultdict(list)
+        used: set[str] = set()
+        for slot in all_slots(specs):
+            self._slots[slot.path, slot.block].append(slot)
+            used |= self._check(slot)
+        layers = {layer for spec in specs.values() for layer in spec.layers}
+        self.skipped = self._unused(used, max(layers, default=-1))
+        self.packed = sorted({s.path for slots in self._slots.values() for s in slots if self._stem(s) in self._packed})
+
+    def _stem(self, slot: Slot) -> str:
+        return self._prefix + slot.name.removesuffix(".weight")
+
+    def _check(self, slot: Slot) -> set[str]:
+        """Names of the slot's tensors; raises where they cannot be what the network needs."""
+        stem, name = self._stem(slot), self._prefix + slot.name
+        parts = {f"{stem}.{part}" for part in PARTS}
+        if name in self.checkpoint:
+            entry, where = self.checkpoint.tensors[name], self.checkpoint.files[name]
+            if entry.dtype not in READABLE:
+                raise ConfigError(f"{where}: {name} is {entry.dtype}; convert the checkpoint to bf16, f32 or INT4 groups first")
+            shape, names = entry.shape, {name}
+        elif stem in self._packed:
+            shape, names = self._packed[stem].shape, parts
+            where = self.checkpoint.files[f"{stem}.weight_packed"]
+            if f"{stem}.weight_shape" not in self.checkpoint:
+                raise ConfigError(f"{where}: {stem} lacks weight_shape")
+        elif parts & self.checkpoint.tensors.keys():
+            raise ConfigError(f"{stem} is packed, but its words and scales do not fit together; run verify on the directory")
+        else:
+            raise ConfigError(f"{self.checkpoint.directory.name} has no tensor {name}; the checkpoint is incomplete")
+        if shape != slot.shape:
+            raise ConfigError(f"{where}: {name} has shape {list(shape)}, but config.json implies {list(slot.shape)}")
+        return names
+
+    def _unused(self, used: set[str], last_layer: int) -> list[str]:
+        skipped = []
+        for name in sorted(self.checkpoint.tensors.keys() - used):
+            parts = name.removeprefix(self._prefix).split(".")
+            beyond = parts[:2] == ["model", "layers"] and parts[2].isdigit() and int(parts[2]) > last_layer
+            if not (beyond or not name.startswith(self._prefix) or parts[-1] == "inv_freq"):
+                raise ConfigError(f"{self.checkpoint.files[name]}: {name} is no tensor of this network; the config and the "
+                                  "weights do not belong together")
+            skipped.append(name)
+        return skipped
+
+    def _tensor(self, slot: Slot) -> np.ndarray:
+        """Values in the checkpoint's orientation, float32."""
+        stem = self._stem(slot)
+        if stem not in self._packed:
+            return self.checkpoint.read(self._prefix + slot.name).astype(np.float32)
+        projection = self._packed[stem]
+        if self._for_training and slot.spec.on_grid:
+            codes, scales = projection.codes(self.checkpoint), projection.scales(self.checkpoint).astype(np.float32)
+            if not is_fixed_point(codes, scales):
+                raise ConfigError(
+                    f"{stem} lies on {GRID_NAMES[grid_of(codes, scales)]}: the training grid would change its weights at the "
+                    "first step, so training cannot continue from this file; import the original bf16 masters instead")
+        return projection.values(self.checkpoint)
+
+    def read(self, path: str, index: tuple[int, ...]) -> np.ndarray:
+        """`array[index]` as float32; `index` may stop short of the block's axes."""
+        return self.region(path, tuple(slice(i, i + 1) for i in index))[(0,) * len(index)]
+
+    def region(self, path: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """`array[index]` as float32, reading only the blocks it touches; what `jax.make_array_from_callback` asks for."""
+        shape = self.specs[path].shape
+        full = tuple(range(n)[cut] for n, cut in itertools.zip_longest(shape, index, fillvalue=slice(None)))
+        lead = next(len(block) for other, block in self._slots if other == path)
+        rest = tuple(slice(r.start, r.stop, r.step) for r in full[lead:])
+        out = np.empty([len(r) for r in full], np.float32)
+        for at in itertools.product(*(range(len(r)) for r in full[:lead])):
+            block = np.empty(shape[lead:], np.float32)
+            for slot in self._slots[path, tuple(r[i] for r, i in zip(full, at, strict=False))]:
+                slot.into(self._tensor(slot), block)
+            out[at] = block[rest]
+        return out

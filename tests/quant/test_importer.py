@@ -1,0 +1,167 @@
+"""Directories read back: the same stored arrays, the same bytes when exported again, one sentence when they are wrong."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from configs.schema import ConfigError, ModelConfig
+from quant.export import export_model
+from quant.importer import Imported
+from quant.packed import projections
+from quant.read_config import read_config
+from quant.source import InMemory
+from quant.tensor_file import Checkpoint, DamagedFile
+from tests.quant.small_model import INT4, MODEL, PLAIN, random_weights, specs_of
+from tests.quant.test_export import read_all
+
+SPECS = specs_of(MODEL)
+WEIGHTS = random_weights(SPECS)
+
+
+def bf16(x):
+    return x.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def export(directory, model=MODEL, quant=INT4, weights=None, **more):
+    export_model(weights or InMemory(WEIGHTS), specs_of(model), model, quant, directory, **more)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    return export(tmp_path_factory.mktemp("import") / "int4", shard_bytes=60_000, report={"loss": 1.0})
+
+
+def test_export_import_export_is_byte_identical(exported, tmp_path):
+    """From float32 masters off the grid: the first export moves them there, no later one moves them again."""
+    config = read_config(exported)
+    assert (config.model, config.quant) == (MODEL, INT4)
+    again = export(tmp_path / "again", config.model, config.quant, Imported(exported, SPECS, for_training=True),
+                   shard_bytes=60_000, report={"loss": 1.0})
+    files = sorted(p.name for p in exported.iterdir())
+    assert files == sorted(p.name for p in again.iterdir())
+    for name in files:
+        assert (exported / name).read_bytes() == (again / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_plain_weights_come_back_bit_for_bit(tmp_path, dtype):
+    model = ModelConfig(**{**MODEL.__dict__, "dtype": dtype})
+    source = Imported(export(tmp_path / "plain", model, PLAIN), SPECS)
+    for path, spec in SPECS.items():
+        want = WEIGHTS[path] if dtype == "float32" or spec.served == "float32" else bf16(WEIGHTS[path])
+        np.testing.assert_array_equal(source.region(path), want)
+
+
+def test_regions_read_what_numpy_indexing_gives(exported):
+    source = Imported(exported, SPECS)
+    whole = source.region("moe.mlp.experts_gate_up")
+    cut = (slice(1, 2), slice(1, 3), slice(0, 32), slice(None), slice(16, 32))
+    np.testing.assert_array_equal(source.region("moe.mlp.experts_gate_up", cut), whole[cut])
+    np.testing.assert_array_equal(source.read("moe.mlp.experts_gate_up", (1, 2)), whole[1, 2])
+    np.testing.assert_array_equal(source.read("embed", ()), bf16(WEIGHTS["embed"]))
+    assert source.packed == ["moe.mlp.experts_down", "moe.mlp.experts_gate_up"]
+
+
+def rewrite(directory, change):
+    """Collect all tensors, change the dict, write one file and a fresh index."""
+    tensors = read_all(directory)
+    change(tensors)
+    for file in directory.glob("model*"):
+        file.unlink()
+    save_file(tensors, directory / "model-00001-of-000001.safetensors", metadata={"format": "pt"})
+
+
+def test_multi_token_prediction_is_skipped_and_reported(tmp_path):
+    directory = export(tmp_path / "mtp")
+    rewrite(directory, lambda t: t.update({"model.layers.3.eh_proj.weight": np.zeros((4, 4), np.float32)}))
+    assert Imported(directory, SPECS).skipped == ["model.layers.3.eh_proj.weight"]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop("model.norm.weight"), "no tensor model.norm.weight"),
+    (lambda t: t.update({"model.norm.weight": np.zeros(3, np.float32)}), r"model.norm.weight has shape \[3\]"),
+    (lambda t: t.update({"model.norm.weight": np.zeros(64, np.float16)}), "F16"),
+    (lambda t: t.update({"model.layers.1.mystery": np.zeros(3, np.float32)}), "mystery is no tensor of this network"),
+    (lambda t: t.pop("model.layers.1.mlp.experts.0.up_proj.weight_scale"), "do not fit together"),
+])
+def test_wrong_tensors_are_named(tmp_path, change, message):
+    directory = export(tmp_path / "wrong")
+    rewrite(directory, change)
+    with pytest.raises(ConfigError, match=message):
+        Imported(directory, SPECS)
+
+
+def test_a_truncated_shard_is_named(tmp_path):
+    directory = export(tmp_path / "cut")
+    file = next(directory.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(DamagedFile, match=file.name):
+        Imported(directory, SPECS)
+
+
+def test_codes_off_the_training_grid_serve_but_do_not_train(tmp_path):
+    directory = export(tmp_path / "ct")
+
+    def other_grid(tensors):
+        tensors["model.layers.1.mlp.experts.0.up_proj.weight_packed"][0, 0] &= ~np.int32(15)  # code -8
+
+    rewrite(directory, other_grid)
+    stem = "model.layers.1.mlp.experts.0.up_proj"
+    checkpoint = Checkpoint(directory)
+    assert projections(checkpoint)[stem].codes(checkpoint)[0, 0] == -8
+    assert np.isfinite(Imported(directory, SPECS).region("moe.mlp.experts_gate_up")).all()
+    with pytest.raises(ConfigError, match="up_proj lies on .*masters"):
+        Imported(directory, SPECS, for_training=True).region("moe.mlp.experts_gate_up")
+
+
+def edit(directory, **changes):
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    for key, value in changes.items():
+        config.pop(key, None) if value is ... else config.update({key: value})
+    path.write_text(json.dumps(config))
+
+
+def test_old_and_new_rope_spellings_mean_the_same(tmp_path):
+    model = ModelConfig(**{**MODEL.__dict__, "yarn_factor": 32.0, "yarn_beta_fast": 1.0})
+    directory = export(tmp_path / "yarn", model, PLAIN)
+    assert read_config(directory).model == model
+    old = json.loads((directory / "config.json").read_text())
+    edit(directory, rope_theta=..., rope_scaling=...,
+         rope_parameters={**old["rope_scaling"], "rope_theta": old["rope_theta"], "rope_type": "yarn"})
+    assert read_config(directory).model == model
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"model_type": "llama"}, "llama"),
+    ({"hidden_size": ...}, "lacks hidden_size"),
+    ({"scoring_func": "softmax"}, "scoring_func"),
+    ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"sliding_window": 128}, "sliding_window"),
+    ({"rope_theta": ...}, "rope_theta"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "truncate": False}}, "truncate"),
+    ({"torch_dtype": "float16"}, "float16"),
+    ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+    ({"num_key_value_heads": 1}, "num_key_value_heads"),
+])
+def test_another_network_is_refused(tmp_path, changes, message):
+    directory = export(tmp_path / "other", quant=PLAIN)
+    edit(directory, **changes)
+    with pytest.raises(ConfigError, match=message):
+        read_config(directory)
+
+
+def test_a_wrapped_language_model_is_read_with_its_prefix(tmp_path):
+    directory = export(tmp_path / "wrapped")
+    rewrite(directory, lambda t: [t.update({f"language_model.{k}": t.pop(k)}) for k in list(t)] and
+            t.update({"vision_tower.weight": np.zeros(3, np.float32)}))
+    text = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": text}))
+    config = read_config(directory)
+    assert (config.model, config.prefix) == (MODEL, "language_model.")
+    assert Imported(directory, SPECS, prefix=config.prefix).skipped == ["vision_tower.weight"]
