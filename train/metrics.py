@@ -1,0 +1,52 @@
+"""metrics.jsonl, the source of truth of a run: one line per step, appended as the step ends."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.schema import ModelConfig
+
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "B200": 2250.0, "TPU v5 lite": 197.0, "TPU v5": 459.0, "TPU v6 lite": 918.0,
+               "TPU7x": 1153.5}
+"""Dense bf16 peak per jax device (a tpu7x chip is two devices), vendors' figures; model FLOPs utilisation is defined
+against these (docs/performance.md)."""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s of one device, None where no peak is published (CPUs)."""
+    matches = [kind for kind in PEAK_TFLOPS if kind in device_kind]
+    return PEAK_TFLOPS[max(matches, key=len)] * 1e12 if matches else None
+
+
+def plain(value: Any) -> Any:
+    """JSON values of metrics: scalars as numbers (6 significant digits), arrays as lists, non-finite ones as text."""
+    array = np.asarray(value)
+    if array.ndim:
+        return [plain(x) for x in array]
+    number = array.item()
+    if isinstance(number, float):
+        return float(f"{number:.6g}") if math.isfinite(number) else str(number)
+    return number
+
+
+class MetricsFile:
+    """Appends rows; every row is flushed, so a killed run keeps all but the step it was in."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a")
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            self._file.write("\n")  # a kill cut the last line in half
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        row = {"kind": kind, "step": step, **{k: v if isinstance(v, str) else plain(v) for k, v in values.items()}}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

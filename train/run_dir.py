@@ -1,0 +1,109 @@
+"""A run is a directory: config.json, metrics.jsonl, checkpoints/, export/, report.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from configs.schema import (ConfigError, DataConfig, MeshConfig, ModelConfig, OptimConfig, QuantConfig, RunConfig,
+                            TrainConfig)
+
+SECTIONS = {"model": ModelConfig, "optim": OptimConfig, "quant": QuantConfig, "data": DataConfig, "train": TrainConfig,
+            "mesh": MeshConfig}
+
+MAY_CHANGE = {"mesh", "train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every", "train.keep",
+              "train.steps", "train.remat", "train.init_from"}
+"""What a resumed run may set anew: where it runs, how long, what it prints. All else would change what was trained."""
+
+
+def to_dict(cfg: RunConfig) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))
+
+
+def from_dict(values: dict[str, Any]) -> RunConfig:
+    """The inverse of `to_dict`."""
+    sections = {}
+    for name, section in SECTIONS.items():
+        types = {f.name for f in dataclasses.fields(section)}
+        unknown = set(values[name]) - types
+        if unknown:
+            raise ConfigError(f"config.json has unknown fields {sorted(unknown)} in {name}; it was written by another version")
+        sections[name] = section(**{k: tuple(v) if isinstance(v, list) else v for k, v in values[name].items()})
+    return RunConfig(**sections)
+
+
+def config_hash(cfg: RunConfig) -> str:
+    """12 hex digits over the whole resolved config."""
+    return hashlib.sha256(json.dumps(to_dict(cfg), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """`section.field: old -> new` for every field that differs and may not."""
+    out = []
+    for section, fields in to_dict(old).items():
+        for name, value in fields.items():
+            other = to_dict(new)[section][name]
+            if value != other and section not in MAY_CHANGE and f"{section}.{name}" not in MAY_CHANGE:
+                out.append(f"{section}.{name}: {value} -> {other}")
+    return out
+
+
+class RunDir:
+    """Paths and the small files of a run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def exists(self) -> bool:
+        return (self.path / "config.json").exists()
+
+    def load_facts(self) -> dict[str, Any]:
+        """What config.json says: the config, its hash, and where and on what the run was started."""
+        file = self.path / "config.json"
+        if not file.exists():
+            raise ConfigError(f"{self.path} is not a run directory: it has no config.json; train there first, "
+                              f"or name another with --run")
+        try:
+            return json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{file} is not JSON ({error}); restore it from a copy") from error
+
+    def load_config(self) -> RunConfig:
+        """The config the run was started with."""
+        try:
+            return from_dict(self.load_facts()["config"])
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{self.path / 'config.json'} is not a run's config ({error}); restore it from a copy") from error
+
+    def write_config(self, cfg: RunConfig, facts: dict[str, Any]) -> None:
+        """Resolved config, its hash and facts about where it ran; written whole or not at all."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        body = {"config": to_dict(cfg), "hash": config_hash(cfg), **facts}
+        temporary = self.path / "config.json.new"
+        temporary.write_text(json.dumps(body, indent=1) + "\n")
+        os.replace(temporary, self.path / "config.json")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every step's record; a step that was run again after a restart counts once, the last time."""
+        if not self.metrics.exists():
+            return []
+        rows: dict[tuple, dict] = {}
+        for line in self.metrics.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the line a kill cut in half
+            rows[(row.get("kind", "step"), row["step"])] = row
+        return sorted(rows.values(), key=lambda r: r["step"])

@@ -1,0 +1,83 @@
+"""What every verb needs before it can work: the mesh, the parameter table, the tokenizer, and weights from a run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from configs.param_spec import Specs
+from configs.schema import ConfigError, RunConfig
+from data.tokenizer import Tokenizer, load_tokenizer
+from model.transformer import param_specs
+from train.checkpoint import Checkpoints
+from train.mesh import make_mesh, param_shardings, platform
+from train.run_dir import RunDir
+
+
+def fastest_dtype() -> str:
+    """float32 or bfloat16, whichever this process multiplies faster (a CPU may do either: jax 0.12 uses AMX and
+    AVX512-BF16, jax 0.10 emulates). Accelerators always take bfloat16."""
+    if jax.default_backend() != "cpu":
+        return "bfloat16"
+
+    def seconds(dtype) -> float:
+        a = jnp.ones((512, 512), dtype)
+        product = jax.jit(jnp.dot)
+        product(a, a).block_until_ready()
+        best = float("inf")
+        for _ in range(5):
+            start = time.perf_counter()
+            product(a, a).block_until_ready()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return "bfloat16" if seconds(jnp.bfloat16) < 0.75 * seconds(jnp.float32) else "float32"
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run's config with the things derived from it."""
+
+    cfg: RunConfig
+    specs: Specs
+    mesh: Mesh
+    tokenizer: Tokenizer
+    compute_dtype: str
+
+    @property
+    def platform(self) -> str:
+        return platform(self.mesh)
+
+
+def open_session(cfg: RunConfig, compute_dtype: str | None = None) -> Session:
+    """Check the config against the tokenizer and the devices. `compute_dtype` overrides "auto" (a resumed run keeps
+    the one it was started with)."""
+    tokenizer = load_tokenizer(cfg.data.tokenizer)
+    if tokenizer.vocab_size > cfg.model.vocab_size:
+        raise ConfigError(f"tokenizer {cfg.data.tokenizer} has {tokenizer.vocab_size} ids but model.vocab_size is "
+                          f"{cfg.model.vocab_size}; set --model.vocab-size {-(-tokenizer.vocab_size // 64) * 64}")
+    dtype = compute_dtype or (cfg.train.compute_dtype if cfg.train.compute_dtype != "auto" else fastest_dtype())
+    return Session(cfg, param_specs(cfg.model), make_mesh(cfg.mesh), tokenizer, dtype)
+
+
+def parse_source(source: str) -> tuple[RunDir, int | None]:
+    """RUN or RUN@STEP."""
+    path, _, step = source.partition("@")
+    if step and not step.isdigit():
+        raise ConfigError(f"{source} should be a run directory, or RUN@STEP with a whole number")
+    return RunDir(Path(path)), int(step) if step else None
+
+
+def load_params(session: Session, run: RunDir, step: int | None = None) -> tuple[dict[str, jax.Array], int]:
+    """Master weights of a run's newest sound checkpoint (or of `step`), on the session's mesh."""
+    shardings = param_shardings(session.specs, session.mesh)
+    dtype = session.cfg.optim.master_dtype
+    like = {path: jax.ShapeDtypeStruct(spec.shape, jnp.float32 if spec.update == "router_bias" else dtype,
+                                       sharding=shardings[path]) for path, spec in session.specs.items()}
+    restored = Checkpoints(run.checkpoints).restore({"params": like}, step)
+    return restored.state["params"], restored.step

@@ -1,0 +1,60 @@
+"""The state of a run, one pytree, made on its devices from the ParamSpec table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from configs.param_spec import ParamSpec, Specs
+from configs.schema import RunConfig
+from train.mesh import param_shardings, replicated
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """params: path -> master weights (router biases included). optimizer: of optim/build.py. skipped: steps whose
+    loss or gradient was not finite and which changed nothing."""
+
+    params: dict[str, Array]
+    optimizer: Any
+    step: Int[Array, ""]
+    skipped: Int[Array, ""]
+
+
+def initial_value(spec: ParamSpec, key: Array, dtype) -> Array:
+    if spec.init == "zeros" or spec.init == "ones":
+        return getattr(jnp, spec.init)(spec.shape, dtype if spec.update != "router_bias" else jnp.float32)
+    return (jax.random.normal(key, spec.shape, jnp.float32) * spec.init).astype(dtype)
+
+
+def state_shardings(cfg: RunConfig, specs: Specs, optimizer: optax.GradientTransformation, mesh: Mesh):
+    """Abstract state whose leaves carry their shardings. Optimizer arrays that stand for a parameter live with it."""
+    params = param_shardings(specs, mesh)
+    abstract = jax.eval_shape(lambda: _initial(cfg, specs, optimizer))
+
+    def place(path, leaf):
+        owner = next((k.key for k in path if getattr(k, "key", None) in params), None)
+        matches = owner is not None and leaf.shape == specs[owner].shape
+        sharding = params[owner] if matches else replicated(mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def _initial(cfg: RunConfig, specs: Specs, optimizer: optax.GradientTransformation) -> TrainState:
+    keys = jax.random.split(jax.random.key(cfg.train.seed), len(specs))
+    params = {path: initial_value(spec, keys[i], cfg.optim.master_dtype) for i, (path, spec) in enumerate(specs.items())}
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def initial_state(cfg: RunConfig, specs: Specs, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Random weights and a fresh optimizer, every array born in its own sharding."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shardings(cfg, specs, optimizer, mesh))
+    return jax.jit(lambda: _initial(cfg, specs, optimizer), out_shardings=shardings)()
