@@ -1,8 +1,9 @@
 """What an export says about itself, so that damage which breaks no rule of the format is found: `evidence.json`.
 
-Swapped projections, permuted groups, flipped bits leave a perfectly formed file. The hash of every tensor's bytes
-tells that something changed, and tried again under a hypothesis (another tensor's hash, nibbles reversed, ...) often
-what. The probe ties the weights to the function: log-probabilities of a few token rows.
+Swapped projections, permuted groups, flipped bits leave a perfectly formed file. Each tensor therefore has a hash, which
+tells that something changed, and two sums over its words, which often tell what: both equal up to the order of the
+words, and together they locate a single changed word. The probe ties the weights to the function: log-probabilities
+of a few token rows.
 """
 
 from __future__ import annotations
@@ -15,6 +16,35 @@ from typing import Any
 import numpy as np
 
 FILE = "evidence.json"
+CHUNK = 1 << 22
+"""Words summed at a time."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Of a tensor's bytes as they lie in the file, read as 32-bit words w_i (the last one padded with zeros).
+
+    total     sum of w_i
+    weighted  sum of i * w_i, modulo 2**64
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+    total: int
+    weighted: int
+
+    @classmethod
+    def of(cls, dtype: str, shape: tuple[int, ...], data: bytes | memoryview) -> Fingerprint:
+        total, weighted = word_sums(words_of(data))
+        return cls(dtype, tuple(shape), digest(data), total, weighted)
+
+    @classmethod
+    def from_json(cls, row: list) -> Fingerprint:
+        return cls(row[0], tuple(row[1]), *row[2:])
+
+    def to_json(self) -> list:
+        return [self.dtype, list(self.shape), self.sha256, self.total, self.weighted]
 
 
 @dataclass(frozen=True)
@@ -35,13 +65,28 @@ class Probe:
 
 
 def digest(data: bytes | memoryview) -> str:
-    """Hash of a tensor's bytes as they lie in the file."""
     return hashlib.sha256(data).hexdigest()
 
 
-def record(hashes: Mapping[str, str], probe: Probe | None) -> dict[str, Any]:
+def words_of(data: bytes | memoryview) -> np.ndarray:
+    """uint32 words of some bytes, little-endian."""
+    data = memoryview(data)
+    return np.frombuffer(data if len(data) % 4 == 0 else bytes(data) + bytes(-len(data) % 4), "<u4")
+
+
+def word_sums(words: np.ndarray) -> tuple[int, int]:
+    total, weighted = 0, 0
+    for start in range(0, len(words), CHUNK):
+        part = words[start:start + CHUNK].astype(np.uint64)
+        total += int(part.sum())
+        weighted += int((part * np.arange(start, start + len(part), dtype=np.uint64)).sum())
+    return total, weighted % 2**64
+
+
+def record(tensors: Mapping[str, Fingerprint], config: Mapping[str, Any], probe: Probe | None) -> dict[str, Any]:
     """The content of evidence.json."""
-    content: dict[str, Any] = {"version": 1, "sha256": dict(sorted(hashes.items()))}
+    content: dict[str, Any] = {"version": 1, "config": dict(config),
+                               "tensors": {name: tensors[name].to_json() for name in sorted(tensors)}}
     if probe is not None:
         content["probe"] = {"tokens": probe.tokens.tolist(), "next_token_logprobs": probe.logprobs.tolist()}
     return content

@@ -28,7 +28,7 @@ from quant.layout import Slot, all_slots
 from quant.model_card import model_card
 from quant.pack import PER_WORD, pack
 from quant.source import LastBlock, WeightSource
-from quant.tensor_file import Writer
+from quant.tensor_file import NAMES, Writer
 
 SHARD_BYTES = 4 * 2**30
 """A file is closed when the next projection would pass this size."""
@@ -144,7 +144,7 @@ def export_model(weights: WeightSource, specs: Specs, model: ModelConfig, quant:
     try:
         partial_dir.chmod(0o755)
         source = LastBlock(weights)
-        hashes, index = _write_tensors(
+        marks, index = _write_tensors(
             slots, tables, plan_shards(tables, shard_bytes), partial_dir, progress,
             lambda slot: encode(slot, source.read(slot.path, slot.block), model, quant, quantizer))
         summary = ExportSummary(out_dir, len(set(index.values())), len(index), total,
@@ -152,9 +152,10 @@ def export_model(weights: WeightSource, specs: Specs, model: ModelConfig, quant:
                                 sum(math.prod(s.shape) for s in slots))
         _write_json(partial_dir / "model.safetensors.index.json",
                     {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))})
-        _write_json(partial_dir / "config.json", write_config(model, quant))
+        config = write_config(model, quant)
+        _write_json(partial_dir / "config.json", config)
         _write_json(partial_dir / "generation_config.json", generation_config(model))
-        _write_json(partial_dir / evidence.FILE, evidence.record(hashes, probe))
+        _write_json(partial_dir / evidence.FILE, evidence.record(marks, config, probe))
         if tokenizer is not None:
             tokenizer.save(partial_dir)
         (partial_dir / "README.md").write_text(model_card(model, quant, summary, report or {}))
@@ -167,19 +168,19 @@ def export_model(weights: WeightSource, specs: Specs, model: ModelConfig, quant:
 
 def _write_tensors(slots: list[Slot], tables: list[Table], shards: list[list[int]], directory: Path,
                    progress: Callable[[int, int], None] | None, tensors_of: Callable[[Slot], dict[str, np.ndarray]]):
-    """Every file, tensor by tensor; returns {tensor: hash} and {tensor: file}."""
-    hashes: dict[str, str] = {}
+    """Every file, tensor by tensor; returns {tensor: fingerprint} and {tensor: file}."""
+    marks: dict[str, evidence.Fingerprint] = {}
     index: dict[str, str] = {}
     for number, members in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):06}.safetensors"
         with Writer(directory / file, {name: row for at in members for name, row in tables[at].items()}) as writer:
             for at in members:
                 for name, array in tensors_of(slots[at]).items():
-                    hashes[name] = evidence.digest(writer.write(name, array))
+                    marks[name] = evidence.Fingerprint.of(NAMES[array.dtype], array.shape, writer.write(name, array))
                     index[name] = file
                 if progress is not None:
                     progress(at + 1, len(slots))
-    return hashes, index
+    return marks, index
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

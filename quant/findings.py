@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
+
+SHOWN = 20
+"""Findings of one kind that are printed; a report holds all."""
 
 Severity = Literal["error", "warning", "note", "not checkable"]
 
@@ -34,4 +38,11 @@ class Report:
         return [f for f in self.findings if f.severity == severity]
 
     def __str__(self) -> str:
-        return "\n".join(f"{f.severity}: [{f.check}] {f.message}" for f in self.findings) or "no findings"
+        """One line per finding; of many alike the first SHOWN."""
+        lines, seen = [], Counter()
+        for f in self.findings:
+            seen[f.severity, f.check] += 1
+            if seen[f.severity, f.check] <= SHOWN:
+                lines.append(f"{f.severity}: [{f.check}] {f.message}")
+        lines += [f"{severity}: [{check}] and {n - SHOWN} more" for (severity, check), n in seen.items() if n > SHOWN]
+        return "\n".join(lines) or "no findings"

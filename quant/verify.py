@@ -50,8 +50,10 @@ def verify(directory: str | Path, *, reference: WeightSource | None = None, spec
         verify_files.check_tensors(checkpoint, config, report)
     packed = projections(checkpoint)
     verify_values.check_values(checkpoint, packed, report, progress)
-    verify_evidence.check_hashes(checkpoint, report)
-    verify_evidence.check_probe(directory, logits, report)
+    evidence = verify_evidence.load_evidence(directory, report)
+    if evidence is not None:
+        verify_evidence.check_evidence(checkpoint, config, evidence, report)
+        verify_evidence.check_probe(evidence, logits, report)
     if reference is not None and specs is not None:
         compare_to_training(checkpoint, packed, reference, specs, config, report)
     return report
