@@ -45,7 +45,8 @@ class Slot:
         rows_first = block[self.within].transpose(self._order)
         if not self._transposed:
             return rows_first.reshape(self.shape)
-        return rows_first.reshape(self.shape[::-1]).T
+        # The inputs may be fewer than the weight's: a block of scales has one per group.
+        return rows_first.reshape(-1, self.shape[0]).T
 
     def into(self, tensor: np.ndarray, block: np.ndarray) -> None:
         """Write the tensor's values to their place in a block of the stored array; the inverse of `to_hf`."""

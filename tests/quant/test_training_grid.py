@@ -1,0 +1,116 @@
+"""The grid during training: coverage, whole groups per device, metrics, and forward == export under every transform."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs.schema import ConfigError, QuantConfig
+from quant import grid
+from quant.coverage import coverage, group_axis, require_whole_groups
+from quant.metrics import code_flow, grid_error, start_history
+from quant.served import Serving, as_served, grid_amount
+from tests.quant.small_model import INT4, MODEL, PLAIN, random_weights, specs_of
+
+SPECS = specs_of(MODEL)
+PARAMS = {path: jnp.asarray(w) for path, w in random_weights(SPECS).items()}
+GATE_UP, DOWN = "moe.mlp.experts_gate_up", "moe.mlp.experts_down"
+SERVING = Serving.of(MODEL, INT4)
+
+
+def test_coverage_counts_routed_experts_only():
+    report = coverage(SPECS, INT4)
+    assert [row.path for row in report.on_grid] == [GATE_UP, DOWN]
+    assert sum(row.groups for row in report.on_grid) * 32 == sum(PARAMS[p].size for p in (GATE_UP, DOWN))
+    assert coverage(SPECS, PLAIN).on_grid == ()
+    assert "of all weights are on the grid" in str(report)
+
+
+def test_a_grid_that_reaches_nothing_is_an_error():
+    with pytest.raises(ConfigError, match="no parameter"):
+        coverage({path: spec for path, spec in SPECS.items() if not spec.on_grid}, INT4)
+    with pytest.raises(ConfigError, match="does not divide"):
+        coverage(SPECS, QuantConfig(group_size=48))
+
+
+def sharding(*axes):
+    mesh = jax.make_mesh((2, 4), ("fsdp", "expert"))
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def test_groups_may_not_cross_devices():
+    whole = {GATE_UP: sharding(None, "expert", "fsdp"), DOWN: sharding(None, "expert")}
+    require_whole_groups(SPECS, whole, INT4)
+    with pytest.raises(ConfigError, match=f"inputs of {DOWN} into 2 parts of 16"):
+        require_whole_groups(SPECS, {**whole, DOWN: sharding(None, "expert", "fsdp")}, INT4)
+
+
+def exported_values(path):
+    """What the exporter writes and a reader computes, in stored layout."""
+    axis = group_axis(SPECS[path])
+    return np.asarray(jax.jit(grid.on_grid, static_argnums=(1, 2))(PARAMS[path], axis, 32))
+
+
+def forward(path, w):
+    return as_served(w, SPECS[path], SERVING, jnp.float32(1))
+
+
+@pytest.mark.parametrize("path", [GATE_UP, DOWN])
+@pytest.mark.parametrize("how", ["jit", "scan", "remat and gradient", "bf16 compute", "vmap over experts", "expert and fsdp shards"])
+def test_forward_weights_are_the_exported_ones(path, how):
+    """0 mismatches however the forward is compiled."""
+    w = PARAMS[path]
+    if how == "jit":
+        got = jax.jit(lambda w: forward(path, w))(w)
+    elif how == "scan":
+        got = jax.jit(lambda w: jax.lax.scan(lambda c, layer: (c, forward(path, layer)), 0, w)[1])(w)
+    elif how == "remat and gradient":
+        # The loss is linear in the weights, so its gradient with respect to the probe is the forward value itself.
+        use = jax.checkpoint(lambda w, probe: jnp.sum(forward(path, w) * probe))
+        got = jax.jit(jax.grad(use, argnums=1))(w, jnp.ones_like(w))
+    elif how == "bf16 compute":
+        got = jax.jit(lambda w: forward(path, w).astype(jnp.bfloat16))(w).astype(jnp.float32)
+    elif how == "vmap over experts":
+        got = jax.jit(jax.vmap(jax.vmap(lambda w: forward(path, w))))(w)
+    else:
+        axes = (None, "expert", "fsdp") if path == GATE_UP else (None, "expert", None, "fsdp")
+        got = jax.jit(lambda w: forward(path, w))(jax.device_put(w, sharding(*axes)))
+    assert int((np.asarray(got) != exported_values(path)).sum()) == 0
+
+
+def test_accumulated_gradients_reach_the_masters_unchanged():
+    g = jnp.asarray(np.random.default_rng(1).normal(size=PARAMS[DOWN].shape), jnp.float32)
+
+    @jax.jit
+    def accumulated(w):
+        micro = jax.grad(lambda w, part: jnp.sum(forward(DOWN, w) * part))
+        return jax.lax.scan(lambda total, part: (total + micro(w, part), None), jnp.zeros_like(w), jnp.stack([g, g]))[0]
+
+    np.testing.assert_array_equal(accumulated(PARAMS[DOWN]), g + g)
+
+
+def test_the_ramp_is_plain_before_and_exact_after():
+    quant = QuantConfig(start_step=2, ramp_steps=3)
+    amounts = [float(grid_amount(quant, jnp.int32(step))) for step in range(7)]
+    assert amounts == [0, 0, 0.25, 0.5, 0.75, 1, 1]
+    np.testing.assert_array_equal(as_served(PARAMS[DOWN], SPECS[DOWN], SERVING, jnp.float32(0)), grid.bf16_round(PARAMS[DOWN]))
+
+
+def test_grid_error_by_hand():
+    metrics = jax.jit(lambda p: grid_error(p, SPECS, 32))(PARAMS)
+    w, q = (np.concatenate([np.ravel(f(p)) for p in (GATE_UP, DOWN)]) for f in (PARAMS.get, exported_values))
+    # A sum over 40,000 float32 squares, in another order.
+    assert float(metrics["quant/error"]) == pytest.approx(np.linalg.norm(w - q) / np.linalg.norm(w), rel=1e-5)
+    assert 1 / 32 <= float(metrics["quant/at_limit"]) < 0.1
+
+
+def test_flips_and_oscillation():
+    history = start_history(PARAMS, SPECS, 32)
+    history, metrics = code_flow(history, PARAMS, SPECS, 32)
+    assert float(metrics["quant/flipped"]) == 0 == float(metrics["quant/oscillating"])
+    moved = {**PARAMS, DOWN: PARAMS[DOWN].at[0, 0, 1, 0].add(0.03)}
+    history, there = code_flow(history, moved, SPECS, 32)
+    assert float(there["quant/flipped"]) > 0 == float(there["quant/oscillating"])
+    _, back = code_flow(history, PARAMS, SPECS, 32)
+    assert float(back["quant/oscillating"]) == float(there["quant/flipped"])
