@@ -12,8 +12,9 @@ import numpy as np
 
 from configs.schema import ConfigError
 from data import plan
+from data.problem import Draw
 from data.render import KimiRenderer, Rendered
-from data.tasks import Draw, make_problem
+from data.tasks import make_problem
 
 WINDOW_TOKENS = 1 << 16
 """Tokens of task problems that are drawn and packed together."""

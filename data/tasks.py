@@ -1,77 +1,94 @@
 """Built-in problems whose steps and answers can be checked exactly. The number of steps is a parameter.
 
-A problem is a pure function of (task, split, seed, index, length), by a generator whose stream Python promises to keep.
+A problem is a pure function of (task, split, seed, index, length). All arithmetic is modulo 10 with operands 1 to 3:
+what is measured is the execution of long chains, and a short table of facts is learned in minutes on a laptop.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from string import ascii_lowercase
-from typing import Any, Literal
+from typing import Literal
 
 from configs.schema import ConfigError
-from data import tokenizer as tok
+from data.problem import Draw, Message, Problem, addresses, answers, check, right_steps, solved
+from data.tool_tasks import ledger, pointer_chase
 
-Message = dict[str, Any]
+__all__ = ["TASKS", "Problem", "check", "make_problem", "right_steps"]
+
 Split = Literal["train", "heldout"]
 
-
-@dataclass(frozen=True)
-class Problem:
-    """A conversation that solves the problem, its final answer, and the right thought lines in order."""
-
-    messages: tuple[Message, ...]
-    answer: str
-    steps: tuple[str, ...]
-
-    @property
-    def question(self) -> tuple[Message, ...]:
-        """What the model is given: everything before the first assistant message."""
-        first = next(i for i, m in enumerate(self.messages) if m["role"] == "assistant")
-        return self.messages[:first]
-
-
-class Draw:
-    """Integers below a bound, from `Random.random`, the only stream that Python keeps over versions."""
-
-    def __init__(self, *key: object):
-        self._random = random.Random("/".join(map(str, key))).random
-
-    def below(self, bound: int) -> int:
-        return int(self._random() * bound)
+KEYS_PER_TURN = 2
+"""Look-ups of one dict_sum turn."""
 
 
 def chain(draw: Draw, length: int) -> Problem:
-    """`7k+5l-2=` -> thoughts `7k+5=2`, `2l-2=0` -> answer `0`: arithmetic modulo 10, one line a step.
-
-    The letters are addresses: step and operand carry the same one, and they run on from a random start. So the next
-    operand is found by looking up a letter, not by counting, and chains may be longer than any seen in training.
-    """
-    if not 1 <= length <= len(ascii_lowercase):
-        raise ConfigError(f"the chain task has 1 to {len(ascii_lowercase)} steps, not {length}")
+    """`7k+2l-3=` -> thoughts `7k+2=9`, `9l-3=6` -> answer `6`: one line a step, found by its letter."""
     value = first = draw.below(10)
-    start = draw.below(26)
     question, steps = [str(first)], []
-    for step in range(length):
-        letter = ascii_lowercase[(start + step) % 26]
-        sign, operand = "+-"[draw.below(2)], draw.below(10)
+    for address in addresses(draw, length):
+        sign, operand = "+-"[draw.below(2)], draw.between(1, 3)
         result = (value + operand if sign == "+" else value - operand) % 10
-        question.append(f"{letter}{sign}{operand}")
-        steps.append(f"{value}{letter}{sign}{operand}={result}")
+        question.append(f"{address}{sign}{operand}")
+        steps.append(f"{value}{address}{sign}{operand}={result}")
         value = result
     return solved("".join(question) + "=", steps, str(value))
 
 
-def solved(question: str, steps: list[str], answer: str) -> Problem:
-    """A one-turn problem: question, thoughts of one line a step, answer."""
-    messages = ({"role": "user", "content": question},
-                {"role": "assistant", "reasoning_content": "\n".join(steps), "content": answer})
-    return Problem(messages, answer, tuple(steps))
+def permutation(draw: Draw, length: int) -> Problem:
+    """`12345k13l25=` -> thoughts `k13=32145`, `l25=35142` -> answer `35142`: swaps of places in five."""
+    state = list("12345")
+    question, steps = ["12345"], []
+    for address in addresses(draw, length):
+        one, other = sorted(draw.sample(range(5), 2))
+        state[one], state[other] = state[other], state[one]
+        question.append(f"{address}{one + 1}{other + 1}")
+        steps.append(f"{address}{one + 1}{other + 1}={''.join(state)}")
+    return solved("".join(question) + "=", steps, "".join(state))
 
 
-TASKS: dict[str, Callable[[Draw, int], Problem]] = {"chain": chain}
+def dict_sum(draw: Draw, length: int) -> Problem:
+    """Turns of a running total over a table: `a3b1c2:cb` -> `2` after thoughts `0c+2=2`, `2b+1=3`, then `ac`, ...
+
+    Each turn is answered with the total, because the thoughts of answered turns are not shown again.
+    """
+    keys = draw.sample(ascii_lowercase, 5)
+    table = {key: draw.between(1, 3) for key in keys}
+    turns = [[keys[draw.below(5)] for _ in range(KEYS_PER_TURN)] for _ in range(length)]
+    messages: list[Message] = []
+    steps, total = [], 0
+    for turn in turns:
+        lines = []
+        for key in turn:
+            lines.append(f"{total}{key}+{table[key]}={(total + table[key]) % 10}")
+            total = (total + table[key]) % 10
+        given = "".join(turn)
+        if not messages:
+            given = "".join(f"{key}{value}" for key, value in table.items()) + ":" + given
+        messages += [{"role": "user", "content": given},
+                     {"role": "assistant", "reasoning_content": "\n".join(lines), "content": str(total)}]
+        steps.append(str(total))
+    return Problem(tuple(messages), str(total), tuple(steps), environment=_Turns([m for m in messages[2::2]]),
+                   read_steps=answers)
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """Makes environments that answer every message with the user's next turn."""
+
+    turns: list[Message]
+
+    def __call__(self) -> Callable[[Message], list[Message]]:
+        rest = iter(self.turns)
+        return lambda message: [turn for turn in [next(rest, None)] if turn]
+
+
+TASKS: dict[str, tuple[Callable[[Draw, int], Problem], int]] = {
+    "chain": (chain, 26**2), "permutation": (permutation, 26**2), "dict_sum": (dict_sum, 1000),
+    "pointer_chase": (pointer_chase, 500), "ledger": (ledger, 26**2),
+}
+"""Name -> (the generator, its longest problem in steps)."""
 
 
 def make_problem(task: str, seed: int, index: int, length: int, split: Split = "heldout") -> Problem:
@@ -81,24 +98,7 @@ def make_problem(task: str, seed: int, index: int, length: int, split: Split = "
     """
     if task not in TASKS:
         raise ConfigError(f"data.task {task!r} does not exist; choose one of {', '.join(TASKS)}")
-    return TASKS[task](Draw(task, split, seed, index, length), length)
-
-
-def split_reply(reply: str | Message) -> tuple[str, str]:
-    """(thoughts, content) of generated text or of a message."""
-    if not isinstance(reply, str):
-        return reply.get("reasoning_content") or "", reply.get("content") or ""
-    thoughts, closed, content = reply.partition(tok.THINK_END)
-    thoughts = thoughts.rpartition(tok.THINK)[2]
-    return (thoughts, content.partition(tok.IM_END)[0]) if closed else (thoughts, "")
-
-
-def check(problem: Problem, reply: str | Message) -> bool:
-    """Whether the content of a reply (text with think tags, or a message) is exactly the answer."""
-    return split_reply(reply)[1].strip() == problem.answer
-
-
-def right_steps(problem: Problem, reply: str | Message) -> int:
-    """How many thought lines equal the right line at their place."""
-    lines = split_reply(reply)[0].strip().split("\n")
-    return sum(line == step for line, step in zip(lines, problem.steps))
+    generator, longest = TASKS[task]
+    if not 1 <= length <= longest:
+        raise ConfigError(f"the {task} task has 1 to {longest} steps, not {length}: see data.task_length")
+    return generator(Draw(task, split, seed, index, length), length)

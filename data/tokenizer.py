@@ -10,6 +10,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +70,9 @@ class Tokenizer(ABC):
         out.append(self.token_bytes(plain).decode("utf-8", "replace"))
         return "".join(out)
 
-    @property
+    @cached_property
     def names(self) -> dict[int, str]:
+        """Special tokens by id."""
         return {i: name for name, i in self.special.items()}
 
     @property

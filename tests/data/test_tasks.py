@@ -11,12 +11,12 @@ from data.tasks import check, make_problem, right_steps
 def test_chain_is_right_and_reproducible():
     seen = set()
     for index in range(200):
-        length = 1 + index % 26
+        length = 1 + index % 30
         problem = make_problem("chain", 3, index, length)
         assert problem == make_problem("chain", 3, index, length)
         question, reply = problem.messages
         value = int(question["content"][0])
-        operations = re.findall(r"([a-z])([+-])(\d)", question["content"])
+        operations = re.findall(r"([a-z]+)([+-])(\d)", question["content"])
         assert len(operations) == len(problem.steps) == length
         for (letter, sign, operand), step in zip(operations, problem.steps):
             result = (value + int(sign + operand)) % 10
@@ -29,21 +29,21 @@ def test_chain_is_right_and_reproducible():
 
 def test_golden():
     """The stream of problems must not change with the Python version."""
-    assert make_problem("chain", 0, 0, 3).steps == ("2y+6=8", "8z-9=9", "9a+1=0")
+    assert make_problem("chain", 0, 0, 3).steps == ("2y+2=4", "4z-3=1", "1a+1=2")
     assert make_problem("chain", 0, 0, 3, "train").steps != make_problem("chain", 0, 0, 3).steps
 
 
 def test_checks_of_generated_text():
     problem = make_problem("chain", 0, 0, 3)
-    good = "<think>" + "\n".join(problem.steps) + "</think>0<|im_end|>"
+    good = "<think>" + "\n".join(problem.steps) + "</think>2<|im_end|>"
     assert check(problem, good) and right_steps(problem, good) == 3
-    assert not check(problem, good.replace("</think>0", "</think>1"))
+    assert not check(problem, good.replace("</think>2", "</think>1"))
     assert not check(problem, good.replace("</think>", "")), "an unclosed thought is no answer"
-    assert right_steps(problem, good.replace("8z-9=9", "8z-9=8")) == 2
+    assert right_steps(problem, good.replace("4z-3=1", "4z-3=8")) == 2
     assert not check(problem, "") and right_steps(problem, "") == 0
 
 
-@pytest.mark.parametrize("task, length", [("chain", 0), ("chain", 27), ("nothing", 3)])
+@pytest.mark.parametrize("task, length", [("chain", 0), ("chain", 677), ("nothing", 3)])
 def test_unknown(task, length):
     with pytest.raises(ConfigError):
         make_problem(task, 0, 0, length)

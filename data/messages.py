@@ -1,0 +1,183 @@
+"""Chat rows as users have them (OpenAI, ShareGPT) to one canonical form, or a sentence saying what is wrong with a row.
+
+Canonical messages: `role` (system, user, assistant, tool), `content` (str), for assistants `reasoning_content` (str, when
+they thought) and `tool_calls` (with string arguments), for tool results `tool_call_id` and `name`, and `train: False`
+where the row switches training off. Calls are renumbered `functions.NAME:INDEX` over the whole conversation, as Kimi's
+serving does; results follow their call.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from configs.schema import ConfigError
+from data.render import arguments_text, text_of
+from data.tokenizer import THINK, THINK_END
+
+Message = dict[str, Any]
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+         "human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+"""OpenAI's and ShareGPT's names for the four roles."""
+THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
+SWITCHES = ("train", "weight", "loss_mask")
+"""Fields whose false or zero value keeps a message out of the loss."""
+
+
+class RowError(ConfigError):
+    """One row of the data that cannot be used, and why."""
+
+
+@dataclass
+class Conversation:
+    """Canonical messages, the declared tools, and remarks on what is allowed but probably a mistake."""
+
+    messages: list[Message]
+    tools: list[dict] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def conversation(row: dict[str, Any]) -> Conversation:
+    """Canonical form of a row with `messages` (OpenAI) or `conversations` (ShareGPT). RowError says what is wrong."""
+    given = row.get("messages", row.get("conversations"))
+    if not isinstance(given, list) or not given:
+        raise RowError("has no messages")
+    reader = _Reader()
+    for number, message in enumerate(given, start=1):
+        try:
+            reader.add(message)
+        except RowError as error:
+            raise RowError(f"message {number}: {error}") from None
+    if not any(message["role"] == "assistant" for message in reader.messages):
+        raise RowError("has no assistant message to learn from")
+    tools = _tools(row.get("tools"))
+    remarks = ["calls tools but declares none: a model trained so may stop calling where they are declared"] \
+        if reader.calls and not tools else []
+    return Conversation(reader.messages, tools, remarks)
+
+
+def _tools(given: str | list | None) -> list[dict]:
+    if isinstance(given, str):
+        try:
+            given = json.loads(given) if given.strip() else []
+        except json.JSONDecodeError as error:
+            raise RowError(f"tools are not JSON: {error.msg}") from None
+    if given is None:
+        return []
+    if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
+        raise RowError("tools must be a list of objects")
+    return given
+
+
+class _Reader:
+    """Walks a conversation and keeps track of which calls still wait for their result."""
+
+    def __init__(self):
+        self.messages: list[Message] = []
+        self.calls = 0
+        self.seen_ids: set[str] = set()
+        self.waiting: dict[str, tuple[str, str]] = {}
+        """id in the row -> (our id, function name)"""
+
+    def add(self, message: Any) -> None:
+        if not isinstance(message, dict):
+            raise RowError(f"is {type(message).__name__}, not an object")
+        given = message.get("role", message.get("from"))
+        role = ROLES.get(given) if isinstance(given, str) else None
+        if role is None:
+            raise RowError(f"unknown role {given!r}; known are {', '.join(ROLES)}")
+        if role != "tool" and self.waiting:
+            raise RowError(f"comes before the result of call {next(iter(self.waiting))!r}")
+        body = self._call_body(message) if given == "function_call" else message
+        content = self._content(body)
+        if role == "assistant":
+            self._assistant(body, content, joins=given == "function_call")
+        elif role == "tool":
+            self._result(body, content)
+        else:
+            self._append(role, body, content)
+
+    def _content(self, body: Message) -> str:
+        content = body.get("content", body.get("value"))
+        if isinstance(content, list):
+            strange = [part for part in content if not isinstance(part, dict) or part.get("type") != "text"]
+            if strange:
+                raise RowError("content holds a part that is not text")
+        elif content is not None and not isinstance(content, str):
+            raise RowError(f"content is {type(content).__name__}, not text")
+        return text_of(content)
+
+    def _append(self, role: str, body: Message, content: str, **more: Any) -> None:
+        message = {"role": role, "content": content, **more}
+        if body.get("name") and role != "tool":
+            message["name"] = body["name"]
+        if any(switch in body and not body[switch] for switch in SWITCHES):
+            message["train"] = False
+        self.messages.append(message)
+
+    def _assistant(self, body: Message, content: str, joins: bool) -> None:
+        thoughts, content = _thoughts(body, content)
+        more: dict[str, Any] = {"reasoning_content": thoughts} if thoughts else {}
+        calls = [self._call(call) for call in body.get("tool_calls") or ()]
+        previous = self.messages[-1] if self.messages else None
+        if joins and previous and previous["role"] == "assistant" and "tool_calls" not in previous:
+            previous["tool_calls"] = calls  # ShareGPT writes one turn as text, then call
+            return
+        if calls:
+            more["tool_calls"] = calls
+        self._append("assistant", body, content, **more)
+
+    def _call(self, call: Any) -> dict:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise RowError("a tool call has no function name")
+        arguments = function.get("arguments", "{}")
+        text = arguments_text(arguments)
+        try:
+            parsed = json.loads(text)
+        except (json.JSONDecodeError, TypeError):
+            raise RowError(f"arguments of {function['name']} are not JSON: {text[:60]}") from None
+        if not isinstance(parsed, dict):
+            raise RowError(f"arguments of {function['name']} are not a JSON object: {text[:60]}")
+        ours = f"functions.{function['name']}:{self.calls}"
+        theirs = call.get("id") or ours
+        if theirs in self.seen_ids:
+            raise RowError(f"call id {theirs!r} is used twice")
+        self.seen_ids.add(theirs)
+        self.waiting[theirs] = ours, function["name"]
+        self.calls += 1
+        return {"id": ours, "type": "function", "function": {"name": function["name"], "arguments": text}}
+
+    def _call_body(self, message: Message) -> Message:
+        """A ShareGPT function_call: its value is one call, or a list of them, as JSON."""
+        try:
+            value = json.loads(message.get("value", message.get("content")))
+        except (json.JSONDecodeError, TypeError):
+            raise RowError("function_call is not JSON") from None
+        calls = value if isinstance(value, list) else [value]
+        return message | {"value": "", "content": "", "tool_calls": [{"function": call} for call in calls]}
+
+    def _result(self, body: Message, content: str) -> None:
+        theirs = body.get("tool_call_id") or next(iter(self.waiting), None)
+        if theirs not in self.waiting:
+            raise RowError(f"is the result of {theirs!r}, which no call before it waits for" if theirs
+                           else "is a tool result without a call before it")
+        ours, name = self.waiting.pop(theirs)
+        self._append("tool", body, content, tool_call_id=ours, name=body.get("name") or name)
+
+
+def _thoughts(body: Message, content: str) -> tuple[str, str]:
+    """(thoughts, content) of an assistant message; thoughts may also stand in tags at the start of the content."""
+    given = next((body[name] for name in THOUGHT_FIELDS if body.get(name)), None)
+    if given is not None:
+        if not isinstance(given, str):
+            raise RowError(f"thoughts are {type(given).__name__}, not text")
+        return given, content
+    if not content.lstrip().startswith(THINK):
+        return "", content
+    thoughts, closed, rest = content.lstrip()[len(THINK):].partition(THINK_END)
+    if not closed:
+        raise RowError(f"opens {THINK} and does not close it")
+    return thoughts.strip("\n"), rest.lstrip("\n")

@@ -1,0 +1,262 @@
+"""Tools a model may call, and the loop that runs them with the real format.
+
+A tool is a Python function with annotated arguments; its declaration is derived from the signature. The loop renders,
+generates, parses, runs and appends, exactly as training rows are laid out (tests/data/test_episodes.py).
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+from configs.schema import ConfigError
+from data import tokenizer as tok
+from data.parse import parse_ids
+from data.render import KimiRenderer, Message
+
+JSON_TYPES: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array",
+                              dict: "object"}
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A callable and what the model is told about it. `run` takes the parsed arguments and returns the result's text."""
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
+    run: Callable[..., object]
+
+    @property
+    def declaration(self) -> dict[str, Any]:
+        """OpenAI's tool declaration."""
+        function = {"name": self.name, "parameters": self.parameters}
+        if self.description:
+            function["description"] = self.description
+        return {"type": "function", "function": function}
+
+
+def tool(function: Callable[..., object], name: str | None = None) -> Tool:
+    """A Tool from a Python function: name, first docstring line, argument names and types.
+
+    ConfigError when an argument has no annotation, or one that JSON has no word for.
+    """
+    properties, required = {}, []
+    signature = inspect.signature(function, eval_str=True)
+    for argument in signature.parameters.values():
+        kind = JSON_TYPES.get(argument.annotation)
+        if kind is None:
+            raise ConfigError(f"tool {function.__name__}: annotate {argument.name} with one of "
+                              f"{', '.join(t.__name__ for t in JSON_TYPES)}")
+        properties[argument.name] = {"type": kind}
+        if argument.default is inspect.Parameter.empty:
+            required.append(argument.name)
+    schema = {"type": "object", "properties": properties, "required": required}
+    description = (inspect.getdoc(function) or "").partition("\n")[0]
+    return Tool(name or function.__name__, description, schema, function)
+
+
+def arguments_error(schema: dict[str, Any], arguments: dict[str, Any]) -> str | None:
+    """Why arguments do not fit a tool's parameters, or None. Knows properties, required and simple types."""
+    properties = schema.get("properties", {})
+    for name in schema.get("required", ()):
+        if name not in arguments:
+            return f"{name} is missing"
+    for name, value in arguments.items():
+        if name not in properties:
+            return f"{name} is not an argument"
+        wanted = properties[name].get("type")
+        kind = next((word for python, word in JSON_TYPES.items() if type(value) is python), "null")
+        if wanted and kind != wanted and not (wanted == "number" and kind == "integer"):
+            return f"{name} is {kind}, not {wanted}"
+    return None
+
+
+@dataclass
+class CallCounts:
+    """How the calls of an episode went: read well, fitting the declared tool, run without an error."""
+
+    made: int = 0
+    unreadable: int = 0
+    unfit: int = 0
+    failed: int = 0
+
+    @property
+    def valid_share(self) -> float:
+        """Share of calls that name a declared tool with fitting arguments; 1 when none was made."""
+        total = self.made + self.unreadable
+        return 1.0 if total == 0 else (self.made - self.unfit) / total
+
+
+class Toolbox:
+    """Runs calls by name. Whatever goes wrong becomes the text of the result, as a model would see it."""
+
+    def __init__(self, tools: Sequence[Tool]):
+        self.tools = {t.name: t for t in tools}
+        self.counts = CallCounts()
+
+    @property
+    def declarations(self) -> list[dict[str, Any]]:
+        return [t.declaration for t in self.tools.values()]
+
+    def results(self, message: Message) -> list[Message]:
+        """One tool message for each call of an assistant message, in order."""
+        return [{"role": "tool", "content": self._run(call["function"]), "tool_call_id": call["id"],
+                 "name": call["function"]["name"]} for call in message.get("tool_calls", ())]
+
+    def _run(self, function: dict[str, str]) -> str:
+        self.counts.made += 1
+        called = self.tools.get(function["name"])
+        if called is None:
+            self.counts.unfit += 1
+            return f"error: no tool {function['name']}; there are {', '.join(self.tools)}"
+        arguments = json.loads(function["arguments"])
+        reason = arguments_error(called.parameters, arguments)
+        if reason:
+            self.counts.unfit += 1
+            return f"error: {reason}"
+        try:
+            return str(called.run(**arguments))
+        except Exception as error:  # noqa: BLE001  a tool is the user's code: the model is told, the loop goes on
+            self.counts.failed += 1
+            return f"error: {error}"
+
+
+def call(number: int, name: str, **arguments: object) -> dict[str, Any]:
+    """The canonical form of the conversation's call `number` (from 0)."""
+    text = json.dumps(arguments, ensure_ascii=False, separators=(",", ":"))
+    return {"id": f"functions.{name}:{number}", "type": "function", "function": {"name": name, "arguments": text}}
+
+
+OPERATORS: dict[type, Callable] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+                                   ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+                                   ast.USub: operator.neg, ast.UAdd: operator.pos}
+
+
+def exact(expression: str) -> Fraction:
+    """Value of + - * / // % and parentheses over decimal numbers, exactly. ValueError for anything else."""
+    def value(node: ast.AST) -> Fraction:
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            return Fraction(Decimal(ast.get_source_segment(text, node).replace("_", "")))
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            return Fraction(OPERATORS[type(node.op)](value(node.left), value(node.right)))
+        if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
+            return OPERATORS[type(node.op)](value(node.operand))
+        raise ValueError(f"cannot compute {expression}")
+
+    text = expression.strip()
+    try:
+        return value(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ArithmeticError, RecursionError, MemoryError):
+        raise ValueError(f"cannot compute {expression}") from None
+
+
+def decimal_text(number: Fraction, digits: int = 6) -> str:
+    """Shortest decimal of a number, rounded half to even after `digits` places."""
+    scaled = round(number * 10**digits)
+    whole, rest = divmod(abs(scaled), 10**digits)
+    sign = "-" if scaled < 0 else ""
+    return f"{sign}{whole}.{rest:0{digits}d}".rstrip("0").rstrip(".")
+
+
+def calculator() -> Tool:
+    """Exact arithmetic."""
+    def calculate(expression: str) -> str:
+        """Value of an arithmetic expression."""
+        return decimal_text(exact(expression))
+
+    return tool(calculate)
+
+
+def key_value(store: dict[str, str]) -> list[Tool]:
+    """`get` and `put` on a dictionary that lives as long as the tools do."""
+    def get(key: str) -> str:
+        """The value stored under a key."""
+        if key not in store:
+            raise KeyError(f"no key {key}")
+        return store[key]
+
+    def put(key: str, value: str) -> str:
+        """Store a value under a key."""
+        store[key] = value
+        return "ok"
+
+    return [tool(get), tool(put)]
+
+
+@dataclass
+class Bill:
+    """Generated tokens by what they are."""
+
+    thinking: int = 0
+    answer: int = 0
+    tool: int = 0
+
+    def add(self, ids: Sequence[int], special: dict[str, int]) -> None:
+        part = "answer"
+        begins = {special[tok.THINK]: "thinking", special[tok.CALLS_BEGIN]: "tool"}
+        ends = (special[tok.THINK_END], special[tok.CALLS_END])
+        for i in ids:
+            part = begins.get(i, part)
+            setattr(self, part, getattr(self, part) + 1)
+            if i in ends:
+                part = "answer"
+
+
+@dataclass
+class Episode:
+    """What happened between a model and its environment."""
+
+    messages: list[Message]
+    bill: Bill
+    failures: list[str]
+    stopped: str
+    """done: the environment had nothing more to say. failure: a reply was cut off or its call unreadable. limit: too
+    many replies."""
+
+    @property
+    def answer(self) -> str:
+        """Content of the last message if the model ended there."""
+        last = self.messages[-1]
+        return last["content"] if self.stopped == "done" and last["role"] == "assistant" else ""
+
+
+Environment = Callable[[Message], list[Message]]
+"""What follows an assistant message: tool results, the user's next turn, or nothing."""
+
+
+def run_episode(generate: Callable[[list[int]], Sequence[int]], renderer: KimiRenderer, messages: Sequence[Message],
+                environment: Environment, declarations: Sequence[dict] | None = None, max_replies: int = 1000,
+                mode: str = "interleaved", watch: Callable[[Message], None] = lambda message: None) -> Episode:
+    """Let a model talk to an environment until there is nothing more to answer.
+
+    generate      prompt ids -> the ids of one reply, up to and including the stop token
+    environment   see `Environment`; `Toolbox(...).results` is one
+    watch         is shown every message as it arrives
+    """
+    episode = Episode(list(messages), Bill(), [], "limit")
+    for _ in range(max_replies):
+        ids = list(generate(renderer.prompt(episode.messages, declarations, mode)))
+        episode.bill.add(ids, renderer.tokenizer.special)
+        reply = parse_ids(ids, renderer.tokenizer)
+        episode.messages.append(reply.message())
+        watch(episode.messages[-1])
+        if reply.failures or not reply.finished:
+            episode.failures += reply.failures or ["the reply is not finished"]
+            episode.stopped = "failure"
+            break
+        following = environment(episode.messages[-1])
+        if not following:
+            episode.stopped = "done"
+            break
+        episode.messages += following
+        for message in following:
+            watch(message)
+    return episode
