@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,6 @@ import numpy as np
 
 from configs.schema import ConfigError, RunConfig
 from data.pipeline import Data, open_data
-from eval.loss import Evaluator
 from model.counts import train_flops_per_token
 from optim.build import build_optimizer
 from optim.schedules import learning_rate
@@ -20,6 +20,7 @@ from quant.error import grid_error
 from train.checkpoint import Checkpoints
 from train.compat import interpreter
 from train.console import Bar, clock, console, human
+from train.held_out import Evaluator
 from train.mesh import batch_sharding, param_shardings
 from train.metrics import MetricsFile, peak_flops
 from train.run_dir import RunDir, config_hash, differences
@@ -151,7 +152,7 @@ def run_steps(machine: Machine, data: Data, state: TrainState, step: int, checkp
             if step == recorder.first_step or step % cfg.train.log_every == 0 or last:
                 recorder.report(grid_error(state.params, machine.session.specs, cfg.quant.group_size))
             if last or (cfg.train.eval_every and step % cfg.train.eval_every == 0):
-                recorder.evaluated(step, evaluator(state.params, grid=True, batches=cfg.train.eval_batches))
+                recorder.evaluated(step, evaluator(state.params, amount=float(metrics["grid_amount"]), batches=cfg.train.eval_batches))
             if last or stop.requested or step % cfg.train.checkpoint_every == 0:
                 checkpoints.save(step, state)
                 recorder.restart_clock()

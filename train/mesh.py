@@ -10,7 +10,8 @@ import dataclasses
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from configs.param_spec import ParamSpec, Specs
 from configs.schema import ConfigError, MeshConfig, require

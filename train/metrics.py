@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import ModelConfig
-
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "B200": 2250.0, "TPU v5 lite": 197.0, "TPU v5": 459.0, "TPU v6 lite": 918.0,
                "TPU7x": 1153.5}
 """Dense bf16 peak per jax device (a tpu7x chip is two devices), vendors' figures; model FLOPs utilisation is defined

@@ -9,8 +9,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from configs.schema import (ConfigError, DataConfig, MeshConfig, ModelConfig, OptimConfig, QuantConfig, RunConfig,
-                            TrainConfig)
+from configs.schema import (
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    QuantConfig,
+    RunConfig,
+    TrainConfig,
+)
 
 SECTIONS = {"model": ModelConfig, "optim": OptimConfig, "quant": QuantConfig, "data": DataConfig, "train": TrainConfig,
             "mesh": MeshConfig}

@@ -1,0 +1,170 @@
+"""`launch.py report`: one page about a run, drawn from its own files: config.json, metrics.jsonl, evals.jsonl."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from configs.schema import ConfigError
+from eval.run import interval
+from train.console import clock, console, human
+from train.run_dir import RunDir
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+
+INK = ("#1f4e79", "#c55a11", "#548235", "#7f6000", "#7030a0", "#404040")
+
+
+def write_report(path: Path) -> int:
+    """Write report.md and its pictures into the run directory; ConfigError if the run has no steps yet."""
+    run = RunDir(path)
+    facts, rows = run.load_facts(), run.read_metrics()
+    steps = [r for r in rows if r["kind"] == "step"]
+    if not steps:
+        raise ConfigError(f"{run.metrics} holds no steps yet; train first")
+    evals = _last_evals(run)
+    pictures = {"loss": _loss(steps, [r for r in rows if r["kind"] == "eval"]), "expert_load": _load(steps),
+                "optimizer_share": _optimizer_share(steps), "grid": _grid(steps)}
+    if any("exact" in e for e in evals):
+        pictures["accuracy"] = _accuracy(evals)
+    folder = run.path / "plots"
+    folder.mkdir(exist_ok=True)
+    for name, figure in pictures.items():
+        figure.tight_layout()
+        figure.savefig(folder / f"{name}.png", dpi=110)
+        plt.close(figure)
+    (run.path / "report.md").write_text(_page(run, facts, steps, rows, evals, list(pictures)))
+    console.print(f"wrote {run.path / 'report.md'} and {len(pictures)} plots")
+    return 0
+
+
+def _last_evals(run: RunDir) -> list[dict[str, Any]]:
+    """The newest line of every arm, in the order in which the arms first came."""
+    file = run.path / "evals.jsonl"
+    newest: dict[str, dict] = {}
+    for line in file.read_text().splitlines() if file.exists() else []:
+        row = json.loads(line)
+        newest[row["arm"]] = row
+    return list(newest.values())
+
+
+def _axes(xlabel: str, ylabel: str, title: str):
+    figure, axes = plt.subplots(figsize=(7, 3.6))
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _series(steps: list[dict], name: str) -> tuple[list[int], list[Any]]:
+    have = [r for r in steps if isinstance(r.get(name), (int, float, list))]
+    return [r["step"] for r in have], [r[name] for r in have]
+
+
+def _loss(steps, evals):
+    figure, axes = _axes("optimizer step", "loss (nats per trained token)", "Loss")
+    axes.plot(*_series(steps, "loss"), color=INK[0], linewidth=1, label="training")
+    if evals:
+        axes.plot([r["step"] for r in evals], [r["held_out_loss"] for r in evals], "o", color=INK[1], label="held out")
+    on_grid = [r["step"] for r in steps if r.get("grid_amount", 0) > 0]
+    if on_grid:
+        axes.axvspan(on_grid[0], steps[-1]["step"], color=INK[2], alpha=0.12, label="experts on the INT4 grid")
+    axes.set_yscale("log")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _load(steps):
+    figure, axes = _axes("optimizer step", "busiest expert over mean", "Expert load, per MoE layer (1 is perfect balance)")
+    at, values = _series(steps, "load_max_over_mean")
+    for layer in range(len(values[0])):
+        axes.plot(at, [v[layer] for v in values], linewidth=1, color=INK[layer % len(INK)], label=f"MoE layer {layer}")
+    axes.set_ylim(bottom=1)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _optimizer_share(steps):
+    figure, axes = _axes("optimizer step", "percent of the step", "Optimizer's share of a step (Muon, AdamW, QK-Clip)")
+    measured = [r for r in steps if "optimizer_seconds" in r]
+    axes.plot([r["step"] for r in measured], [100 * r["optimizer_seconds"] / r["seconds"] for r in measured], "o-",
+              color=INK[0], linewidth=1)
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+def _grid(steps):
+    figure, axes = _axes("optimizer step", "relative RMS distance", "Distance of the masters from the INT4 grid")
+    axes.plot(*_series(steps, "grid_error"), color=INK[0], linewidth=1)
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+def _accuracy(evals):
+    figure, axes = _axes("chain length n", "exact answers (%)", "Exact answers by chain length, 95 % intervals")
+    arms = [e for e in evals if "exact" in e]
+    for arm, (row, colour) in enumerate(zip(arms, INK)):
+        lengths = [int(n) for n in row["exact"]]
+        shares = list(row["exact"].values())
+        bounds = [interval(s, row["problems"]) for s in shares]
+        errors = [[100 * max(s - lo, 0) for s, (lo, _) in zip(shares, bounds)],
+                  [100 * max(hi - s, 0) for s, (_, hi) in zip(shares, bounds)]]
+        axes.errorbar([n + 0.12 * (arm - (len(arms) - 1) / 2) for n in lengths], [100 * s for s in shares], errors,
+                      fmt="o-", color=colour, linewidth=1, capsize=3, label=row["arm"])
+    axes.set_ylim(0, 105)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _page(run: RunDir, facts: dict, steps: list[dict], rows: list[dict], evals: list[dict], pictures: list[str]) -> str:
+    cfg, last = run.load_config(), steps[-1]
+    rates = sorted(r["tokens_per_second"] for r in steps)
+    measured = [100 * r["optimizer_seconds"] / r["seconds"] for r in steps if "optimizer_seconds" in r]
+    held_out = [r for r in rows if r["kind"] == "eval"]
+    lines = [f"# Run `{run.path.name}`", "",
+             f"{cfg.model.num_hidden_layers} layers ({cfg.model.first_k_dense_replace} dense), {cfg.model.n_routed_experts} "
+             f"experts of which {cfg.model.num_experts_per_tok} per token, on {facts.get('devices', 1)} x "
+             f"{facts.get('device', '?')} in {facts.get('compute_dtype', '?')} ({facts.get('versions', '?')}). "
+             f"Config hash `{facts.get('hash', '?')}`, data plan `{facts.get('plan_hash', '?')}`.", "",
+             "| | |", "|---|---|",
+             f"| optimizer steps | {last['step']} of {cfg.train.steps} |",
+             f"| last training loss | {last['loss']:.4f} |",
+             *(f"| held-out {k.removeprefix('held_out_').replace('_', ' ')} | {v:.4f} |"
+               for k, v in (held_out[-1] if held_out else {}).items() if k not in ("kind", "step")),
+             f"| tokens per second, median step | {human(rates[len(rates) // 2])} |",
+             f"| time in steps | {clock(sum(r['seconds'] for r in steps))} |",
+             f"| seconds from command to first step | "
+             f"{next((r['seconds_to_first_step'] for r in steps if 'seconds_to_first_step' in r), float('nan')):.1f} |",
+             f"| optimizer's share of a step, median | {sorted(measured)[len(measured) // 2]:.1f} % |" if measured else "",
+             f"| dropped tokens | {sum(r['dropped_tokens'] for r in steps):.0f} |",
+             f"| skipped steps | {last['skipped_steps']} |", ""]
+    lines = [line for line in lines[:-1] if line or lines.index(line) in (1, 3)] + [""]
+    lines += _results(evals)
+    for name in pictures:
+        lines += [f"![{name.replace('_', ' ')}](plots/{name}.png)", ""]
+    return "\n".join(lines)
+
+
+def _results(evals: list[dict]) -> list[str]:
+    if not evals:
+        return []
+    lengths = list(next((e["exact"] for e in evals if "exact" in e), {}))
+    extra = ["bits per byte"] if "bits_per_byte" in evals[0] else []
+    head = ["weights", "held-out loss", *extra, *(f"n={n}" for n in lengths)]
+    lines = ["## Weights side by side", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in evals:
+        cells = [row["arm"], f"{row['held_out_loss']:.4f}", *([f"{row['bits_per_byte']:.4f}"] if extra else [])]
+        for n in lengths:
+            share = row.get("exact", {}).get(n)
+            if share is None:
+                cells.append("")
+                continue
+            lo, hi = interval(share, row["problems"])
+            cells.append(f"{100 * share:.1f} % ({100 * lo:.0f}–{100 * hi:.0f})")
+        lines.append("| " + " | ".join(cells) + " |")
+    note = [f"Exact answers on {evals[0]['problems']} held-out problems per length, 95 % Wilson intervals."] if lengths else []
+    return [*lines, "", *note, ""]

@@ -1,0 +1,115 @@
+"""`launch.py export` and `launch.py verify`: from a run's checkpoint to a Hugging Face directory, and the proof."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from configs.schema import ConfigError
+from quant.evidence import Probe
+from quant.export import export_model
+from quant.source import InMemory
+from quant.verify import verify
+from train.console import Bar, console, human
+from train.run_dir import RunDir
+from train.session import Session, load_params, open_session, parse_source
+
+
+def export_run(source: str, out: Path | None, form: str) -> int:
+    """Write a run's weights, with a model card of its measured numbers and evidence for `verify`."""
+    run, step = parse_source(source)
+    cfg = run.load_config()
+    out = out or run.path / "export"
+    if out.exists():
+        raise ConfigError(f"{out} exists; name a new directory with --out, or remove it first")
+    session = open_session(cfg, run.load_facts().get("compute_dtype"))
+    params, step = load_params(session, run, step)
+    quant = dataclasses.replace(cfg.quant, grid="none" if form == "bf16" else "int4")
+    probe = _probe(session, params, quant)
+    with Bar(f"exporting {out}", 1, "tensor") as bar:
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.advance(done - bar.done)
+
+        summary = export_model(InMemory(params), session.specs, cfg.model, quant, out, tokenizer=session.tokenizer,
+                               report=_measured(run, step), probe=probe, progress=progress)
+    console.print(f"wrote {out}: {human(summary.weights)} weights of step {step} in {summary.bytes / 1e6:.2f} MB "
+                  f"({summary.bits_per_weight:.2f} bits per weight), {summary.files} file(s), {summary.tensors} tensors")
+    console.print(f"check it with: python launch.py verify {out} --run {run.path}@{step}")
+    return 0
+
+
+def _probe(session: Session, params, quant) -> Probe:
+    """Log-probabilities of a few held-out rows under exactly the exported weights, in float32."""
+
+    from data.pipeline import open_data
+    from model.served_params import serve
+    from quant.served import Serving
+
+    rows = open_data(session.cfg, session.tokenizer).batch(0)["tokens"][:2, :32]
+    serving = Serving(session.cfg.model.dtype, quant.grid, quant.group_size)
+    served = serve(params, session.specs, serving, 1.0, "float32")
+    return Probe.of(np.asarray(rows), forward_logits(session.cfg.model, served, rows, session.platform))
+
+
+def forward_logits(model, served, rows: np.ndarray, platform: str) -> np.ndarray:
+    """[N, S] tokens -> [N, S, V] float32 logits of served weights."""
+    import jax
+    import jax.numpy as jnp
+
+    from model.call import Call
+    from model.served_params import SERVED
+    from model.transformer import bind
+
+    @jax.jit
+    def forward(params, tokens):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        call = Call(positions, jnp.ones_like(tokens), jnp.float32(0), SERVED, "float32", platform)
+        network = bind(model, params)
+        return network.logits(network(tokens, call)[0], call)
+
+    return np.asarray(forward(served, jnp.asarray(rows)))
+
+
+def _measured(run: RunDir, step: int) -> dict[str, object]:
+    """Numbers for the model card, from the run's own files."""
+    rows = run.read_metrics()
+    out = {"optimizer steps": step}
+    for row in rows:
+        if row["step"] == step and row["kind"] == "eval":
+            out |= {k.replace("_", " "): v for k, v in row.items() if k not in ("kind", "step")}
+    return out
+
+
+def verify_directory(directory: Path, source: str | None) -> int:
+    """Print every finding; exit code 1 if a reader would get wrong weights."""
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is not a directory")
+    reference = specs = None
+    if source:
+        run, step = parse_source(source)
+        session = open_session(run.load_config(), run.load_facts().get("compute_dtype"))
+        params, _ = load_params(session, run, step)
+        reference, specs = InMemory(params), session.specs
+    with Bar(f"verifying {directory}", 1, "tensor") as bar:
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.advance(done - bar.done)
+
+        report = verify(directory, reference=reference, specs=specs, logits=_logits_of(directory), progress=progress)
+    console.print(str(report), markup=False)
+    console.print(f"{directory}: {'sound' if report.ok else 'DAMAGED'}")
+    return 0 if report.ok else 1
+
+
+def _logits_of(directory: Path):
+    """The directory's forward pass, for the recorded probe; None where our network cannot read it."""
+    from train.weights import load_export
+
+    def logits(rows: np.ndarray) -> np.ndarray:
+        weights = load_export(directory, dtype="float32")
+        return forward_logits(weights.model, weights.params, rows, weights.platform)
+
+    return logits

@@ -1,0 +1,84 @@
+"""Weights to look at, by a name on the command line: a run's masters, a run's grid weights, or an exported directory."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from configs.schema import ConfigError, ModelConfig
+from data.tokenizer import Tokenizer, load_tokenizer
+from model.generate import generate_batch
+from model.served_params import SERVED, serve
+from model.transformer import param_specs
+from quant.importer import Imported
+from quant.ptq import round_to_nearest
+from quant.read_config import read_config
+from quant.served import Serving
+from train.session import fastest_dtype, load_params, open_session, parse_source
+
+KINDS = ("bf16", "int4", "ptq")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a forward pass needs; `params` are as served (model/served_params.py), so nothing is rounded again."""
+
+    name: str
+    model: ModelConfig
+    params: dict[str, Array]
+    tokenizer: Tokenizer
+    dtype: str
+    platform: str
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, **sampling) -> list[list[int]]:
+        """Continuations of token prompts, all rows together."""
+        return generate_batch(self.model, self.params, prompts, max_new_tokens=max_new_tokens,
+                              stop_ids=self.tokenizer.stop_ids, serving=SERVED, amount=0.0, dtype=self.dtype,
+                              platform=self.platform, **sampling)
+
+
+def load_weights(source: str) -> Weights:
+    """RUN[@STEP][:bf16|int4|ptq] or an exported directory.
+
+    bf16   the masters rounded to bf16. int4: the masters on the grid, which is what is exported (the default of a run
+           trained on the grid). ptq: the same arithmetic on masters that were not trained for it
+    """
+    match = re.fullmatch(rf"(.+?)(?::({'|'.join(KINDS)}))?", source)
+    where, kind = match[1], match[2]
+    directory = Path(where.partition("@")[0])
+    if (directory / "checkpoints").is_dir():
+        return _from_run(source, where, kind)
+    if (directory / "model.safetensors.index.json").exists():
+        if kind:
+            raise ConfigError(f"{source}: an exported directory holds its weights in one form, leave out :{kind}")
+        return load_export(directory)
+    raise ConfigError(f"{where} is neither a run directory (no checkpoints/) nor an exported one (no safetensors index)")
+
+
+def _from_run(source: str, where: str, kind: str | None) -> Weights:
+    run, step = parse_source(where)
+    session = open_session(run.load_config(), run.load_facts().get("compute_dtype"))
+    cfg = session.cfg
+    params, _ = load_params(session, run, step)
+    kind = kind or ("int4" if cfg.quant.grid != "none" else "bf16")
+    if kind == "ptq":
+        params = round_to_nearest(params, session.specs, cfg.quant.group_size)
+    serving = Serving(cfg.model.dtype, "int4" if kind == "int4" else "none", cfg.quant.group_size)
+    served = serve(params, session.specs, serving, 1.0, session.compute_dtype)
+    return Weights(source, cfg.model, served, session.tokenizer, session.compute_dtype, session.platform)
+
+
+def load_export(directory: Path, dtype: str | None = None) -> Weights:
+    """An exported directory, computing in `dtype` (default: what this machine multiplies fastest)."""
+    config = read_config(directory)
+    specs = param_specs(config.model)
+    files = Imported(directory, specs, prefix=config.prefix)
+    dtype = dtype or fastest_dtype()
+    params = {path: jnp.asarray(files.region(path)) for path in specs}
+    served = serve(params, specs, Serving(config.model.dtype, "none"), 0.0, dtype)
+    return Weights(str(directory), config.model, served, load_tokenizer("bytes"), dtype, jax.default_backend())
