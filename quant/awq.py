@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from configs.param_spec import Specs
 from quant.calibration import Calibration
 from quant.codecs import CODECS, Codec
-from quant.ptq import Params, Quantized, round_to_nearest
+from quant.ptq import Params, Quantized, nearest
 
 POWERS = jnp.linspace(0.0, 1.0, 11)
 """Exponents of the input size that are tried; 0 is plain rounding."""
@@ -52,7 +52,7 @@ def awq_experts(params: Params, specs: Specs, group: int, calibration: Calibrati
     halves = jnp.stack([jnp.ones_like(s_hidden), 1 / s_hidden], axis=-2)  # only up is scaled back
     scaled[paths.gate_up] = p["gate_up"] * s_in[:, None, :, None, None] * halves[:, :, None]
     scaled[paths.down] = p["down"] * s_hidden[..., None]
-    rounded = round_to_nearest(scaled, {path: specs[path] for path in scaled}, group, codec)
+    rounded = nearest(scaled, {path: specs[path] for path in scaled}, group, codec)
     folded = {paths.norm: p["norm"] / s_in, paths.router: p["router"] * s_in[..., None],
               paths.shared: p["shared"] * s_in[:, :, None, None]}
     note = f"input scales are powers {', '.join(f'{x:.1f}' for x in powers)} of the input size, layer by layer"

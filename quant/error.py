@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from configs.param_spec import Specs
 from quant import grid
-from quant.ptq import group_axis
+from quant.coverage import group_axis
 
 
 @partial(jax.jit, static_argnums=(1, 2))

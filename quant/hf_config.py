@@ -11,12 +11,7 @@ from typing import Any
 
 from configs.schema import ModelConfig, QuantConfig
 
-SAME_NAME = (
-    "vocab_size hidden_size num_hidden_layers first_k_dense_replace num_attention_heads q_lora_rank kv_lora_rank "
-    "qk_nope_head_dim qk_rope_head_dim v_head_dim intermediate_size moe_intermediate_size n_routed_experts "
-    "num_experts_per_tok n_shared_experts norm_topk_prob routed_scaling_factor n_group topk_group rms_norm_eps "
-    "rope_theta max_position_embeddings initializer_range bos_token_id eos_token_id pad_token_id"
-).split()
+SAME_NAME = ["vocab_size", "hidden_size", "num_hidden_layers", "first_k_dense_replace", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_shared_experts", "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group", "rms_norm_eps", "rope_theta", "max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"]
 """Fields that ModelConfig and config.json spell alike."""
 
 ROPE_SCALING = {

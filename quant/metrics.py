@@ -1,7 +1,6 @@
-"""What the grid does during training: error, saturation, and how many codes move, or move back.
+"""How many codes move during training, and how many move back; quant/error.py has the distance to the grid.
 
-Everything here is traced: call it inside the train step or a jitted function of its own. Arrays are taken from the
-ParamSpec table; nothing is measured on weights that are not on the grid.
+Everything here is traced: call it inside the train step or a jitted function of its own.
 """
 
 from __future__ import annotations
@@ -34,24 +33,6 @@ def codes_of(params: dict[str, Array], specs: Specs, group: int) -> dict[str, In
 def start_history(params: dict[str, Array], specs: Specs, group: int) -> CodeHistory:
     codes = codes_of(params, specs, group)
     return CodeHistory(codes, jax.tree.map(jnp.zeros_like, codes))
-
-
-def grid_error(params: dict[str, Array], specs: Specs, group: int) -> dict[str, Float[Array, ""]]:
-    """quant/error: ||w - grid(w)|| / ||w|| over all weights on the grid; quant/at_limit and quant/zero: shares of codes
-    at +-7 and at 0."""
-    noise = signal = limit = zero = jnp.float32(0)
-    total = 0
-    for path, spec in specs.items():
-        if not spec.on_grid:
-            continue
-        w, axis = params[path].astype(jnp.float32), group_axis(spec)
-        codes, scales = grid.quantize(w, axis, group)
-        noise += jnp.sum(jnp.square(w - grid.dequantize(codes, scales, axis, group)))
-        signal += jnp.sum(jnp.square(w))
-        limit += jnp.sum(jnp.abs(codes) == grid.LEVELS, dtype=jnp.float32)
-        zero += jnp.sum(codes == 0, dtype=jnp.float32)
-        total += w.size
-    return {"quant/error": jnp.sqrt(noise / jnp.maximum(signal, 1e-30)), "quant/at_limit": limit / total, "quant/zero": zero / total}
 
 
 def code_flow(history: CodeHistory, params: dict[str, Array], specs: Specs, group: int

@@ -19,9 +19,7 @@ OPTIONAL = {"initializer_range": 0.02, "bos_token_id": 0, "eos_token_id": 0, "pa
 """Fields of ours that a forward pass does not need, and what stands in for them."""
 
 SILENT = set(HARMLESS) | set(
-    "architectures auto_map model_type transformers_version torch_dtype dtype quantization_config rope_theta rope_scaling "
-    "rope_parameters num_key_value_heads head_dim qk_head_dim output_router_logits _name_or_path tokenizer_class unpad_id "
-    "num_experts_per_token max_length".split())
+    ["architectures", "auto_map", "model_type", "transformers_version", "torch_dtype", "dtype", "quantization_config", "rope_theta", "rope_scaling", "rope_parameters", "num_key_value_heads", "head_dim", "qk_head_dim", "output_router_logits", "_name_or_path", "tokenizer_class", "unpad_id", "num_experts_per_token", "max_length"])
 """Keys read elsewhere, or without influence on a forward pass."""
 
 

@@ -9,7 +9,7 @@ from quant.awq import awq_experts
 from quant.calibration import ExpertInputs, GridSpec, calibrate, expert_matrices, restore_matrices
 from quant.export import export_model
 from quant.importer import Imported
-from quant.ptq import gptq_experts, round_to_nearest
+from quant.ptq import gptq_experts, nearest
 from quant.source import InMemory
 from quant.verify import verify
 from tests.quant.small_model import INT4, MODEL, random_weights, specs_of
@@ -73,7 +73,7 @@ def test_calibration_counts_tokens_and_moments(calibration):
 
 
 def test_calibrated_methods_beat_plain_rounding(calibration, awq):
-    plain = error(round_to_nearest(PARAMS, SPECS, 32, "mse"))
+    plain = error(nearest(PARAMS, SPECS, 32, "mse"))
     assert error(gptq_experts(PARAMS, SPECS, 32, calibration)) < 0.9 * plain
     assert error(awq) < 0.95 * plain
 
@@ -90,7 +90,7 @@ def test_rare_experts_fall_back_and_are_counted():
     few = [ExpertInputs(b.layer, b.x[:16], b.experts[:16], b.gates[:16]) for b in (batch(0, 0), batch(1, 0))]
     arm = gptq_experts(PARAMS, SPECS, 32, calibrate(few, PARAMS[GATE_UP], GATE_UP, DOWN))
     assert f"{GATE_UP}: 8 of 8 experts saw fewer" in " ".join(arm.notes)
-    np.testing.assert_array_equal(arm.codes[GATE_UP], round_to_nearest(PARAMS, SPECS, 32, "mse").codes[GATE_UP])
+    np.testing.assert_array_equal(arm.codes[GATE_UP], nearest(PARAMS, SPECS, 32, "mse").codes[GATE_UP])
 
 
 def test_a_layer_without_tokens_is_an_error():
@@ -100,7 +100,7 @@ def test_a_layer_without_tokens_is_an_error():
 
 @pytest.mark.parametrize("codec", ["ct75", "mse", "mse_signed", "hqq"])
 def test_baselines_reach_the_same_file_format(tmp_path, codec):
-    arm = round_to_nearest(PARAMS, SPECS, 32, codec)
+    arm = nearest(PARAMS, SPECS, 32, codec)
     export_model(InMemory(arm.fake(PARAMS, SPECS)), SPECS, MODEL, INT4, tmp_path / codec, quantizer=arm.quantizer())
     report = verify(tmp_path / codec)
     assert report.ok and "change when quantised again" in str(report), str(report)

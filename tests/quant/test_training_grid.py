@@ -9,7 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs.schema import ConfigError, QuantConfig
 from quant import grid
 from quant.coverage import coverage, group_axis, require_whole_groups
-from quant.metrics import code_flow, grid_error, start_history
+from quant.error import grid_error
+from quant.metrics import code_flow, start_history
 from quant.served import Serving, as_served, grid_amount
 from tests.quant.small_model import INT4, MODEL, PLAIN, random_weights, specs_of
 
@@ -98,11 +99,11 @@ def test_the_ramp_is_plain_before_and_exact_after():
 
 
 def test_grid_error_by_hand():
-    metrics = jax.jit(lambda p: grid_error(p, SPECS, 32))(PARAMS)
+    metrics = grid_error(PARAMS, SPECS, 32)
     w, q = (np.concatenate([np.ravel(f(p)) for p in (GATE_UP, DOWN)]) for f in (PARAMS.get, exported_values))
     # A sum over 40,000 float32 squares, in another order.
-    assert float(metrics["quant/error"]) == pytest.approx(np.linalg.norm(w - q) / np.linalg.norm(w), rel=1e-5)
-    assert 1 / 32 <= float(metrics["quant/at_limit"]) < 0.1
+    assert float(metrics["grid_error"]) == pytest.approx(np.linalg.norm(w - q) / np.linalg.norm(w), rel=1e-5)
+    assert 1 / 32 <= float(metrics["codes_at_edge"]) < 0.1
 
 
 def test_flips_and_oscillation():

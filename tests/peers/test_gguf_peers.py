@@ -1,0 +1,95 @@
+"""The GGUF export read back by the gguf package, and run by llama.cpp where its library is installed."""
+
+import os
+
+import numpy as np
+import pytest
+
+from data.tokenizer import ByteTokenizer
+from configs.schema import ConfigError, ModelConfig
+from quant.export import export_model
+from quant.gguf_export import q4_0_blocks, q4_0_values, write_gguf
+from quant.packed import projections
+from quant.source import InMemory
+from quant.tensor_file import Checkpoint
+from tests.quant.small_model import INT4, MODEL, random_weights, specs_of
+
+gguf = pytest.importorskip("gguf")
+
+SMALL = ModelConfig(**{**MODEL.__dict__, "vocab_size": 320, "hidden_size": 128, "moe_intermediate_size": 64,
+                       "bos_token_id": 256, "eos_token_id": 258, "pad_token_id": 257, "max_position_embeddings": 256})
+YARN = ModelConfig(**{**SMALL.__dict__, "yarn_factor": 4.0, "yarn_original_positions": 64})
+GROUPED = ModelConfig(**{**SMALL.__dict__, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.7})
+
+
+def hf_directory(directory, model):
+    specs = specs_of(model)
+    export_model(InMemory(random_weights(specs, scale=0.08)), specs, model, INT4, directory, tokenizer=ByteTokenizer())
+    return directory
+
+
+def test_blocks_agree_with_the_package():
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-7, 8, (4, 64)).astype(np.int8)
+    scales = rng.uniform(0.01, 0.02, (4, 2)).astype(np.float16).astype(np.float32)
+    blocks = q4_0_blocks(codes, scales)
+    want = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_0)
+    np.testing.assert_array_equal(q4_0_values(blocks), want)
+    np.testing.assert_array_equal(want, codes * scales.repeat(32, 1))
+
+
+def test_every_code_survives_and_every_weight_is_there(tmp_path):
+    directory = hf_directory(tmp_path / "hf", SMALL)
+    summary = write_gguf(directory, tmp_path / "model.gguf")
+    assert summary.inexact_scales == 0 and not summary.notes
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert len(tensors) == summary.tensors
+    checkpoint = Checkpoint(directory)
+    packed = projections(checkpoint)
+    for part in ("gate", "up", "down"):
+        stored = np.asarray(tensors[f"blk.2.ffn_{part}_exps.weight"].data)
+        for e in range(SMALL.n_routed_experts):
+            p = packed[f"model.layers.2.mlp.experts.{e}.{part}_proj"]
+            scales = p.scales(checkpoint).astype(np.float32)
+            np.testing.assert_array_equal(stored[e], q4_0_blocks(p.codes(checkpoint), scales))
+    router = np.asarray(tensors["blk.1.ffn_gate_inp.weight"].data)
+    np.testing.assert_array_equal(router, checkpoint.read("model.layers.1.mlp.gate.weight").astype(np.float32))
+
+
+def test_existing_files_and_plain_directories_are_refused(tmp_path):
+    directory = hf_directory(tmp_path / "hf", SMALL)
+    (tmp_path / "there.gguf").write_text("x")
+    with pytest.raises(ConfigError, match="exists"):
+        write_gguf(directory, tmp_path / "there.gguf")
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+        write_gguf(directory, tmp_path / "new.gguf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "there.gguf"]
+
+
+def llama_logits(file, tokens, beta_fast=None):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    model = llama_cpp.Llama(str(file), n_ctx=64, n_batch=64, logits_all=True, verbose=bool(os.environ.get("LLAMA_VERBOSE")),
+                            n_threads=1, flash_attn=False)
+    model.eval(tokens)
+    return np.array(model.scores[:len(tokens)])
+
+
+@pytest.mark.parametrize("model", [SMALL, YARN, GROUPED], ids=["plain", "yarn", "groups"])
+def test_llama_cpp_computes_the_same_function(tmp_path, model):
+    """Against transformers in float32 on the dequantised weights. llama.cpp rounds activations to 8 bits before a Q4_0
+    product: a KL of some 1e-4, where a wrong router or rope gives more than 0.1."""
+    pytest.importorskip("llama_cpp")
+    import torch
+    from transformers import AutoModelForCausalLM
+    directory = hf_directory(tmp_path / "hf", model)
+    write_gguf(directory, tmp_path / "model.gguf")
+    tokens = [int(t) for t in np.random.default_rng(0).integers(0, 256, 48)]
+    twin = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, attn_implementation="eager")
+    torch.nn.Module.to(twin, torch.float32)
+    with torch.no_grad():
+        want = torch.log_softmax(twin(torch.tensor([tokens])).logits[0], -1)
+    got = torch.log_softmax(torch.tensor(llama_logits(tmp_path / "model.gguf", tokens), dtype=torch.float32), -1)
+    kl = (want.exp() * (want - got)).sum(-1)
+    assert want.exp().max(-1).values.mean() > 2 / model.vocab_size  # not a uniform model
+    assert kl.mean() < 2e-3, (kl.mean(), kl.max())
