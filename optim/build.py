@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from configs.param_spec import Specs
 from configs.schema import ConfigError, OptimConfig
 from optim import muon
 from optim.adamw import scale_by_adam
-from optim.newton_schulz import coefficients, newton_schulz
-from optim.plan import make_plan
+from optim.form import carrier_dtype, platform_of
+from optim.newton_schulz import coefficients
+from optim.plan import Group, make_plan
 from optim.qk_clip import QKClipState, qk_clip
 from optim.router_bias import router_bias_updates
 from optim.routing import fingerprint, rules
@@ -33,10 +35,12 @@ class OptimizerState(NamedTuple):
     qk_clip: QKClipState
 
 
-def compute_dtype(mesh: Mesh | None):
-    """Newton-Schulz multiplies float32 on a CPU and bfloat16 elsewhere; the mesh says where, not the default backend."""
-    platform = mesh.devices.flat[0].platform if mesh is not None else "cpu"
-    return jnp.float32 if platform == "cpu" else jnp.bfloat16
+def plan_of(specs: Specs, cfg: OptimConfig, platform: str, *, mesh: Mesh | AbstractMesh | None = None,
+            shardings: Mapping[str, NamedSharding] | None = None) -> tuple[Group, ...]:
+    """The layout plan that `build_optimizer` follows on a mesh of that platform; for printing, an abstract mesh will do."""
+    paths = [path for path, rule in rules(specs, cfg).items() if rule == "muon"]
+    coeffs = coefficients(cfg.newton_schulz, cfg.newton_schulz_steps)
+    return make_plan(specs, paths, coeffs, platform, split_kv_a=cfg.split_kv_a, mesh=mesh, shardings=shardings)
 
 
 def build_optimizer(specs: Specs, cfg: OptimConfig, total_steps: int, *, mesh: Mesh | None = None,
@@ -57,13 +61,12 @@ def build_optimizer(specs: Specs, cfg: OptimConfig, total_steps: int, *, mesh: M
     if (mesh is None) != (shardings is None):
         raise ConfigError("build_optimizer needs the mesh and the shardings together, or neither")
     rate = learning_rate(cfg, total_steps)
-    dtype = compute_dtype(mesh)
-    coeffs = coefficients(cfg.newton_schulz, cfg.newton_schulz_steps)
-    plan = make_plan(specs, group["muon"], split_kv_a=cfg.split_kv_a, mesh=mesh, shardings=shardings)
+    plan = plan_of(specs, cfg, platform_of(mesh), mesh=mesh, shardings=shardings)
+    carrier = carrier_dtype(platform_of(mesh))
 
     matrices = optax.chain(
         muon.scale_by_momentum(cfg.momentum, cfg.nesterov, jnp.dtype(cfg.momentum_dtype)),
-        muon.orthogonalize(plan, lambda x: newton_schulz(x, coeffs, dtype), dtype, mesh=mesh, shardings=shardings),
+        muon.orthogonalize(plan, carrier, mesh=mesh, shardings=shardings),
         muon.scale_by_matrix_shape(specs, cfg.matrix_scale, cfg.split_kv_a),
         add_decayed_weights(specs, cfg.weight_decay),
         scale_by_rate(rate))

@@ -11,7 +11,8 @@ One step for a matrix W with gradient G (Jordan 2024; Liu et al., "Muon is Scala
 from __future__ import annotations
 
 import math
-from typing import Callable, Mapping, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,14 +50,14 @@ def scale_by_momentum(decay: float, nesterov: bool, dtype=jnp.float32) -> optax.
     return optax.GradientTransformation(init, update)
 
 
-def orthogonalize(plan: tuple[Group, ...], orthogonal: Callable[[Array], Array], dtype, *, mesh: Mesh | None = None,
+def orthogonalize(plan: tuple[Group, ...], dtype, *, mesh: Mesh | None = None,
                   shardings: Mapping[str, NamedSharding] | None = None) -> optax.GradientTransformation:
     """Every matrix replaced by its orthogonal factor. Arrays are cast to `dtype` before anything moves, which on
     accelerators halves the bytes on the network."""
 
     def update(updates, state, params=None):
         cast = {path: u.astype(dtype) for path, u in updates.items()}
-        return orthogonalize_tree(cast, plan, orthogonal, mesh=mesh, shardings=shardings), state
+        return orthogonalize_tree(cast, plan, mesh=mesh, shardings=shardings), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

@@ -8,7 +8,7 @@ and Explicit meshes compile to the same program.
 from __future__ import annotations
 
 import math
-from typing import Callable, Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +16,13 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
+from optim import plan as plan_file
 from optim.matrices import MatrixLayout
 from optim.plan import Group, Member, Strategy
 
-CHUNK_BYTES = 256 * 2**20
-"""Matrices worked on at a time; the iteration needs about three times this for its products."""
-
-Orthogonalizer = Callable[[Array], Array]
-"""[..., m, n] to [..., m, n]."""
-
-
 def _chunk(count: int, bytes_each: int) -> int:
     """Largest divisor of `count` whose matrices fit CHUNK_BYTES, at least 1."""
-    fits = max(1, CHUNK_BYTES // max(bytes_each, 1))
+    fits = max(1, plan_file.CHUNK_BYTES // max(bytes_each, 1))
     return max(d for d in range(1, min(count, fits) + 1) if count % d == 0)
 
 
@@ -44,7 +38,7 @@ def _in_place(x: Array, chunk: int, body: Callable[[Array], Array]) -> Array:
     return lax.fori_loop(0, x.shape[0] // chunk, step, x)
 
 
-def _where_it_lies(x: Array, layout: MatrixLayout, orthogonal: Orthogonalizer) -> Array:
+def _where_it_lies(x: Array, layout: MatrixLayout, group: Group) -> Array:
     """One array with whole matrices, in chunks over its leading batch axes (merging them is free on one device)."""
     lead = next((i for i, axis in enumerate(layout.order) if axis != i or axis not in layout.batch), 0)
     shape = x.shape
@@ -54,7 +48,7 @@ def _where_it_lies(x: Array, layout: MatrixLayout, orthogonal: Orthogonalizer) -
     inner = MatrixLayout((0,) + inner.batch, inner.rows, inner.cols, inner.splits)
 
     def body(part: Array) -> Array:
-        return inner.assemble([orthogonal(b) for b in inner.blocks(part)], part.shape)
+        return inner.assemble([form(b) for form, b in zip(group.forms, inner.blocks(part))], part.shape)
 
     each = math.prod(shape[lead:]) * x.dtype.itemsize
     return _in_place(merged, _chunk(merged.shape[0], each), body).reshape(shape)
@@ -109,14 +103,14 @@ def _cut(whole: Array, group: Group, mesh: Mesh) -> Array:
     return spread.reshape(group.shards, whole.shape[0], *[sizes[i] for i in locals_at])
 
 
-def _whole_matrices(x: Array, group: Group, orthogonal: Orthogonalizer) -> Array:
+def _whole_matrices(x: Array, group: Group) -> Array:
     """[matrices, whole factors...], orthogonalised in chunks."""
     rows, cols = len(group.rows), len(group.cols)
     layout = MatrixLayout((0,), tuple(range(1, 1 + rows)), tuple(range(1 + rows, 1 + rows + cols)), group.splits)
-    return _where_it_lies(x, layout, orthogonal)
+    return _where_it_lies(x, layout, group)
 
 
-def _exchange(group: Group, arrays: list[Array], orthogonal: Orthogonalizer, mesh: Mesh) -> list[Array]:
+def _exchange(group: Group, arrays: list[Array], mesh: Mesh) -> list[Array]:
     packed = [_pack(x, member, group, mesh) for x, member in zip(arrays, group.members)]
     counts = [p.shape[0] for p in packed]
     stack = jnp.concatenate(packed) if len(packed) > 1 else packed[0]
@@ -125,15 +119,15 @@ def _exchange(group: Group, arrays: list[Array], orthogonal: Orthogonalizer, mes
         stack = jnp.concatenate([stack, jnp.zeros((pad, *stack.shape[1:]), stack.dtype)])
     pieces = stack.reshape(group.shards, -1, *stack.shape[1:])
     whole = _join(lax.all_to_all(pieces, group.axes, 0, 0), group, mesh)
-    whole = _whole_matrices(whole, group, orthogonal)
+    whole = _whole_matrices(whole, group)
     back = lax.all_to_all(_cut(whole, group, mesh), group.axes, 0, 0)
     return _separate(back.reshape(stack.shape), counts, group, arrays)
 
 
-def _gather(group: Group, arrays: list[Array], orthogonal: Orthogonalizer, mesh: Mesh) -> list[Array]:
+def _gather(group: Group, arrays: list[Array], mesh: Mesh) -> list[Array]:
     (x,), (member,) = arrays, group.members
     pieces = lax.all_gather(_pack(x, member, group, mesh), group.axes)
-    whole = _whole_matrices(_join(pieces, group, mesh), group, orthogonal)
+    whole = _whole_matrices(_join(pieces, group, mesh), group)
     mine = _cut(whole, group, mesh)[lax.axis_index(group.axes)]
     return [_unpack(mine, member, x.shape)]
 
@@ -146,18 +140,17 @@ def _separate(stack: Array, counts: list[int], group: Group, arrays: list[Array]
     return out
 
 
-def _local(group: Group, arrays: list[Array], orthogonal: Orthogonalizer) -> list[Array]:
+def _local(group: Group, arrays: list[Array]) -> list[Array]:
     """Small groups are stacked into one batch; arrays that fill a chunk by themselves are not copied for that."""
     total = sum(x.size * x.dtype.itemsize for x in arrays)
-    if len(arrays) == 1 or total > CHUNK_BYTES:
-        return [_where_it_lies(x, member.layout, orthogonal) for x, member in zip(arrays, group.members)]
+    if len(arrays) == 1 or total > plan_file.CHUNK_BYTES:
+        return [_where_it_lies(x, member.layout, group) for x, member in zip(arrays, group.members)]
     packed = [_pack(x, member, group, None) for x, member in zip(arrays, group.members)]
-    whole = _whole_matrices(jnp.concatenate(packed), group, orthogonal)
+    whole = _whole_matrices(jnp.concatenate(packed), group)
     return _separate(whole, [p.shape[0] for p in packed], group, arrays)
 
 
-def orthogonalize_tree(tree: Mapping[str, Array], plan: tuple[Group, ...], orthogonal: Orthogonalizer, *,
-                       mesh: Mesh | None = None,
+def orthogonalize_tree(tree: Mapping[str, Array], plan: tuple[Group, ...], *, mesh: Mesh | None = None,
                        shardings: Mapping[str, NamedSharding] | None = None) -> dict[str, Array]:
     """Every logical matrix of `tree` replaced by its orthogonal factor; shapes, dtypes and shardings stay."""
 
@@ -166,11 +159,11 @@ def orthogonalize_tree(tree: Mapping[str, Array], plan: tuple[Group, ...], ortho
         for group in plan:
             arrays = [tree[member.path] for member in group.members]
             if group.strategy is Strategy.LOCAL:
-                results = _local(group, arrays, orthogonal)
+                results = _local(group, arrays)
             elif group.strategy is Strategy.GATHER:
-                results = _gather(group, arrays, orthogonal, mesh)
+                results = _gather(group, arrays, mesh)
             else:
-                results = _exchange(group, arrays, orthogonal, mesh)
+                results = _exchange(group, arrays, mesh)
             out.update({member.path: x for member, x in zip(group.members, results)})
         return out
 

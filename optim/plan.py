@@ -13,19 +13,27 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Mapping
 
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from configs.param_spec import Specs
 from configs.schema import ConfigError
+from optim.form import Form, choose_form
 from optim.matrices import MatrixLayout
-from optim.newton_schulz import standard_flops
+from optim.newton_schulz import Coefficients
 
 Factor = tuple[int, tuple[str, ...]]
 """Size of an array axis and the mesh axes that cut it, outermost first."""
+
+
+CHUNK_BYTES = 128 * 2**20
+"""Matrices worked on at a time on one device; a single larger slice of the leading axis is worked on whole."""
+
+CHUNK_COPIES = 6
+"""Arrays of a chunk's size that the iteration keeps at once, in its products and their transposes."""
 
 
 class Strategy(Enum):
@@ -52,6 +60,7 @@ class Group:
 
     rows, cols   the array axes that form rows and columns after flipping, with the mesh axes that cut them
     splits       blocks of the last column axis, each a matrix of its own
+    forms        how each block is orthogonalised
     axes         mesh axes that cut rows or columns, in mesh order
     shards       devices along those axes
     """
@@ -63,6 +72,7 @@ class Group:
     axes: tuple[str, ...]
     shards: int
     members: tuple[Member, ...]
+    forms: tuple[Form, ...]
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
@@ -86,8 +96,28 @@ class Group:
     def elements(self) -> int:
         return sum(m * n for m, n in self.blocks)
 
-    def flops_per_device(self, steps: int) -> int:
-        return self.count_per_device * sum(standard_flops(m, n, steps) for m, n in self.blocks)
+    @property
+    def flops_per_matrix(self) -> int:
+        """Of one stored matrix, all its blocks."""
+        return sum(form.flops(m, n) for form, (m, n) in zip(self.forms, self.blocks))
+
+    @property
+    def flops_per_device(self) -> int:
+        return self.count_per_device * self.flops_per_matrix
+
+    def memory_per_device(self, itemsize: int) -> int:
+        """Bound on temporary bytes: the matrices to orthogonalise (overwritten in place), two more copies of them
+        while they are exchanged, and the workspace of a chunk."""
+        held = self.count_per_device * self.elements * itemsize
+        largest = max(math.prod(m.shape) // m.count * self._slice(m) for m in self.members) * itemsize
+        copies = 1 if self.strategy is Strategy.LOCAL else 3
+        return copies * held + CHUNK_COPIES * min(held, max(CHUNK_BYTES, largest))
+
+    @staticmethod
+    def _slice(member: Member) -> int:
+        """Matrices in one index of the leading batch axes, the least that can be worked on at a time."""
+        lead = next((i for i, axis in enumerate(member.layout.order) if axis != i or axis not in member.layout.batch), 0)
+        return math.prod(member.shape[a] for a in member.layout.batch if a >= lead)
 
     def bytes_per_device(self, itemsize: int) -> int:
         """Received over the network by one device in one step."""
@@ -120,7 +150,8 @@ def _merge(factors: list[Factor]) -> tuple[Factor, ...]:
     return tuple(merged)
 
 
-def make_plan(specs: Specs, paths: list[str], *, split_kv_a: bool = True, mesh: Mesh | None = None,
+def make_plan(specs: Specs, paths: list[str], coeffs: Coefficients, platform: str, *, split_kv_a: bool = True,
+              mesh: Mesh | AbstractMesh | None = None,
               shardings: Mapping[str, NamedSharding] | None = None) -> tuple[Group, ...]:
     """Groups of the matrices at `paths`. ConfigError if an array has no sharding on a mesh, or an axis does not divide."""
     found: dict[tuple, list[Member]] = defaultdict(list)
@@ -155,5 +186,27 @@ def make_plan(specs: Specs, paths: list[str], *, split_kv_a: bool = True, mesh: 
         shards = math.prod(mesh.shape[a] for a in axes) if axes else 1
         held = sum(member.count_per_device for member in members)
         strategy = Strategy.LOCAL if shards == 1 else Strategy.GATHER if held == 1 else Strategy.ALL_TO_ALL
-        groups.append(Group(strategy, rows, cols, splits, axes, shards, tuple(members)))
+        group = Group(strategy, rows, cols, splits, axes, shards, tuple(members), ())
+        groups.append(replace(group, forms=tuple(choose_form(m, n, coeffs, platform) for m, n in group.blocks)))
     return tuple(groups)
+
+
+COLUMNS = ("matrices", "arrays", "where", "form", "per device", "FLOPs/device", "bytes/device", "memory/device")
+
+
+def plan_rows(plan: tuple[Group, ...], itemsize: int) -> list[tuple[str, ...]]:
+    """The plan as table cells under COLUMNS. `itemsize`: bytes per element on the network, 2 on accelerators."""
+    rows = []
+    for group in plan:
+        shapes = " + ".join(f"{m}x{n}" for m, n in group.blocks)
+        where = group.strategy.value + (f" over {'*'.join(group.axes)}={group.shards}" if group.axes else "")
+        rows.append((f"{group.count} x {shapes}", ", ".join(member.path for member in group.members), where,
+                     " / ".join(form.describe() for form in group.forms), str(group.count_per_device),
+                     f"{group.flops_per_device:.3g}", f"{group.bytes_per_device(itemsize):.3g}",
+                     f"{group.memory_per_device(itemsize):.3g}"))
+    return rows
+
+
+def total_flops(plan: tuple[Group, ...]) -> int:
+    """Of every logical matrix once, over all devices: what the step would cost without copies and padding."""
+    return sum(sum(member.count for member in group.members) * group.flops_per_matrix for group in plan)

@@ -6,7 +6,7 @@ centred  the same step minus its mean over the experts, so that the bias keeps i
 
 from __future__ import annotations
 
-from typing import Mapping
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 from jaxtyping import Array, Num

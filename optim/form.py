@@ -1,0 +1,70 @@
+"""Which form of Newton-Schulz a matrix of a given shape takes on a given platform. Chosen from the mesh, statically."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from optim.gram import cheaper, gram_flops, gram_newton_schulz, guarded, segments_for
+from optim.newton_schulz import Coefficients, newton_schulz, standard_flops
+
+GRAM_DTYPE = {"cpu": "float32", "gpu": "float16", "cuda": "float16", "rocm": "float16", "tpu": "bfloat16"}
+"""Operands of the Gram form. After the division by the norm all values are small, so float16's range suffices and its
+three extra bits allow fewer restarts; a TPU multiplies no float16."""
+
+BLOCKED_FROM = {"cpu": 1 << 62, "gpu": 1024, "cuda": 1024, "rocm": 1024, "tpu": 1024}
+"""Smallest m whose symmetric products are computed by halves; below it the pieces are too small to be worth it."""
+
+BLOCKS = 4
+
+
+@dataclass(frozen=True)
+class Form:
+    """segments None: the plain iteration. Otherwise the Gram form with these restarts."""
+
+    coeffs: Coefficients
+    segments: tuple[int, ...] | None
+    dtype: str
+    blocks: int
+
+    def __call__(self, x: Array) -> Array:
+        """[..., m, n] in the carrier dtype to its orthogonal factor in the same."""
+        if self.segments is None:
+            return newton_schulz(x, self.coeffs, x.dtype)
+        if self.dtype == "float32":
+            return gram_newton_schulz(x, self.coeffs, self.segments, jnp.float32, self.blocks)
+        return guarded(x, self.coeffs, self.segments, jnp.dtype(self.dtype), x.dtype, self.blocks)
+
+    def flops(self, m: int, n: int) -> int:
+        if self.segments is None:
+            return standard_flops(m, n, len(self.coeffs))
+        return gram_flops(m, n, self.segments, self.blocks)
+
+    def describe(self) -> str:
+        if self.segments is None:
+            return f"plain {self.dtype}"
+        return f"gram {'+'.join(map(str, self.segments))} {self.dtype}" + (f" /{self.blocks}" if self.blocks > 1 else "")
+
+
+def platform_of(mesh: Mesh | None) -> str:
+    """The mesh says where the program will run; the machine that compiles it may be another one."""
+    return mesh.devices.flat[0].platform if mesh is not None else "cpu"
+
+
+def carrier_dtype(platform: str):
+    """What matrices are stored and sent as around the iteration: float32 on a CPU, bfloat16 elsewhere."""
+    return jnp.float32 if platform == "cpu" else jnp.bfloat16
+
+
+def choose_form(m: int, n: int, coeffs: Coefficients, platform: str) -> Form:
+    """The cheapest safe form for an m x n matrix."""
+    small = min(m, n)
+    blocks = BLOCKS if small >= BLOCKED_FROM[platform] and small % (128 * BLOCKS) == 0 else 1
+    dtype = GRAM_DTYPE[platform]
+    segments = segments_for(len(coeffs), dtype)
+    if cheaper(m, n, segments, blocks):
+        return Form(coeffs, segments, dtype, blocks)
+    return Form(coeffs, None, jnp.dtype(carrier_dtype(platform)).name, 1)
