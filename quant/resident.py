@@ -1,0 +1,86 @@
+"""Weights that stay at four bits in device memory: `jnp.int4` codes and bf16 scales, 4.5 bits per weight.
+
+`.nbytes` of an int4 array counts a byte per element; the device stores half of one (docs/quantization.md), which
+`compiled.memory_analysis()` shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float, Int, Int4
+
+from configs.param_spec import Specs
+from configs.schema import ConfigError, QuantConfig
+from quant import grid
+from quant.coverage import group_axis
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Int4Weight:
+    """A stored array on the grid. `axis` is the grouped one, counted from the end, so that leading axes can be scanned
+    or gathered away. It stands where an array stood: `w[...]` and `w.astype(dtype)` behave alike, the latter unpacks."""
+
+    codes: Int4[Array, "..."]
+    scales: BFloat16[Array, "..."]
+    axis: int = field(metadata={"static": True})
+    group: int = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.codes.ndim
+
+    @property
+    def dtype(self):
+        return self.codes.dtype
+
+    def __getitem__(self, index) -> Int4Weight:
+        """Index or gather leading axes; both parts have them."""
+        return Int4Weight(self.codes[index], self.scales[index], self.axis, self.group)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def astype(self, dtype) -> Float[Array, "..."]:
+        """The weights, bf16(code * scale), in `dtype`."""
+        return grid.dequantize(self.codes, self.scales.astype(jnp.float32), self.axis, self.group).astype(dtype)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def to_int4(w: Float[Array, "..."], axis: int, group: int) -> Int4Weight:
+    """Weights, or masters, on the grid at four bits."""
+    codes, scales = grid.quantize(w, axis, group)
+    return Int4Weight(codes.astype(jnp.int4), scales.astype(jnp.bfloat16), axis, group)
+
+
+def resident(served: dict[str, Array], specs: Specs, quant: QuantConfig) -> dict[str, Array | Int4Weight]:
+    """Served weights (model/served_params.py) with every array on the grid packed to four bits.
+
+    The grid is a fixed point, so quantising served values returns the codes of the export.
+    """
+    if quant.grid == "none":
+        raise ConfigError("quant.grid is none: these weights were not trained on a grid that four bits could hold")
+    return {path: to_int4(w, group_axis(specs[path]), quant.group_size) if specs[path].on_grid else w
+            for path, w in served.items()}
+
+
+def int4_rows(x: Float[Array, "M D"], w: Int4Weight, block_expert: Int[Array, "M/b"]) -> Float[Array, "M F"]:
+    """Block i of `x` times the matrix of expert block_expert[i], for a weight [E, D, ...]: the grouped product of
+    model/grouped_matmul.py, where only the codes of the experts in use are read and unpacked."""
+    dense = w[block_expert].astype(x.dtype)
+    dense = dense.reshape(*dense.shape[:2], -1)
+    blocks = x.reshape(len(block_expert), -1, x.shape[-1])
+    return jnp.einsum("nbd,ndf->nbf", blocks, dense).reshape(len(x), -1)
+
+
+def bits_per_weight(group: int) -> float:
+    """4 for the code, 16 for the group's scale."""
+    return 4 + 16 / group
