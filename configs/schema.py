@@ -212,9 +212,20 @@ class DataConfig:
     """What is trained on: files, or a built-in task when no path is given."""
 
     paths: tuple[str, ...] = ()
-    """Files or folders: plain text, source code, or JSONL with a text field."""
+    """Files or folders: plain text, source code, JSONL (text, chat or token ids), .npy or ArrayRecord of token ids."""
     text_field: str = "text"
     """JSONL field that holds the text."""
+    mixture: tuple[float, ...] = ()
+    """Weight of each path, in tokens; empty takes everything once an epoch."""
+    mode: Literal["interleaved", "preserved", "last_segment"] = "interleaved"
+    """Training rows of a conversation: one per answer with earlier thoughts blanked, as served; one with all thoughts
+    kept; or the row of the last answer only."""
+    system: str | None = None
+    """System message given to conversations that bring none; also in the exported chat template."""
+    bad_rows: Literal["error", "drop"] = "error"
+    """What a chat row that cannot be used does; dropped rows are counted and named."""
+    too_long: Literal["error", "drop", "shorten"] = "error"
+    """What a conversation longer than train.seq_len does; shorten leaves out its oldest whole tool exchanges."""
     task: str = "chain"
     """Built-in task used when data.paths is empty; see data/tasks.py."""
     task_length: tuple[int, int] = (2, 8)
@@ -228,6 +239,8 @@ class DataConfig:
 
     def __post_init__(self):
         require(0 <= self.validation_fraction < 1, "data.validation_fraction must lie in [0, 1)")
+        require(not self.mixture or len(self.mixture) == len(self.paths) and min(self.mixture) > 0,
+                f"data.mixture needs one weight above 0 for each of the {len(self.paths)} data.paths, not {self.mixture}")
         lo, hi = self.task_length
         require(1 <= lo <= hi, f"data.task_length must be two counts, the first at most the second, not {lo} {hi}")
 

@@ -1,9 +1,9 @@
 """Chat rows as users have them (OpenAI, ShareGPT) to one canonical form, or a sentence saying what is wrong with a row.
 
-Canonical messages: `role` (system, user, assistant, tool), `content` (str), for assistants `reasoning_content` (str, when
-they thought) and `tool_calls` (with string arguments), for tool results `tool_call_id` and `name`, and `train: False`
-where the row switches training off. Calls are renumbered `functions.NAME:INDEX` over the whole conversation, as Kimi's
-serving does; results follow their call.
+Canonical messages: `role` (system, user, assistant, tool), `content` (str), for assistants `reasoning_content` (str,
+when they thought) and `tool_calls` (with string arguments), for tool results `tool_call_id` and `name`, and
+`train: False` where the row switches training off. Calls are renumbered `functions.NAME:INDEX` over the whole
+conversation, as Kimi's serving does; results follow their call.
 """
 
 from __future__ import annotations

@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from configs.schema import ConfigError, RunConfig
+from data.arrays import TokenRow
+from data.chat import Account, Talk, chat_rows
+from data.mixture import MixedStream
 from data.render import KimiRenderer
-from data.sources import read_texts
+from data.sources import Item, read_source
 from data.streams import Documents, DocumentStream, Piece, RowStream, TaskStream
 from data.tokenizer import EOS, Tokenizer
 
@@ -61,8 +65,9 @@ class Data:
     """The batches of a run; see `open_data`."""
 
     def __init__(self, cfg: RunConfig, tokenizer: Tokenizer, renderer: KimiRenderer, train: RowStream,
-                 heldout: list[list[Piece]], facts: dict[str, Any]):
+                 heldout: list[list[Piece]], account: Account, facts: dict[str, Any]):
         self.tokenizer, self.renderer = tokenizer, renderer
+        self.account = account
         self.batch_size, self.seq_len = cfg.train.batch_size, cfg.train.seq_len
         self._train, self._heldout, self._facts = train, heldout, facts
         plan = {"version": PLAN_VERSION, "seed": cfg.data.seed, "batch": self.batch_size, "seq_len": self.seq_len,
@@ -83,6 +88,8 @@ class Data:
         steps = grain.MapDataset.range(start_step, 1 << 40).map(_Fetch(self, rows))
         ahead = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
         if workers:
+            if not flags.FLAGS.is_parsed():  # Grain reads a flag of its own, which only absl programs have parsed
+                flags.FLAGS.mark_as_parsed()
             ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
         return iter(ahead)
 
@@ -104,7 +111,9 @@ class Data:
 
     def describe(self) -> dict[str, Any]:
         """What is trained on, in numbers."""
-        return self._facts | self._train.describe() | {"heldout_rows": len(self._heldout), "plan_hash": self.plan_hash}
+        chat = self.account.summary() if self.account.conversations or self.account.rejected else {}
+        return self._facts | self._train.describe() | chat | {
+            "heldout_rows": len(self._heldout), "plan_hash": self.plan_hash}
 
 
 class _Fetch(grain.transforms.Map):
@@ -117,37 +126,65 @@ class _Fetch(grain.transforms.Map):
         return self.data.batch(int(step), self.rows)
 
 
-def open_data(cfg: RunConfig, tokenizer: Tokenizer) -> Data:
-    """Read and tokenise the sources of a run (or set up its built-in task). ConfigError says what cannot be used."""
+def open_data(cfg: RunConfig, tokenizer: Tokenizer,
+              earlier_mixtures: Sequence[tuple[int, Sequence[float]]] = ()) -> Data:
+    """Read and tokenise the sources of a run (or set up its built-in task). ConfigError says what cannot be used.
+
+    earlier_mixtures   (step until which it held, weights) of every data.mixture that the run had before this one
+    """
     _check_tokenizer(cfg, tokenizer)
-    renderer = KimiRenderer(tokenizer)
+    renderer = KimiRenderer(tokenizer, cfg.data.system)
     if not cfg.data.paths:
-        return _open_task(cfg, tokenizer, renderer)
-    texts = read_texts(cfg.data.paths, cfg.data.text_field, cfg.data.validation_fraction)
-    seq_len, seed = cfg.train.seq_len, cfg.data.seed
-    train = DocumentStream(_tokenise(texts.train, tokenizer), seq_len, seed)
-    heldout = []
-    if texts.heldout:
-        stream = DocumentStream(_tokenise(texts.heldout, tokenizer), seq_len, seed)
-        heldout = [stream.row(r) for r in range(stream.describe()["rows_per_epoch"])]
-    facts = {"files": texts.files, "skipped_files": len(texts.skipped),
-             "train_bytes": sum(len(t.encode()) for t in texts.train),
-             "heldout_bytes": sum(len(t.encode()) for t in texts.heldout)}
-    return Data(cfg, tokenizer, renderer, train, heldout, facts)
+        train, held = (TaskStream(cfg.data, cfg.train.seq_len, renderer, split) for split in ("train", "heldout"))
+        count = (cfg.train.eval_batches or TASK_VALIDATION_BATCHES) * cfg.train.batch_size
+        return Data(cfg, tokenizer, renderer, train, [held.row(r) for r in range(count)], Account(), {})
+    account = Account()
+    sources = [read_source(path, cfg.data, tokenizer, account) for path in cfg.data.paths]
+    documents = [_documents(source.train, cfg, renderer, account) for source in sources]
+    if not any(documents):
+        raise ConfigError("data.paths: every row was left out; see data.bad_rows and data.too_long")
+    train = _mixed(cfg, documents, earlier_mixtures) if cfg.data.mixture else _stream(cfg, sum(documents, []))
+    held = _documents([item for source in sources for item in source.heldout], cfg, renderer, account)
+    facts = {"files": sum(source.files for source in sources),
+             "skipped_files": sum(len(source.skipped) for source in sources),
+             "train_bytes": _text_bytes(source.train for source in sources),
+             "heldout_bytes": _text_bytes(source.heldout for source in sources)}
+    rows = []
+    if held:
+        stream = _stream(cfg, held)
+        rows = [stream.row(r) for r in range(stream.describe()["rows_per_epoch"])]
+    return Data(cfg, tokenizer, renderer, train, rows, account, facts)
 
 
-def _open_task(cfg: RunConfig, tokenizer: Tokenizer, renderer: KimiRenderer) -> Data:
-    def stream(split: str) -> TaskStream:
-        return TaskStream(cfg.data.task, cfg.data.task_length, cfg.data.seed, cfg.train.seq_len, renderer, split)
-
-    count = (cfg.train.eval_batches or TASK_VALIDATION_BATCHES) * cfg.train.batch_size
-    held = stream("heldout")
-    return Data(cfg, tokenizer, renderer, stream("train"), [held.row(r) for r in range(count)], {})
+def _stream(cfg: RunConfig, rows: Sequence[TokenRow], *key: int) -> DocumentStream:
+    return DocumentStream(Documents(rows, cfg.model.vocab_size), cfg.train.seq_len, cfg.data.seed, *key)
 
 
-def _tokenise(texts: list[str], tokenizer: Tokenizer) -> Documents:
-    documents = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.special[EOS]] for text in texts]
-    return Documents(documents, None, tokenizer.vocab_size)
+def _mixed(cfg: RunConfig, documents: Sequence[Sequence[TokenRow]], earlier: Sequence[tuple[int, Sequence[float]]]
+           ) -> MixedStream:
+    for path, rows in zip(cfg.data.paths, documents):
+        if not rows:
+            raise ConfigError(f"data.paths: every row of {path} was left out; it cannot have a weight in data.mixture")
+    firsts = [0, *(step * cfg.train.batch_size for step, _ in earlier)]
+    weights = [*(weights for _, weights in earlier), cfg.data.mixture]
+    streams = [_stream(cfg, rows, index) for index, rows in enumerate(documents)]
+    return MixedStream(streams, list(zip(firsts, weights)), cfg.data.seed)
+
+
+def _documents(items: Sequence[Item], cfg: RunConfig, renderer: KimiRenderer, account: Account) -> list[TokenRow]:
+    """Token ids and weights of every document, in the order text, conversations, arrays."""
+    tokenizer, data = renderer.tokenizer, cfg.data
+    texts = [item for item in items if isinstance(item, str)]
+    rows = [TokenRow(np.concatenate([[tokenizer.bos_id], ids, [tokenizer.special[EOS]]]), None)
+            for ids in tokenizer.encode_many(texts)]
+    talks = [item for item in items if isinstance(item, Talk)]
+    rows += [TokenRow(np.array(row.ids, np.int32), np.array(row.weights, np.float32)) for row in
+             chat_rows(talks, renderer, data.mode, cfg.train.seq_len, data.bad_rows, data.too_long, account)]
+    return rows + [item for item in items if isinstance(item, TokenRow)]
+
+
+def _text_bytes(sources: Iterable[Sequence[Item]]) -> int:
+    return sum(len(item.encode()) for items in sources for item in items if isinstance(item, str))
 
 
 def _check_tokenizer(cfg: RunConfig, tokenizer: Tokenizer) -> None:

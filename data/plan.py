@@ -93,14 +93,14 @@ def best_fit(counts: np.ndarray, capacity: int, max_rows: int | None = None) -> 
     return rows
 
 
-def pack_epoch(counts: np.ndarray, seq_len: int, seed: int, epoch: int) -> tuple[Pieces, list[list[int]]]:
-    """The pieces of one epoch and its rows (lists of piece indices), shuffled by (seed, epoch)."""
-    pieces = cut_pieces(counts, seq_len, seed, epoch, 1)
-    order = shuffled(len(pieces.doc), seed, epoch, 2)
+def pack_epoch(counts: np.ndarray, seq_len: int, *key: int) -> tuple[Pieces, list[list[int]]]:
+    """The pieces of one epoch and its rows (lists of piece indices), shuffled by the key (seed, ..., epoch)."""
+    pieces = cut_pieces(counts, seq_len, *key, 1)
+    order = shuffled(len(pieces.doc), *key, 2)
     rows: list[list[int]] = []
     for at in range(0, len(order), WINDOW):
         window = order[at:at + WINDOW]
         packed = best_fit(pieces.count[window], seq_len)
-        for row in shuffled(len(packed), seed, epoch, 3, at):
+        for row in shuffled(len(packed), *key, 3, at):
             rows.append([int(window[i]) for i in packed[row]])
     return pieces, rows

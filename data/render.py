@@ -34,10 +34,11 @@ class LossWeights:
 
 @dataclass
 class Rendered:
-    """Token ids and, for each, the weight of its prediction (0: context only)."""
+    """Token ids and, for each, the weight of its prediction (0: context only). `end` messages were rendered."""
 
     ids: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
+    end: int = 0
 
     def add(self, ids: Sequence[int], weight: float = 0.0) -> None:
         self.ids.extend(ids)
@@ -77,7 +78,7 @@ def segment_ends(messages: Sequence[Message]) -> list[int]:
 
 
 class KimiRenderer:
-    """Renders for one tokenizer. `system` is inserted when a conversation brings no system message; None inserts none."""
+    """Renders for one tokenizer. `system` is inserted where a conversation brings no system message, unless None."""
 
     def __init__(self, tokenizer: Tokenizer, system: str | None = None, weights: LossWeights = LossWeights()):
         self.tokenizer = tokenizer
@@ -109,7 +110,7 @@ class KimiRenderer:
 
     def _render(self, messages: Sequence[Message], tools: Sequence[dict] | None, keep_from: int,
                 train_from: int) -> Rendered:
-        row = Rendered()
+        row = Rendered(end=len(messages))
         if tools:
             declared = json.dumps(list(tools), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
             self._context(row, tok.IM_SYSTEM, "tool_declare", declared)

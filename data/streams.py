@@ -10,11 +10,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from configs.schema import ConfigError
+from configs.schema import ConfigError, DataConfig
 from data import plan
+from data.arrays import TokenRow
 from data.problem import Draw
 from data.render import KimiRenderer, Rendered
-from data.tasks import make_problem
+from data.tasks import Split, make_problem
 
 WINDOW_TOKENS = 1 << 16
 """Tokens of task problems that are drawn and packed together."""
@@ -62,13 +63,18 @@ class Memo:
 
 
 class Documents:
-    """Tokenised documents in one flat array; `weights` None means that every token is trained."""
+    """Tokenised documents in one flat array, less those of a single token, which predict nothing. `weights` None means
+    that every token is trained."""
 
-    def __init__(self, documents: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None, vocab_size: int):
+    def __init__(self, rows: Sequence[TokenRow], vocab_size: int):
         small = np.uint16 if vocab_size <= 1 << 16 else np.int32
-        self.offsets = np.cumsum([0, *map(len, documents)])
-        self.ids = np.concatenate([np.asarray(d, small) for d in documents])
-        self.weights = None if weights is None else np.concatenate([np.asarray(w, np.float32) for w in weights])
+        rows = [row for row in rows if len(row.ids) > 1]
+        self.offsets = np.cumsum([0, *(len(row.ids) for row in rows)])
+        self.ids = np.concatenate([np.asarray(row.ids, small) for row in rows])
+        self.weights = None
+        if any(row.weights is not None for row in rows):
+            self.weights = np.concatenate([np.ones(len(row.ids), np.float32) if row.weights is None
+                                           else np.asarray(row.weights, np.float32) for row in rows])
 
     @property
     def predictions(self) -> np.ndarray:
@@ -92,13 +98,13 @@ class Documents:
 class DocumentStream:
     """Epochs over a finite set of documents, each epoch shuffled, cut and packed anew."""
 
-    def __init__(self, documents: Documents, seq_len: int, seed: int):
-        self.documents, self.seq_len, self.seed = documents, seq_len, seed
+    def __init__(self, documents: Documents, seq_len: int, *key: int):
+        self.documents, self.seq_len, self.key = documents, seq_len, key
         self._epoch = Memo(self._pack, keep=2)
         self._first_row = [0]
 
     def _pack(self, epoch: int) -> tuple[plan.Pieces, list[list[int]]]:
-        return plan.pack_epoch(self.documents.predictions, self.seq_len, self.seed, epoch)
+        return plan.pack_epoch(self.documents.predictions, self.seq_len, *self.key, epoch)
 
     def row(self, number: int) -> list[Piece]:
         epoch = 0
@@ -125,31 +131,34 @@ class DocumentStream:
 class TaskStream:
     """Fresh problems of a built-in task for ever. Windows of a fixed number of rows are drawn and packed on demand."""
 
-    def __init__(self, task: str, length: tuple[int, int], seed: int, seq_len: int, renderer: KimiRenderer, split: str):
-        self.task, self.length, self.seed, self.seq_len = task, length, seed, seq_len
-        self.renderer, self.split = renderer, split
+    def __init__(self, data: DataConfig, seq_len: int, renderer: KimiRenderer, split: Split):
+        self.data, self.seq_len, self.renderer, self.split = data, seq_len, renderer, split
         self.window_rows = max(8, WINDOW_TOKENS // seq_len)
         self._window = Memo(self._draw)
 
-    def _rendered(self, window: int, number: int) -> Rendered:
-        lo, hi = self.length
-        length = lo + Draw("length", self.split, self.seed, window, number).below(hi - lo + 1)
-        problem = make_problem(self.task, self.seed, window << 32 | number, length, self.split)
-        (row,) = self.renderer.rows(problem.messages)
-        if len(row.ids) - 1 > self.seq_len:
-            raise ConfigError(f"a {self.task} problem of {length} steps takes {len(row.ids) - 1} tokens; raise "
+    def _rendered(self, window: int, number: int) -> list[Rendered]:
+        data = self.data
+        length = Draw("length", self.split, data.seed, window, number).between(*data.task_length)
+        problem = make_problem(data.task, data.seed, window << 32 | number, length, self.split)
+        rows = self.renderer.rows(problem.messages, problem.tools, data.mode)
+        longest = max(len(row.ids) for row in rows) - 1
+        if longest > self.seq_len:
+            raise ConfigError(f"a {data.task} problem of {length} steps takes {longest} tokens; raise "
                               f"train.seq_len={self.seq_len} or lower data.task_length")
-        return row
+        return rows
 
     def _draw(self, window: int) -> list[list[Piece]]:
-        drawn, total = [], 0
+        drawn: list[Rendered] = []
+        number = total = 0
         while total < self.window_rows * self.seq_len:
-            drawn.append(self._rendered(window, len(drawn)))
-            total += len(drawn[-1].ids) - 1
+            rows = self._rendered(window, number)
+            drawn += rows
+            total += sum(len(row.ids) - 1 for row in rows)
+            number += 1
         counts = np.array([len(row.ids) - 1 for row in drawn])
         packed = plan.best_fit(counts, self.seq_len, max_rows=self.window_rows)
         pieces = [Piece(np.array(row.ids, np.int32), np.array(row.weights[1:], np.float32)) for row in drawn]
-        return [[pieces[i] for i in packed[row]] for row in plan.shuffled(len(packed), self.seed, window)]
+        return [[pieces[i] for i in packed[row]] for row in plan.shuffled(len(packed), self.data.seed, window)]
 
     def row(self, number: int) -> list[Piece]:
         return self._window(number // self.window_rows)[number % self.window_rows]
@@ -161,5 +170,6 @@ class TaskStream:
     def describe(self) -> dict[str, Any]:
         window = self._window(0)
         filled = sum(len(piece.weights) for row in window for piece in row)
-        return {"task": self.task, "steps": self.length, "padding": 1 - filled / (len(window) * self.seq_len),
+        return {"task": self.data.task, "steps": self.data.task_length,
+                "padding": 1 - filled / (len(window) * self.seq_len),
                 "problems_per_row": sum(map(len, window)) / len(window)}

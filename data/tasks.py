@@ -92,7 +92,7 @@ TASKS: dict[str, tuple[Callable[[Draw, int], Problem], int]] = {
 
 
 def make_problem(task: str, seed: int, index: int, length: int, split: Split = "heldout") -> Problem:
-    """Problem number `index` with `length` steps. Training draws from split `train`, so the default is never trained on.
+    """Problem number `index` with `length` steps. Training draws from split `train`; the default is never trained on.
 
     ConfigError for an unknown task or a length that the task does not have.
     """

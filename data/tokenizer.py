@@ -47,6 +47,10 @@ class Tokenizer(ABC):
         """Ids of plain text. Look-alikes of special tokens inside `text` stay plain text."""
 
     @abstractmethod
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of every text, as integer arrays."""
+
+    @abstractmethod
     def token_bytes(self, ids: Sequence[int]) -> bytes:
         """Bytes of plain ids (no special ones)."""
 
@@ -150,6 +154,9 @@ class ByteTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", "replace"))
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode("utf-8", "replace"), np.uint8) for text in texts]
 
     def token_bytes(self, ids: Sequence[int]) -> bytes:
         unused = b"\xff"

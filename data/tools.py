@@ -27,7 +27,7 @@ JSON_TYPES: dict[Any, str] = {str: "string", int: "integer", float: "number", bo
 
 @dataclass(frozen=True)
 class Tool:
-    """A callable and what the model is told about it. `run` takes the parsed arguments and returns the result's text."""
+    """A callable and what the model is told about it. `run` takes the parsed arguments; its result is shown as text."""
 
     name: str
     description: str

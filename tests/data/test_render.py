@@ -66,7 +66,8 @@ def test_prompt_is_the_prefix_of_the_row():
 
 def test_declaration_and_system_message():
     text = TOKENIZER.decode(KimiRenderer(TOKENIZER, system="Be brief.").prompt(TALK[:1], ADD))
-    assert text == ('<|im_system|>tool_declare<|im_middle|>[{"function":{"description":"ü","name":"add"},"type":"function"}]'
+    declared = '[{"function":{"description":"ü","name":"add"},"type":"function"}]'
+    assert text == ("<|im_system|>tool_declare<|im_middle|>" + declared +
                     "<|im_end|><|im_system|>system<|im_middle|>Be brief.<|im_end|>" + USER + A)
     own = [{"role": "system", "content": "Mine."}, *TALK[:1]]
     text = TOKENIZER.decode(KimiRenderer(TOKENIZER, system="Be brief.").prompt(own))
@@ -84,7 +85,8 @@ def test_weights_per_part_and_untrained_messages():
 
 
 def test_content_of_parts_or_nothing():
-    for content, expected in ((None, ""), ([], ""), ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "ab")):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    for content, expected in ((None, ""), ([], ""), (parts, "ab")):
         ids = KimiRenderer(TOKENIZER).prompt([{"role": "user", "content": content}])
         assert TOKENIZER.decode(ids) == f"<|im_user|>user<|im_middle|>{expected}<|im_end|>" + A
     assert np.all(np.array(KimiRenderer(TOKENIZER).rows(TALK)[0].weights) <= 1)

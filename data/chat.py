@@ -1,0 +1,106 @@
+"""Conversations to training rows that fit, with an account of everything that was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from data.messages import Conversation, Message, RowError
+from data.render import KimiRenderer, Mode, Rendered
+
+
+class Talk(NamedTuple):
+    """A conversation and the file and line it stands in."""
+
+    where: str
+    conversation: Conversation
+
+
+@dataclass
+class Account:
+    """What became of the conversations."""
+
+    conversations: int = 0
+    rows: int = 0
+    shortened: int = 0
+    trained_tokens: int = 0
+    tokens: int = 0
+    tokens_once: int = 0
+    """Tokens if every conversation were rendered once; tokens / tokens_once is the cost of one row per segment."""
+    rejected: list[str] = field(default_factory=list)
+    """WHERE: why, for every conversation or row that was left out."""
+    remarks: list[str] = field(default_factory=list)
+
+    def summary(self) -> dict[str, object]:
+        """The counts, for people."""
+        return {"conversations": self.conversations, "chat_rows": self.rows, "shortened": self.shortened,
+                "rejected": len(self.rejected), "trained_share": self.trained_tokens / max(1, self.tokens),
+                "duplication": self.tokens / max(1, self.tokens_once)}
+
+
+def without_oldest_exchange(messages: list[Message]) -> list[Message] | None:
+    """Leave out the first assistant message that calls tools, with its results; None if only the end is left."""
+    for start, message in enumerate(messages):
+        if message.get("tool_calls"):
+            end = start + 1
+            while end < len(messages) and messages[end]["role"] == "tool":
+                end += 1
+            return [*messages[:start], *messages[end:]] if end < len(messages) else None
+    return None
+
+
+def shortened(messages: list[Message], tools: list[dict], renderer: KimiRenderer, mode: Mode,
+              seq_len: int) -> Rendered | None:
+    """The row that ends with these messages, as few of the oldest tool exchanges left out as make it fit, or None."""
+    while (messages := without_oldest_exchange(messages)) is not None:
+        rows = renderer.rows(messages, tools, "preserved" if mode == "preserved" else "last_segment")
+        if rows and fits(rows[0], seq_len):
+            return rows[0]
+    return None
+
+
+def fits(row: Rendered, seq_len: int) -> bool:
+    return len(row.ids) - 1 <= seq_len
+
+
+def chat_rows(conversations: Iterable[Talk], renderer: KimiRenderer, mode: Mode, seq_len: int,
+              bad_rows: str, too_long: str, account: Account) -> list[Rendered]:
+    """Training rows of conversations; `account` is filled in. RowError where the settings say error."""
+    out = []
+    for where, talk in conversations:
+        account.conversations += 1
+        account.remarks += [f"{where}: {remark}" for remark in talk.remarks]
+        whole = renderer.rows(talk.messages, talk.tools, mode)
+        if not whole:
+            refuse(f"{where}: no token of it is trained", bad_rows, "bad_rows", account)
+            continue
+        last = len(whole[-1].ids)
+        account.tokens_once += last
+        for number, row in enumerate(whole):
+            if not fits(row, seq_len):
+                length = f"{where}: row {number + 1} has {len(row.ids) - 1} tokens, more than train.seq_len={seq_len}"
+                if too_long == "shorten":
+                    row = shortened(talk.messages[:row.end], talk.tools, renderer, mode, seq_len)
+                    account.shortened += row is not None
+                else:
+                    row = None
+                if row is None:
+                    refuse(length, "error" if too_long == "error" else "drop", "too_long", account)
+                    continue
+            out.append(row)
+            account.rows += 1
+            account.tokens += len(row.ids)
+            account.trained_tokens += row.trained
+    return out
+
+
+HINTS = {"bad_rows": "correct it, or leave such rows out with data.bad_rows=drop",
+         "too_long": "raise train.seq_len, or set data.too_long to drop or shorten"}
+
+
+def refuse(reason: str, policy: str, setting: str, account: Account) -> None:
+    """Stop, or write it down and go on."""
+    if policy == "error":
+        raise RowError(f"{reason}; {HINTS[setting]}")
+    account.rejected.append(reason)

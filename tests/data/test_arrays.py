@@ -1,0 +1,73 @@
+"""Pre-tokenised files."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs.schema import ConfigError, DataConfig, RunConfig, TrainConfig
+from data.arrays import TokenRow, write_array_record
+from data.pipeline import open_data
+from data.tokenizer import load_tokenizer
+
+DOCUMENTS = [[256, *range(10)], [256, *range(50, 75)], [256, 7]]
+WEIGHTS = [[0.0] * 5 + [1.0] * 6, None, [0.0, 0.5]]
+
+
+def open_path(path):
+    cfg = RunConfig(data=DataConfig(paths=(str(path),), validation_fraction=0.0),
+                    train=TrainConfig(batch_size=1, seq_len=64))
+    return open_data(cfg, load_tokenizer("bytes"))
+
+
+def rows_of(data):
+    return sorted(data._train.documents.piece(i, 0, n).ids.tolist()
+                  for i, n in enumerate(data._train.documents.predictions))
+
+
+def write(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    if kind == "npy":
+        np.save(path, np.concatenate(DOCUMENTS).astype(np.uint16))
+    elif kind == "jsonl":
+        path.write_text("\n".join(json.dumps({"ids": i, "weights": w}) for i, w in zip(DOCUMENTS, WEIGHTS)))
+    else:
+        assert write_array_record(path, [TokenRow(i, w) for i, w in zip(DOCUMENTS, WEIGHTS)]) == 3
+    return path
+
+
+@pytest.mark.parametrize("kind", ["npy", "jsonl", "array_record"])
+def test_documents(tmp_path, kind):
+    data = open_path(write(tmp_path, kind))
+    assert rows_of(data) == sorted(DOCUMENTS)
+    batch = data.batch(0)
+    weights = [[1.0] * (len(i) - 1) if kind == "npy" or w is None else w[1:] for i, w in zip(DOCUMENTS, WEIGHTS)]
+    assert batch["weights"].sum() == sum(map(sum, weights))
+
+
+def test_rows_of_a_matrix(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(60).reshape(3, 20))
+    assert rows_of(open_path(tmp_path / "a.npy")) == np.arange(60).reshape(3, 20).tolist()
+
+
+@pytest.mark.parametrize("array, words", [
+    (np.array([1, 320]), "token id 320, outside the vocabulary of 320"),
+    (np.array([-1, 3]), "token id -1"),
+    (np.array([0.5]), "float64, not integer"),
+    (np.zeros((2, 2, 2), int), "3 dimensions"),
+    (np.array([], int), "is empty"),
+])
+def test_bad_arrays(tmp_path, array, words):
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(ConfigError, match=words):
+        open_path(tmp_path / "a.npy")
+
+
+def test_files_that_are_none(tmp_path):
+    for name in ("a.npy", "b.array_record"):
+        (tmp_path / name).write_bytes(b"not an array at all" * 9999)
+        with pytest.raises(ConfigError, match=f"{name} is not a readable"):
+            open_path(tmp_path / name)
+    with pytest.raises(ConfigError, match="weights of the same length"):
+        (tmp_path / "c.jsonl").write_text('{"ids": [1, 2], "weights": [1]}')
+        open_path(tmp_path / "c.jsonl")

@@ -1,0 +1,164 @@
+"""Chat rows of two formats to canonical messages; every bad row has its own sentence."""
+
+import json
+
+import pytest
+
+from configs.schema import ConfigError, DataConfig, RunConfig, TrainConfig
+from data.messages import RowError, conversation
+from data.pipeline import open_data
+from data.tokenizer import load_tokenizer
+
+
+def called(name="add", arguments='{"a": 1}', call_id="call_x"):
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def openai(*messages):
+    return {"messages": [{"role": "user", "content": "q"}, *messages]}
+
+
+CANONICAL = [
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "", "reasoning_content": "hm",
+     "tool_calls": [called(call_id="functions.add:0"), called("mul", '{"b": [2]}', "functions.mul:1")]},
+    {"role": "tool", "content": "2", "tool_call_id": "functions.mul:1", "name": "mul"},
+    {"role": "tool", "content": "1", "tool_call_id": "functions.add:0", "name": "add"},
+    {"role": "assistant", "content": "done"},
+]
+
+
+def test_openai_calls_are_renumbered_and_results_follow():
+    row = openai(
+        {"role": "assistant", "content": None, "reasoning": "hm",
+         "tool_calls": [called(), called("mul", {"b": [2]}, "call_y")]},
+        {"role": "tool", "tool_call_id": "call_y", "content": "2"},
+        {"role": "tool", "tool_call_id": "call_x", "content": [{"type": "text", "text": "1"}], "name": "add"},
+        {"role": "assistant", "content": "done"})
+    talk = conversation(row)
+    assert talk.messages == CANONICAL
+    assert len(talk.remarks) == 1 and "declares none" in talk.remarks[0]
+    assert conversation({"messages": talk.messages}).messages == talk.messages, "canonical rows stay as they are"
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    assert conversation(row | {"tools": json.dumps(tools)}).tools == tools
+    assert not conversation(row | {"tools": tools}).remarks
+
+
+def test_sharegpt():
+    row = {"conversations": [
+        {"from": "system", "value": "s"}, {"from": "human", "value": "q"},
+        {"from": "gpt", "value": "<think>\nhm\n</think>\n\nlet me"},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+        {"from": "observation", "value": "1"}, {"from": "gpt", "value": "done"}]}
+    assert conversation(row).messages == [
+        {"role": "system", "content": "s"}, {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "let me", "reasoning_content": "hm",
+         "tool_calls": [called(call_id="functions.add:0")]},
+        {"role": "tool", "content": "1", "tool_call_id": "functions.add:0", "name": "add"},
+        {"role": "assistant", "content": "done"}]
+
+
+@pytest.mark.parametrize("switch", [{"train": False}, {"weight": 0}, {"loss_mask": 0}])
+def test_switched_off(switch):
+    assert conversation(openai({"role": "assistant", "content": "a"} | switch)).messages[1]["train"] is False
+    kept = {name: 1 for name in switch}
+    assert "train" not in conversation(openai({"role": "assistant", "content": "a"} | kept)).messages[1]
+
+
+ANSWER = {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"messages": []}, "has no messages"),
+    ({"messages": "x"}, "has no messages"),
+    (openai(), "no assistant message"),
+    (openai("x"), "message 2: is str"),
+    (openai({"role": "bot", "content": "x"}), "message 2: unknown role 'bot'"),
+    (openai({"role": "assistant", "content": 3}), "message 2: content is int"),
+    (openai({"role": "assistant", "content": [{"type": "image_url"}]}), "a part that is not text"),
+    (openai({"role": "tool", "content": "1", "tool_call_id": "c"}, ANSWER), "message 2: is the result of 'c'"),
+    (openai({"role": "tool", "content": "1"}, ANSWER), "message 2: is a tool result without a call"),
+    (openai({"role": "assistant", "tool_calls": [called(), called()]}), "call id 'call_x' is used twice"),
+    (openai({"role": "assistant", "tool_calls": [called()]}, ANSWER), "message 3: comes before the result of call"),
+    (openai({"role": "assistant", "tool_calls": [called(arguments="{a: 1}")]}), "arguments of add are not JSON: {a"),
+    (openai({"role": "assistant", "tool_calls": [called(arguments="[1]")]}), "arguments of add are not a JSON object"),
+    (openai({"role": "assistant", "tool_calls": [{"id": "x"}]}), "no function name"),
+    (openai({"role": "assistant", "content": "<think>a"}), "opens <think> and does not close"),
+    (openai({"role": "assistant", "content": "", "reasoning_content": ["a"]}), "thoughts are list"),
+    ({"conversations": [{"from": "function_call", "value": "add(1)"}]}, "function_call is not JSON"),
+    (openai(ANSWER) | {"tools": "{"}, "tools are not JSON"),
+    (openai(ANSWER) | {"tools": {"a": 1}}, "tools must be a list"),
+])
+def test_bad_rows(row, words):
+    with pytest.raises(RowError, match=words):
+        conversation(row)
+
+
+def talk(answers, padding=1, **more):
+    """A conversation of questions, each answered after one call."""
+    messages = []
+    for i in range(answers):
+        messages += [{"role": "user", "content": f"question {i} " + "x" * padding},
+                     {"role": "assistant", "reasoning_content": f"thought {i}", "content": "",
+                      "tool_calls": [called(call_id=f"c{i}")]},
+                     {"role": "tool", "tool_call_id": f"c{i}", "content": "y" * padding},
+                     {"role": "assistant", "reasoning_content": "so", "content": f"answer {i}", **more}]
+    return {"messages": messages, "tools": [{"type": "function", "function": {"name": "add"}}]}
+
+
+def open_rows(tmp_path, rows, seq_len=1024, **settings):
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    cfg = RunConfig(data=DataConfig(paths=(str(path),), validation_fraction=0.0, **settings),
+                    train=TrainConfig(batch_size=2, seq_len=seq_len))
+    return open_data(cfg, load_tokenizer("bytes"))
+
+
+def test_one_row_per_segment_and_the_account(tmp_path):
+    data = open_rows(tmp_path, [talk(3), talk(1)])
+    facts = data.describe()
+    assert (facts["conversations"], facts["chat_rows"], facts["rejected"]) == (2, 4, 0)
+    assert 1.2 < facts["duplication"] < 2
+    assert open_rows(tmp_path, [talk(3), talk(1)], mode="preserved").describe()["chat_rows"] == 2
+    last = open_rows(tmp_path, [talk(3), talk(1)], mode="last_segment")
+    assert last.describe()["chat_rows"] == 2
+    text = "".join(last.tokenizer.decode(row) for row in last.batch(0)["tokens"])
+    assert "answer 2" in text and "thought 2" in text and "thought 1" not in text
+
+
+def test_system_message_is_inserted(tmp_path):
+    data = open_rows(tmp_path, [talk(1)], system="Be brief.")
+    assert "<|im_system|>system<|im_middle|>Be brief.<|im_end|>" in data.tokenizer.decode(data.batch(0)["tokens"][0])
+
+
+def test_bad_rows_stop_or_are_dropped_by_name(tmp_path):
+    rows = [talk(1), "{oops", {"messages": [{"role": "bot"}]}, talk(1, train=False) | {"messages": [
+        {"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": False}]}]
+    with pytest.raises(ConfigError, match="chat.jsonl line 2 is not JSON.*data.bad_rows=drop"):
+        open_rows(tmp_path, rows)
+    rejected = open_rows(tmp_path, rows, bad_rows="drop").account.rejected
+    assert [reason.rpartition("chat.jsonl ")[2] for reason in rejected] == [
+        "line 2 is not JSON: Expecting property name enclosed in double quotes at column 2",
+        "line 3 message 1: unknown role 'bot'; known are system, developer, user, assistant, tool, human, gpt, "
+        "function_call, observation",
+        "line 4: no token of it is trained"]
+
+
+def test_too_long(tmp_path):
+    rows = [talk(1), talk(3, padding=300)]
+    with pytest.raises(ConfigError, match="line 2: row 1 has .* tokens, more than train.seq_len=700.*data.too_long"):
+        open_rows(tmp_path, rows, seq_len=700)
+    dropped = open_rows(tmp_path, rows, seq_len=700, too_long="drop")
+    assert dropped.describe()["chat_rows"] == 1 and len(dropped.account.rejected) == 3
+    shortened = open_rows(tmp_path, [talk(1), talk(3, padding=90)], seq_len=900, too_long="shorten")
+    facts = shortened.describe()
+    assert (facts["chat_rows"], facts["shortened"], facts["rejected"]) == (4, 1, 0)
+    text = shortened.tokenizer.decode(shortened._train.documents.piece(3, 0, 1 << 20).ids)
+    assert text.count("<|tool_call_begin|>") == text.count("## Return of") == 2 and "question 0" in text
+
+
+def test_nothing_left(tmp_path):
+    with pytest.raises(ConfigError, match="every row was left out|holds nothing to train on"):
+        open_rows(tmp_path, ["{oops"], bad_rows="drop")
+    with pytest.raises(ConfigError, match="every row was left out"):
+        open_rows(tmp_path, [talk(3, padding=300)], seq_len=64, too_long="drop")
