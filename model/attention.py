@@ -1,17 +1,21 @@
 """Causal attention within packed documents, with the largest logit of every head.
 
-One registry, one signature: `(q, k, v, segments, scale) -> (out, max_logit)`. `reference` holds all logits at once
-and is the definition.
+One registry, one signature: `(q, k, v, segments, scale, chunk) -> (out, max_logit)`. `reference` holds all logits at
+once and is the definition; `chunked` is linear in memory and skips what nobody may see. Documents are contiguous,
+numbered from 1; 0 is padding, whose outputs are finite and meaningless.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-MASKED = -1e30
-"""Logit of a key that may not be seen; finite, so that a fully masked (padding) row gives numbers, not NaN."""
+from model.attention_chunked import MASKED, chunked
+
+CHUNK = {"cpu": 128, "gpu": 512, "tpu": 512}
+"""Positions per chunk. On a CPU a tile of 128 x 128 stays in cache: bench/attention.py."""
 
 
 def visible_BST(segments_BS: Int[Array, "B S"]) -> Array:
@@ -22,17 +26,25 @@ def visible_BST(segments_BS: Int[Array, "B S"]) -> Array:
 
 
 def reference(q: Float[Array, "B S H k"], k: Float[Array, "B S H k"], v: Float[Array, "B S H v"],
-              segments: Int[Array, "B S"], scale: float) -> tuple[Float[Array, "B S H v"], Float[Array, "H"]]:
-    """softmax(q k^T scale) v with all logits in memory; max_logit carries no gradient."""
+              segments: Int[Array, "B S"], scale: float, chunk: int = 0
+              ) -> tuple[Float[Array, "B S H v"], Float[Array, "H"]]:
+    """softmax(q k^T scale) v with all logits in memory (`chunk` is not used); max_logit carries no gradient."""
     logits = jnp.einsum("BSHd,BTHd->BHST", q, k, preferred_element_type=jnp.float32) * scale
     logits = jnp.where(visible_BST(segments)[:, None], logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("BHST,BTHv->BSHv", weights, v), jax.lax.stop_gradient(jnp.max(logits, axis=(0, 2, 3)))
+    out = checkpoint_name(jnp.einsum("BHST,BTHv->BSHv", weights, v), "attention_out")
+    return out, jax.lax.stop_gradient(jnp.max(logits, axis=(0, 2, 3)))
 
 
-IMPLEMENTATIONS = {"reference": reference}
+IMPLEMENTATIONS = {"reference": reference, "chunked": chunked}
+
+
+def implementation(platform: str, seq_len: int) -> str:
+    """Which entry suits the platform and the sequence length: from two chunks on, tiles win on time and memory."""
+    return "chunked" if seq_len > CHUNK[platform] else "reference"
 
 
 def causal(q, k, v, segments, scale: float, platform: str) -> tuple[Array, Array]:
-    """Attention by the implementation that suits the platform and the sequence length."""
-    return IMPLEMENTATIONS["reference"](q, k, v, segments, scale)
+    """Attention by the implementation of the platform the program is compiled for; shapes as `reference`."""
+    name = implementation(platform, q.shape[1])
+    return IMPLEMENTATIONS[name](q, k, v, segments, scale, CHUNK[platform])

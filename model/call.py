@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Callable
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +42,9 @@ class Call:
         return as_served(param[...], param.spec, self.serving, self.amount)
 
 
-def reduced_by(reduce: Callable) -> dataclass:
-    """A field of measurements and the one way to combine it over microbatches and shards."""
-    return field(metadata={"reduce": reduce})
+def reduced_by(reduce: Callable, neutral: float) -> dataclass:
+    """A field of measurements, the one way to combine it over microbatches and shards, and that way's neutral value."""
+    return field(metadata={"reduce": reduce, "neutral": neutral})
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +52,7 @@ def reduced_by(reduce: Callable) -> dataclass:
 class LayerAux:
     """Measured by every layer. Scanned layers keep their own entries: nothing is ever reduced over layers."""
 
-    max_logit: Float[Array, "... H"] = reduced_by(jnp.maximum)
+    max_logit: Float[Array, "... H"] = reduced_by(jnp.maximum, -jnp.inf)
     """Largest scaled, unmasked attention logit of each head (QK-Clip's statistic)."""
 
 
@@ -61,9 +61,9 @@ class LayerAux:
 class MoEAux:
     """Measured by an MoE layer."""
 
-    expert_counts: Float[Array, "... E"] = reduced_by(jnp.add)
+    expert_counts: Float[Array, "... E"] = reduced_by(jnp.add, 0.0)
     """Tokens sent to each expert; padding does not count."""
-    balance_loss: Float[Array, "..."] = reduced_by(jnp.add)
+    balance_loss: Float[Array, "..."] = reduced_by(jnp.add, 0.0)
     """Sequence-wise balance loss, summed over rows."""
 
 
@@ -85,3 +85,13 @@ def combine(a, b):
         x, y = getattr(a, f.name), getattr(b, f.name)
         out[f.name] = f.metadata["reduce"](x, y) if "reduce" in f.metadata else combine(x, y)
     return type(a)(**out)
+
+
+def nothing_measured(shapes):
+    """The neutral element of `combine` for an aux tree of these shapes."""
+    out = {}
+    for f in fields(shapes):
+        shape = getattr(shapes, f.name)
+        out[f.name] = (jnp.full(shape.shape, f.metadata["neutral"], shape.dtype) if "reduce" in f.metadata
+                       else nothing_measured(shape))
+    return type(shapes)(**out)

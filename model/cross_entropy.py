@@ -23,7 +23,7 @@ def chunked(hidden_ND: Float[Array, "N D"], head_DV: Float[Array, "D V"], target
         return lse - jnp.take_along_axis(logits, targets_C[:, None], axis=-1)[:, 0], lse
 
     N = len(targets_N)
-    if N <= chunk:
+    if chunk >= N:
         return one(hidden_ND, targets_N)
     pad = -N % chunk
     hidden = jnp.pad(hidden_ND, ((0, pad), (0, 0))).reshape(-1, chunk, hidden_ND.shape[-1])

@@ -7,9 +7,9 @@ Sizes are rounded up to a few per octave, so that repeated calls reuse the compi
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,7 @@ def _check(prompts: list[list[int]], max_new_tokens: int, vocab: int) -> None:
     require(max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {max_new_tokens}")
     for i, prompt in enumerate(prompts):
         require(len(prompt) > 0, f"prompt {i} is empty; it needs at least one token")
-        require(0 <= min(prompt) and max(prompt) < vocab, f"prompt {i} has a token id outside [0, {vocab})")
+        require(min(prompt) >= 0 and max(prompt) < vocab, f"prompt {i} has a token id outside [0, {vocab})")
 
 
 def generate_batch(cfg: ModelConfig, params: dict[str, Array], prompts: list[list[int]], *, max_new_tokens: int,

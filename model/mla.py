@@ -70,7 +70,6 @@ class MLA(nnx.Module):
         k_nope, v = jnp.split(kv, [cfg.qk_nope_head_dim], axis=-1)
         k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))], -1)
         out, max_logit = attention.causal(q, k, v, call.segments, rope.softmax_scale(cfg), call.platform)
-        out = checkpoint_name(out, "attention_out")
         return jnp.einsum("BSHv,HvD->BSD", out, call.weight(self.o)), LayerAux(max_logit), cached
 
     def decode(self, x_B1D: Array, cache_BTR: Float[Array, "B T R+rope"], at_B: Int[Array, "B"], call: Call

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from configs.param_spec import HFTensor, Matrix
+from configs.param_spec import Matrix
 from configs.schema import ModelConfig
 from model import dispatch, router
 from model.call import Call, MoEAux

@@ -1,0 +1,104 @@
+"""Every attention implementation against the naive form: outputs, gradients, maximum logits, memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import attention
+from model.transformer import bind, param_specs
+from tests.model.networks import call_for, small
+
+SCALE = 0.3
+
+
+def inputs(B, S, H=3, d=24, v=20, dtype=jnp.float32, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    q, k = (jax.random.normal(key, (B, S, H, d), dtype) for key in keys[:2])
+    return q, k, jax.random.normal(keys[2], (B, S, H, v), dtype), jax.random.normal(keys[3], (B, S, H, v), dtype)
+
+
+def packed(B, S, kind):
+    """One document; several, different in each row, with padding at the end; or some rows all padding."""
+    segments = np.ones((B, S), np.int32)
+    if kind != "whole":
+        rng = np.random.default_rng(5)
+        for row in segments:
+            cuts = np.sort(rng.choice(np.arange(1, S), 5, replace=False))
+            row[:] = 1 + np.searchsorted(cuts, np.arange(S), side="right")
+            row[rng.integers(S - 20, S):] = 0
+    if kind == "empty row":
+        segments[0] = 0
+    return jnp.asarray(segments)
+
+
+def loss(q, k, v, g, segments, name):
+    out, top = attention.IMPLEMENTATIONS[name](q, k, v, segments, SCALE, 32)
+    out = jnp.where((segments > 0)[..., None, None], out, 0)
+    return jnp.sum(out.astype(jnp.float32) * g.astype(jnp.float32)), (out, top)
+
+
+@pytest.mark.parametrize("name", sorted(set(attention.IMPLEMENTATIONS) - {"reference"}))
+@pytest.mark.parametrize("S, kind, dtype, tolerance", [
+    # Sums of at most 160 float32 terms in another order.
+    (128, "whole", jnp.float32, 2e-6), (160, "packed", jnp.float32, 2e-6), (141, "packed", jnp.float32, 2e-6),
+    (96, "empty row", jnp.float32, 2e-6), (20, "packed", jnp.float32, 2e-6),
+    # Weights are rounded to bfloat16 before or after normalising: one rounding, 2**-8.
+    (160, "packed", jnp.bfloat16, 1e-2)])
+def test_against_the_naive_form(name, S, kind, dtype, tolerance):
+    segments = packed(2, S, kind if S > 20 else "whole")
+    args = inputs(2, S, dtype=dtype)
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnames="name")
+    (_, (out, top)), grads = run(*args, segments, name=name)
+    (_, (want, want_top)), want_grads = run(*args, segments, name="reference")
+    for mine, other in zip((out, top, *grads), (want, want_top, *want_grads), strict=True):
+        mine, other = np.asarray(mine, np.float32), np.asarray(other, np.float32)
+        assert np.abs(mine - other).max() <= tolerance * np.abs(other).max()
+
+
+@pytest.mark.parametrize("name", attention.IMPLEMENTATIONS)
+def test_documents_do_not_see_each_other(name):
+    """A packed row gives every document the outputs it has alone."""
+    q, k, v, _ = inputs(1, 96)
+    segments = jnp.asarray([[1] * 40 + [2] * 50 + [0] * 6])
+    out, top = attention.IMPLEMENTATIONS[name](q, k, v, segments, SCALE, 16)
+    tops = []
+    for piece in (slice(0, 40), slice(40, 90)):
+        alone, alone_top = attention.reference(q[:, piece], k[:, piece], v[:, piece], segments[:, piece], SCALE)
+        np.testing.assert_allclose(out[:, piece], alone, atol=2e-6)
+        tops.append(alone_top)
+    np.testing.assert_allclose(top, np.maximum(*tops), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", attention.IMPLEMENTATIONS)
+def test_maximum_logit_is_exact(name):
+    """Found wherever it lies, also when another document's would be larger."""
+    q, k, v, _ = inputs(2, 96)
+    q, k = q.at[1, 77, 2].set(9.0), k.at[1, 50, 2].set(9.0).at[1, 3, 2].set(20.0)
+    segments = jnp.asarray([[1] * 96, [1] * 30 + [2] * 66])
+    logits = np.einsum("BSHd,BTHd->BHST", np.asarray(q, np.float64), np.asarray(k, np.float64)) * SCALE
+    logits = np.where(np.asarray(attention.visible_BST(segments))[:, None], logits, -np.inf)
+    top = attention.IMPLEMENTATIONS[name](q, k, v, segments, SCALE, 32)[1]
+    np.testing.assert_allclose(top, logits.max((0, 2, 3)), rtol=1e-6)
+    assert int(np.argmax(top)) == 2
+
+
+@pytest.mark.parametrize("platform", attention.CHUNK)
+def test_long_sequences_are_chunked(platform):
+    assert attention.implementation(platform, 32768) == "chunked"
+
+
+def test_32k_context_fits():
+    """Loss and gradients of a small model over 32,768 positions: the logits of one head alone would be 4.3 GB."""
+    cfg, S = small(num_hidden_layers=2), 32768
+    params = {path: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for path, spec in param_specs(cfg).items()}
+    tokens = jax.ShapeDtypeStruct((1, S), jnp.int32)
+    call = jax.eval_shape(lambda: call_for(np.zeros((1, 8), np.int32), remat="layer"))
+    call = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, S), x.dtype) if x.ndim else x, call)
+
+    def total(params, tokens, call):
+        return jnp.sum(bind(cfg, params)(tokens, call)[0])
+
+    used = jax.jit(jax.grad(total)).lower(params, tokens, call).compile().memory_analysis()
+    # 32 to 96 floats per position and activation: 4 to 12 MB each, a few dozen of them at the widest point.
+    assert used.temp_size_in_bytes < 256e6
