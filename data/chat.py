@@ -26,8 +26,10 @@ class Account:
     shortened: int = 0
     trained_tokens: int = 0
     tokens: int = 0
-    tokens_once: int = 0
-    """Tokens if every conversation were rendered once; tokens / tokens_once is the cost of one row per segment."""
+    """Of the rows."""
+    rendered: int = 0
+    rendered_once: int = 0
+    """Tokens rendered, and tokens if only the longest row of each conversation were: the cost of a row per segment."""
     rejected: list[str] = field(default_factory=list)
     """WHERE: why, for every conversation or row that was left out."""
     remarks: list[str] = field(default_factory=list)
@@ -36,7 +38,7 @@ class Account:
         """The counts, for people."""
         return {"conversations": self.conversations, "chat_rows": self.rows, "shortened": self.shortened,
                 "rejected": len(self.rejected), "trained_share": self.trained_tokens / max(1, self.tokens),
-                "duplication": self.tokens / max(1, self.tokens_once)}
+                "duplication": self.rendered / max(1, self.rendered_once)}
 
 
 def without_oldest_exchange(messages: list[Message]) -> list[Message] | None:
@@ -75,8 +77,8 @@ def chat_rows(conversations: Iterable[Talk], renderer: KimiRenderer, mode: Mode,
         if not whole:
             refuse(f"{where}: no token of it is trained", bad_rows, "bad_rows", account)
             continue
-        last = len(whole[-1].ids)
-        account.tokens_once += last
+        account.rendered += sum(len(row.ids) for row in whole)
+        account.rendered_once += max(len(row.ids) for row in whole)
         for number, row in enumerate(whole):
             if not fits(row, seq_len):
                 length = f"{where}: row {number + 1} has {len(row.ids) - 1} tokens, more than train.seq_len={seq_len}"

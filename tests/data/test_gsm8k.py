@@ -1,0 +1,73 @@
+"""GSM8K as calculator calls between thoughts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.schema import ConfigError, DataConfig, RunConfig, TrainConfig
+from data.gsm8k import convert, number, problem, solves
+from data.messages import RowError
+from data.pipeline import open_data
+from data.tokenizer import load_tokenizer
+from data.tools import run_episode
+
+REAL = Path(__file__).parents[3] / "shared/data/gsm8k/train.jsonl"
+ROW = {"question": "How many?", "answer": "First 6/2 = $<<6/2=3>>3.00 each.\nThen <<3*4=12.0>>12.\n#### 1,200"}
+
+
+def test_one_row():
+    made = problem(ROW)
+    thoughts = [m.get("reasoning_content") for m in made.messages if m["role"] == "assistant"]
+    assert thoughts == ["First 6/2 = $", "3.00 each.\nThen ", "12."]
+    assert [m["content"] for m in made.messages if m["role"] == "tool"] == ["3", "12"]
+    assert made.steps == ('calculate{"expression":"6/2"}', 'calculate{"expression":"3*4"}')
+    assert made.answer == "1200" and solves(made, made.messages)
+    assert solves(made, "<think></think>$1,200.00<|im_end|>") and not solves(made, "<think></think>1,201<|im_end|>")
+
+
+@pytest.mark.parametrize("text, value", [("1,200", 1200), ("$.50", 0.5), ("70%", 70), ("-3.", -3), ("1 000", 1000),
+                                         ("3 apples", None), ("", None), ("12,34", None)])
+def test_number(text, value):
+    assert number(text) == value
+
+
+@pytest.mark.parametrize("answer, words", [
+    ("<<1+1=3>>3\n#### 3", "mark <<1[+]1=3>> is wrong"),
+    ("<<a+1=3>>3\n#### 3", "cannot compute a[+]1"),
+    ("<<1+1>>2\n#### 2", "not <<EXPRESSION=RESULT>>"),
+    ("2", "no line `#### ANSWER`"),
+    ("2\n#### two", "answers 'two', which is not a number"),
+])
+def test_bad_rows(answer, words, tmp_path):
+    with pytest.raises(RowError, match=words):
+        problem({"question": "q", "answer": answer})
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "q", "answer": answer}))
+    with pytest.raises(ConfigError, match="rows.jsonl line 1"):
+        convert(path, tmp_path / "out.jsonl")
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="GSM8K is not at ../shared/data/gsm8k")
+def test_the_whole_training_set(tmp_path):
+    """Every row converts, every call gives what its mark says, and the reference solution replays in the live loop."""
+    count, doubtful = convert(REAL, tmp_path / "gsm8k.jsonl")
+    assert count == 7473 and len(doubtful) == 14
+    some = tmp_path / "some.jsonl"
+    some.write_text("\n".join((tmp_path / "gsm8k.jsonl").read_text().split("\n")[:500]))
+    cfg = RunConfig(data=DataConfig(paths=(str(some),), too_long="drop"),
+                    train=TrainConfig(batch_size=8, seq_len=2048))
+    data = open_data(cfg, load_tokenizer("bytes"))
+    facts = data.describe()
+    assert facts["conversations"] == 500 and facts["duplication"] == 1.0
+    assert facts["chat_rows"] + facts["rejected"] == 500 and facts["rejected"] < 25  # few exceed 2048 bytes
+    for line in REAL.read_text().splitlines()[:20]:
+        made = problem(json.loads(line))
+        (row,) = data.renderer.rows(made.messages, made.tools)
+
+        def generate(prompt, ids=row.ids):
+            assert ids[:len(prompt)] == prompt
+            return ids[len(prompt):ids.index(data.tokenizer.eos_id, len(prompt)) + 1]
+
+        episode = run_episode(generate, data.renderer, made.question, made.environment(), made.tools)
+        assert solves(made, episode.messages) and episode.messages == list(made.messages)
