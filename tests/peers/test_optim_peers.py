@@ -52,13 +52,13 @@ def theirs(make):
 @pytest.mark.parametrize("torch_scale,our_scale", [("original", "keller"), ("match_rms_adamw", "match_rms")])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_torch_muon(torch_scale, our_scale, nesterov, monkeypatch):
-    """torch runs its iteration in bfloat16; with that one cast held at float32 the rules are the same to 1e-5, and as
-    shipped they differ by what bfloat16 rounds."""
+    """torch runs its iteration in bfloat16; with that one cast replaced by a float32 copy the rules are the same to
+    1e-5, and as shipped they differ by what bfloat16 rounds."""
     make = lambda ps: torch.optim.Muon(ps, lr=LR, weight_decay=DECAY, momentum=0.95, nesterov=nesterov,
                                        adjust_lr_fn=torch_scale)
     mine = ours(matrix_scale=our_scale, nesterov=nesterov)
     shipped = theirs(make)
-    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.float())
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.float().clone())
     exact = theirs(make)
     largest_factor = max(1.0, 0.2 * 48**0.5)
     for name in SHAPES:
@@ -72,4 +72,4 @@ def test_torch_adamw():
     make = lambda ps: torch.optim.AdamW(ps, lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=DECAY)
     exact = theirs(make)
     for name in SHAPES:
-        np.testing.assert_allclose(mine[name], exact[name], atol=1e-6)  # float32 rounding over 20 steps
+        np.testing.assert_allclose(mine[name], exact[name], atol=5e-6)  # weights near 2: one float32 unit per step
