@@ -1,5 +1,8 @@
 """Golden renderings and masks, written out by hand from K2-Thinking's rules."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 
 from data.render import KimiRenderer, LossWeights
@@ -90,3 +93,13 @@ def test_content_of_parts_or_nothing():
         ids = KimiRenderer(TOKENIZER).prompt([{"role": "user", "content": content}])
         assert TOKENIZER.decode(ids) == f"<|im_user|>user<|im_middle|>{expected}<|im_end|>" + A
     assert np.all(np.array(KimiRenderer(TOKENIZER).rows(TALK)[0].weights) <= 1)
+
+
+def test_golden_prompts():
+    """50 conversations whose text was, when the file was made, byte for byte what Kimi-K2-Thinking's published template
+    gives, with tools declared as Moonshot's own code does (keys sorted, no spaces)."""
+    lines = (Path(__file__).parent / "golden_prompts.jsonl").read_text().splitlines()
+    assert len(lines) == 50
+    for case in map(json.loads, lines):
+        prompt = KimiRenderer(TOKENIZER).prompt(case["messages"], case["tools"])
+        assert TOKENIZER.decode(prompt) == case["text"]
