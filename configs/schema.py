@@ -278,12 +278,15 @@ class TrainConfig:
     keep: int = 2
     """Checkpoints kept."""
     init_from: str | None = None
-    """Run directory, or RUN@STEP, whose weights this run starts from."""
+    """Run directory, or RUN@STEP, whose weights this run starts from, with a new optimizer at step 0."""
+    fork_from: str | None = None
+    """RUN@STEP whose whole state this run goes on from; RUN@grid is the last step before its experts met the grid."""
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "seq_len", "accumulate", "log_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
         require(self.keep >= 2, "train.keep must be at least 2: a damaged newest checkpoint needs one to fall back to")
+        require(not (self.init_from and self.fork_from), "train.init_from and train.fork_from exclude each other")
         require(self.batch_size % self.accumulate == 0,
                 f"train.batch_size={self.batch_size} must be a multiple of train.accumulate={self.accumulate}")
 

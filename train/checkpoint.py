@@ -61,18 +61,21 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. Saving is asynchronous; `close` waits for it."""
+    """The checkpoints of one run directory. Saving is asynchronous; `close` waits for it. The newest `keep` stay, and
+    the steps in `landmarks`."""
 
-    def __init__(self, directory: Path, keep: int = 2):
+    def __init__(self, directory: Path, keep: int = 2, landmarks: tuple[int, ...] = ()):
         self.directory = Path(directory).absolute()
-        self.keep = keep
+        self.keep, self.landmarks = keep, landmarks
         self._checkpointer = None
 
     def _open(self):
         if self._checkpointer is None:
             ocp = orbax()
+            policies = ocp.training.preservation_policies
             self._checkpointer = ocp.training.Checkpointer(
-                self.directory, preservation_policy=ocp.training.preservation_policies.LatestN(self.keep),
+                self.directory, preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(self.keep), policies.CustomSteps(self.landmarks)]),
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
                 cleanup_tmp_directories=True)
         return self._checkpointer

@@ -86,7 +86,8 @@ def train(cfg: RunConfig, run: RunDir) -> int:
         raise ConfigError(f"the data of {run.path} has changed since it was started (plan {facts['plan_hash']} -> "
                           f"{data.plan_hash}); put the files back, or name a new directory with --run")
     machine = build(session)
-    checkpoints = Checkpoints(run.checkpoints, cfg.train.keep)
+    landmarks = (cfg.quant.start_step,) if cfg.quant.grid != "none" and cfg.quant.start_step else ()
+    checkpoints = Checkpoints(run.checkpoints, cfg.train.keep, landmarks)
     state, step = starting_state(machine, checkpoints, run)
     run.write_config(cfg, {"compute_dtype": session.compute_dtype, "plan_hash": data.plan_hash,
                            "platform": session.platform, "device": jax.devices()[0].device_kind,
@@ -114,24 +115,35 @@ def starting_state(machine: Machine, checkpoints: Checkpoints, run: RunDir) -> t
     """Restored, started from another run's weights, or new; says which."""
     session = machine.session
     cfg = session.cfg
+    like = state_shardings(cfg, session.specs, machine.optimizer, session.mesh)
     if checkpoints.steps():
-        like = state_shardings(cfg, session.specs, machine.optimizer, session.mesh)
         restored = checkpoints.restore(like)
         for sentence in restored.damaged:
             console.print(f"[yellow]{sentence}[/]; going back to step {restored.step}")
         checkpoints.set_aside(newer_than=restored.step)
         console.print(f"resuming {run.path} from step {restored.step} (fingerprints of all arrays agree)")
         return restored.state, restored.step
+    if cfg.train.fork_from:
+        source, at = _same_model(cfg.train.fork_from, cfg)
+        restored = Checkpoints(source.checkpoints).restore(like, at)
+        console.print(f"going on from {source.path} at step {restored.step}, whose first steps this run shares")
+        return restored.state, restored.step
     state = initial_state(cfg, session.specs, machine.optimizer, session.mesh)
     if cfg.train.init_from:
-        source, at = parse_source(cfg.train.init_from)
-        changed = [d for d in differences(source.load_config(), cfg) if d.startswith("model.")]
-        if changed:
-            raise ConfigError(f"{source.path} holds another model ({'; '.join(changed)}); weights cannot be taken from it")
+        source, at = _same_model(cfg.train.init_from, cfg)
         params, at = load_params(session, source, at)
         console.print(f"starting from the weights of {source.path} at step {at}")
         state = TrainState(params, state.optimizer, state.step, state.skipped)
     return state, 0
+
+
+def _same_model(source: str, cfg: RunConfig) -> tuple[RunDir, int | None]:
+    """Run and step of RUN[@STEP]; an error if it holds another network."""
+    run, step = parse_source(source)
+    changed = [d for d in differences(run.load_config(), cfg) if d.startswith("model.")]
+    if changed:
+        raise ConfigError(f"{run.path} holds another model ({'; '.join(changed)}); its weights do not fit")
+    return run, step
 
 
 def run_steps(machine: Machine, data: Data, state: TrainState, step: int, checkpoints: Checkpoints, run: RunDir,
@@ -153,7 +165,7 @@ def run_steps(machine: Machine, data: Data, state: TrainState, step: int, checkp
                 recorder.report(grid_error(state.params, machine.session.specs, cfg.quant.group_size))
             if last or (cfg.train.eval_every and step % cfg.train.eval_every == 0):
                 recorder.evaluated(step, evaluator(state.params, amount=float(metrics["grid_amount"]), batches=cfg.train.eval_batches))
-            if last or stop.requested or step % cfg.train.checkpoint_every == 0:
+            if last or stop.requested or step in checkpoints.landmarks or step % cfg.train.checkpoint_every == 0:
                 checkpoints.save(step, state)
                 recorder.restart_clock()
             bar.advance()

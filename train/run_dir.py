@@ -24,7 +24,7 @@ SECTIONS = {"model": ModelConfig, "optim": OptimConfig, "quant": QuantConfig, "d
             "mesh": MeshConfig}
 
 MAY_CHANGE = {"mesh", "train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every", "train.keep",
-              "train.steps", "train.remat", "train.init_from"}
+              "train.steps", "train.remat", "train.init_from", "train.fork_from"}
 """What a resumed run may set anew: where it runs, how long, what it prints. All else would change what was trained."""
 
 
@@ -94,6 +94,13 @@ class RunDir:
             return from_dict(self.load_facts()["config"])
         except (KeyError, TypeError) as error:
             raise ConfigError(f"{self.path / 'config.json'} is not a run's config ({error}); restore it from a copy") from error
+
+    def step_before_grid(self) -> int:
+        """The checkpoint at quant.start_step: the last state that no grid has touched."""
+        start = self.load_config().quant.start_step
+        if start == 0:
+            raise ConfigError(f"{self.path} had its experts on the grid from the first step; there is nothing before it")
+        return start
 
     def write_config(self, cfg: RunConfig, facts: dict[str, Any]) -> None:
         """Resolved config, its hash and facts about where it ran; written whole or not at all."""

@@ -66,11 +66,14 @@ def open_session(cfg: RunConfig, compute_dtype: str | None = None) -> Session:
 
 
 def parse_source(source: str) -> tuple[RunDir, int | None]:
-    """RUN or RUN@STEP."""
+    """RUN, RUN@STEP, or RUN@grid for the last step before the experts met the grid."""
     path, _, step = source.partition("@")
+    run = RunDir(Path(path))
+    if step == "grid":
+        return run, run.step_before_grid()
     if step and not step.isdigit():
-        raise ConfigError(f"{source} should be a run directory, or RUN@STEP with a whole number")
-    return RunDir(Path(path)), int(step) if step else None
+        raise ConfigError(f"{source} should be a run directory, RUN@STEP with a whole number, or RUN@grid")
+    return run, int(step) if step else None
 
 
 def load_params(session: Session, run: RunDir, step: int | None = None) -> tuple[dict[str, jax.Array], int]:

@@ -1,0 +1,30 @@
+"""One small run, trained once and shared by the tests of the loop, of resuming and of the verbs."""
+
+import dataclasses
+
+import pytest
+
+from configs.presets import preset
+from configs.schema import MeshConfig
+from train.loop import train
+from train.run_dir import RunDir
+
+
+def small(**train_fields):
+    """The tiny family at its smallest: seconds to compile, milliseconds a step. All eight simulated devices are used."""
+    cfg = preset("tiny")
+    model = dataclasses.replace(cfg.model, num_hidden_layers=3, hidden_size=64, moe_intermediate_size=32, q_lora_rank=32,
+                                intermediate_size=64, kv_lora_rank=32, n_routed_experts=8, num_experts_per_tok=2)
+    fields = dict(steps=12, batch_size=8, seq_len=64, log_every=4, checkpoint_every=4, eval_batches=1,
+                  compute_dtype="float32") | train_fields
+    return dataclasses.replace(cfg, model=model, mesh=MeshConfig(data=8), data=dataclasses.replace(cfg.data, task_length=(2, 3)),
+                               quant=dataclasses.replace(cfg.quant, start_step=4),
+                               train=dataclasses.replace(cfg.train, **fields))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A finished run of 12 steps."""
+    run = RunDir(tmp_path_factory.mktemp("run") / "small")
+    assert train(small(), run) == 0
+    return run

@@ -1,0 +1,145 @@
+"""Interrupting changes nothing; a wrong command loses nothing; damage is found and stepped over."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+from train.checkpoint import CheckpointError, Checkpoints, fingerprint
+
+from configs.schema import ConfigError
+from optim.build import build_optimizer
+from tests.train.conftest import small
+from train.loop import train
+from train.run_dir import RunDir
+from train.session import load_params, open_session
+from train.state import state_shardings
+from train.stop import EXIT_STOPPED, StopSignal
+
+
+def final_state(run: RunDir):
+    cfg = run.load_config()
+    session = open_session(cfg)
+    optimizer = build_optimizer(session.specs, cfg.optim, cfg.train.steps)
+    return Checkpoints(run.checkpoints).restore(state_shardings(cfg, session.specs, optimizer, session.mesh))
+
+
+def losses(run: RunDir) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in run.read_metrics() if r["kind"] == "step"}
+
+
+def test_resuming_is_bit_exact(trained, tmp_path, monkeypatch):
+    """12 steps at once and 5 + resume + 7 end in the same bits: weights, momenta, counters, and every loss on the way."""
+    run = RunDir(tmp_path / "run")
+    seen = []
+    real = Checkpoints.save
+
+    def interrupt(self, step, state):
+        seen.append(step)
+        real(self, step, state)
+
+    monkeypatch.setattr(Checkpoints, "save", interrupt)
+    stop_at_five(monkeypatch)
+    assert train(small(), run) == EXIT_STOPPED
+    assert seen[-1] == 5, "the step under way was finished and saved"
+    monkeypatch.undo()
+    assert train(small(), run) == 0
+    whole, parts = final_state(trained), final_state(run)
+    assert whole.step == parts.step == 12
+    jax.tree.map(np.testing.assert_array_equal, whole.state, parts.state)
+    assert losses(trained) == losses(run)
+
+
+def stop_at_five(monkeypatch):
+    """A SIGTERM that arrives during step 5, through the real handler."""
+    from train.loop import Recorder
+    real = Recorder.record
+
+    def record(self, step, metrics):
+        real(self, step, metrics)
+        if step == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Recorder, "record", record)
+
+
+def test_signal_handlers_come_back():
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert threading.current_thread() is threading.main_thread()
+
+
+def test_an_incompatible_config_names_the_fields_and_leaves_the_run(trained):
+    before = (trained.path / "config.json").read_bytes()
+    cfg = small()
+    cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, lr=0.5),
+                              quant=dataclasses.replace(cfg.quant, start_step=2))
+    with pytest.raises(ConfigError, match=r"optim.lr: .* -> 0.5; quant.start_step: 4 -> 2"):
+        train(cfg, trained)
+    assert (trained.path / "config.json").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_stepped_over_and_kept(trained, tmp_path, capsys):
+    """One flipped byte in the newest checkpoint: training goes on from the one before, and the damaged one stays."""
+    run = RunDir(shutil.copytree(trained.path, tmp_path / "run"))
+    newest, before = Checkpoints(run.checkpoints).steps()[:-3:-1]
+    flip_a_byte(run.checkpoints / str(newest))
+    assert train(small(), run) == 0
+    printed = capsys.readouterr().out
+    assert "damaged" in printed or "cannot be read" in printed
+    assert f"from step {before}" in printed
+    assert (run.checkpoints / f"damaged-{newest}").is_dir()
+    jax.tree.map(np.testing.assert_array_equal, final_state(trained).state, final_state(run).state)
+
+
+def flip_a_byte(directory):
+    data = max((p for p in (directory / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    raw = bytearray(data.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    data.write_bytes(raw)
+
+
+def test_no_sound_checkpoint_is_one_sentence(trained, tmp_path):
+    run = RunDir(shutil.copytree(trained.path, tmp_path / "run"))
+    for step in Checkpoints(run.checkpoints).steps():
+        for file in (run.checkpoints / str(step) / "state").rglob("*"):
+            if file.is_file():
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="no sound checkpoint is left"):
+        load_params(open_session(run.load_config()), run)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8"])
+def test_fingerprints_see_every_flipped_bit_and_every_swap(dtype):
+    x = np.asarray(jax.random.randint(jax.random.key(0), (7, 5), 0, 200)).astype(dtype)
+    right = int(fingerprint(jax.numpy.asarray(x)))
+    flips = np.frombuffer(x.tobytes(), np.uint8)
+    for bit in range(flips.size * 8):
+        damaged = flips.copy()
+        damaged[bit // 8] ^= 1 << bit % 8
+        assert int(fingerprint(jax.numpy.asarray(damaged.view(x.dtype).reshape(x.shape)))) != right
+    swapped = x.copy()
+    swapped[0, 0], swapped[3, 2] = x[3, 2], x[0, 0]
+    assert x[0, 0] == x[3, 2] or int(fingerprint(jax.numpy.asarray(swapped))) != right
+
+
+def test_metrics_survive_a_line_cut_in_half(trained, tmp_path):
+    run = RunDir(shutil.copytree(trained.path, tmp_path / "run"))
+    text = run.metrics.read_text()
+    run.metrics.write_text(text[: len(text) - 20])
+    from train.metrics import MetricsFile
+    file = MetricsFile(run.metrics)
+    file.write("step", 99, {"loss": float("nan")})
+    file.close()
+    rows = run.read_metrics()
+    assert rows[-1] == {"kind": "step", "step": 99, "loss": "nan"}
+    assert all(json.dumps(r) for r in rows)
