@@ -188,10 +188,11 @@ def _text_bytes(sources: Iterable[Sequence[Item]]) -> int:
 
 
 def _check_tokenizer(cfg: RunConfig, tokenizer: Tokenizer) -> None:
+    """ConfigError with every model setting that does not fit the tokenizer."""
+    right = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    wrong = {name: value for name, value in right.items() if getattr(cfg.model, name) != value}
     if cfg.model.vocab_size < tokenizer.vocab_size:
-        raise ConfigError(f"model.vocab_size={cfg.model.vocab_size} is too small for the tokenizer's "
-                          f"{tokenizer.vocab_size} ids; set it to at least that")
-    for name in ("bos", "eos", "pad"):
-        wrong, right = getattr(cfg.model, f"{name}_token_id"), getattr(tokenizer, f"{name}_id")
-        if wrong != right:
-            raise ConfigError(f"model.{name}_token_id={wrong} does not match the tokenizer; set it to {right}")
+        wrong["vocab_size"] = tokenizer.vocab_size
+    if wrong:
+        settings = " ".join(f"model.{name}={value}" for name, value in wrong.items())
+        raise ConfigError(f"the model does not fit the tokenizer {cfg.data.tokenizer}; set {settings}")

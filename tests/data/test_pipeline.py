@@ -126,8 +126,8 @@ def test_order_is_the_one_written_down():
 @pytest.mark.parametrize("change, words", [
     ({"paths": ("nowhere.txt",)}, "no file or folder nowhere.txt"),
     ({"task": "chains"}, "'chains' does not exist"),
-    ({"model": ModelConfig(vocab_size=300)}, "vocab_size=300 is too small"),
-    ({"model": ModelConfig(eos_token_id=1)}, "eos_token_id=1"),
+    ({"model": ModelConfig(vocab_size=300)}, "does not fit the tokenizer bytes; set model.vocab_size=320"),
+    ({"model": ModelConfig(eos_token_id=1)}, "set model.eos_token_id=258"),
     ({"seq_len": 40}, "raise train.seq_len=40"),
 ])
 def test_unusable_settings(change, words):
