@@ -154,8 +154,8 @@ def read_ranks(raw: bytes, path: Path) -> list[bytes]:
             tokens.append(base64.b64decode(text, validate=True))
             dense = int(rank) == len(tokens) - 1
         except (ValueError, binascii.Error):
-            raise ConfigError(f"data.tokenizer: {path} line {number} is no tiktoken line (BASE64 RANK), and the file is "
-                              f"no tokenizer.json") from None
+            raise ConfigError(f"data.tokenizer: {path} line {number} is no tiktoken line (BASE64 RANK), and the file "
+                              f"is no tokenizer.json") from None
         if not dense:
             raise ConfigError(f"data.tokenizer: {path} line {number} has rank {rank.decode()}, expected "
                               f"{len(tokens) - 1}")

@@ -1,0 +1,53 @@
+"""The preview shows exactly the trained tokens as trained."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from configs.schema import DataConfig, RunConfig, TrainConfig
+from data.pipeline import open_data
+from data.preview import TRAINED, coloured, pieces, show
+from data.tokenizer import load_tokenizer
+
+
+def opened(tmp_path, kind):
+    paths, more = (), {}
+    if kind != "task":
+        rows = [{"messages": [{"role": "user", "content": "how [bold]many[/bold]?"},
+                              {"role": "assistant", "content": "drei Äpfel", "reasoning_content": "hm"}]},
+                {"messages": [{"role": "user", "content": "?"}]}]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (tmp_path / "b.txt").write_text("plain text " * 40)
+        paths = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt"))
+        more = {"mixture": (1.0, 1.0)} if kind == "mixture" else {}
+    cfg = RunConfig(data=DataConfig(paths=paths, bad_rows="drop", **more), train=TrainConfig(batch_size=4, seq_len=128))
+    return open_data(cfg, load_tokenizer("bytes"))
+
+
+def test_trained_text_is_coloured(tmp_path):
+    data = opened(tmp_path, "chat")
+    for step in range(4):
+        batch = data.batch(step)
+        for row in range(4):
+            for ids, weights in pieces(batch, row):
+                text = coloured(ids, weights, data.tokenizer)
+                assert text.plain == data.tokenizer.decode(ids)
+                green = "".join(text.plain[s.start:s.end] for s in text.spans if s.style == TRAINED)
+                plain = [i for i, w in zip(ids, weights) if w and i < 256]
+                assert green == data.tokenizer.decode(plain)
+                if "drei" in text.plain:
+                    return
+    pytest.fail("the conversation was never shown")
+
+
+@pytest.mark.parametrize("kind", ["task", "chat", "mixture"])
+def test_everything_is_shown(tmp_path, kind):
+    out = io.StringIO()
+    show(opened(tmp_path, kind), Console(file=out, width=150))
+    text = out.getvalue()
+    assert "plan hash" in text and "padding" in text and "row 1:" in text
+    if kind != "task":
+        assert "left out" in text and "a.jsonl line 2 has no assistant message" in text
+    assert ("source 2: share" in text) == (kind == "mixture")
