@@ -39,7 +39,7 @@ def awq_experts(params: Params, specs: Specs, group: int, calibration: Calibrati
                 paths: BlockPaths = BlockPaths()) -> Quantized:
     """Scales searched per layer (gate and up) and per expert (down), then rounding to nearest with `codec`."""
     p = {name: params[path].astype(jnp.float32) for name, path in vars(paths).items()}
-    scaled, into, powers = {}, [], []
+    into, powers = [], []
     for layer in range(p["gate_up"].shape[0]):
         hessians = calibration.hessians[paths.gate_up][layer]
         w = p["gate_up"][layer].reshape(*p["gate_up"].shape[1:3], -1)
@@ -50,13 +50,14 @@ def awq_experts(params: Params, specs: Specs, group: int, calibration: Calibrati
     per_expert = jax.vmap(lambda w, h: _search(w[None], h[None], CODECS[codec], group)[0])
     s_hidden = jnp.stack([per_expert(p["down"][i], calibration.hessians[paths.down][i]) for i in range(len(into))])  # [L, E, F]
     halves = jnp.stack([jnp.ones_like(s_hidden), 1 / s_hidden], axis=-2)  # only up is scaled back
-    scaled[paths.gate_up] = p["gate_up"] * s_in[:, None, :, None, None] * halves[:, :, None]
-    scaled[paths.down] = p["down"] * s_hidden[..., None]
+    factors = {paths.gate_up: s_in[:, None, :, None, None] * halves[:, :, None], paths.down: s_hidden[..., None]}
+    scaled = {paths.gate_up: p["gate_up"] * factors[paths.gate_up], paths.down: p["down"] * factors[paths.down]}
     rounded = nearest(scaled, {path: specs[path] for path in scaled}, group, codec)
     folded = {paths.norm: p["norm"] / s_in, paths.router: p["router"] * s_in[..., None],
               paths.shared: p["shared"] * s_in[:, :, None, None]}
     note = f"input scales are powers {', '.join(f'{x:.1f}' for x in powers)} of the input size, layer by layer"
-    return Quantized(rounded.codes, rounded.scales, group, folded, (calibration.summary(), note))
+    undo = {path: 1 / factor for path, factor in factors.items()}
+    return Quantized(rounded.codes, rounded.scales, group, folded, undo, (calibration.summary(), note))
 
 
 @partial(jax.jit, static_argnums=(2, 3))

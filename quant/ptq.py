@@ -30,12 +30,14 @@ Params = Mapping[str, Float[Array, "..."]]
 @dataclass(frozen=True)
 class Quantized:
     """One arm. `codes` and `scales` by path, in stored layout; `folded` are plain parameters that the method changed
-    (AWQ's norms, routers, shared experts); `notes` say what fell back to plain rounding and why."""
+    (AWQ's norms, routers, shared experts), and `undo` the factors that bring its values back to the basis of the
+    unquantised weights; `notes` say what fell back to plain rounding and why."""
 
     codes: dict[str, Array]
     scales: dict[str, Array]
     group: int
     folded: dict[str, Array] = field(default_factory=dict)
+    undo: dict[str, Array] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def fake(self, params: Params, specs: Specs) -> dict[str, Array]:
@@ -44,6 +46,11 @@ class Quantized:
         for path, codes in self.codes.items():
             out[path] = _values(codes, self.scales[path], group_axis(specs[path]), self.group)
         return out
+
+    def effective(self, specs: Specs) -> dict[str, Array]:
+        """Values of the arrays on the grid, comparable weight by weight to the unquantised ones."""
+        return {path: _values(codes, self.scales[path], group_axis(specs[path]), self.group) * self.undo.get(path, 1.0)
+                for path, codes in self.codes.items()}
 
     def quantizer(self):
         """For export_model: each projection's codes and scales from this table."""

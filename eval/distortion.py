@@ -1,0 +1,142 @@
+"""What INT4 costs, arm by arm: every post-training baseline of a run's weights, and any other weights, against bf16."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from jaxtyping import Array
+from rich.box import SIMPLE
+from rich.table import Table
+
+from configs.schema import ConfigError
+from data.pipeline import open_data
+from eval.expert_inputs import expert_inputs
+from model.served_params import serve
+from quant.awq import awq_experts
+from quant.calibration import Calibration, calibrate
+from quant.distortion import Distortion, ExpertWeights, kl_by_position, measure
+from quant.ptq import Quantized, gptq_experts, nearest
+from quant.served import Serving
+from train.console import Bar, console
+from train.held_out import Evaluator
+from train.run_dir import RunDir
+from train.session import Session, load_params, open_session, parse_source
+from train.weights import Weights, load_weights
+
+GATE_UP, DOWN = "moe.mlp.experts_gate_up", "moe.mlp.experts_down"
+BASELINES = ("kimi7", "ct75", "mse", "mse_signed", "hqq", "gptq", "awq")
+"""Rounding to nearest on two grids, with three kinds of searched scales, and the two calibrated methods."""
+
+COLUMNS = {"held_out_loss": "loss", "kl": "KL", "kl_per_decade_of_position": "slope", "weight_error": "weights",
+           "function_error": "experts", "function_error_p99": "p99",
+           "overlap_last_layer": "routing"}
+
+
+def distortion_report(source: str, others: tuple[str, ...] = (), calibration_batches: int = 8) -> int:
+    """Print a table and write `RUN/distortion.json`.
+
+    source                RUN or RUN@STEP; its masters in bf16 are the reference, and are what the baselines quantise
+    others                further arms, NAME=WEIGHTS as in eval (a QAT run, an exported directory)
+    calibration_batches   training batches that the calibrated baselines see
+    """
+    run, step = parse_source(source)
+    session = open_session(run.load_config(), run.load_facts().get("compute_dtype"))
+    if calibration_batches < 1:
+        raise ConfigError(f"--calibration-batches must be at least 1, not {calibration_batches}")
+    named = [tuple(arm.split("=", 1)) if "=" in arm else (arm, arm) for arm in others]
+    extra = [(name, load_weights(weights)) for name, weights in named]
+    masters, step = load_params(session, run, step)
+    data = open_data(session.cfg, session.tokenizer)
+    report = _Report(session, data, masters, calibration_batches)
+    rows = {}
+    with Bar("distortion", 1 + len(BASELINES) + len(extra), "arm") as bar:
+        for name, params, effective, notes in report.arms(extra):
+            rows[name] = report.row(params, effective) | {"notes": notes}
+            bar.advance(1)
+    console.print(_table(rows))
+    for name, row in rows.items():
+        for note in row["notes"]:
+            console.print(f"{name}: {note}")
+    _write(run, step, rows)
+    return 0
+
+
+class _Report:
+    """The reference's trace on the held-out rows, and what it takes to compare another arm to it."""
+
+    def __init__(self, session: Session, data, masters: dict[str, Array], calibration_batches: int):
+        self.session, self.masters, self.calibration_batches, self.data = session, masters, calibration_batches, data
+        self.cfg, self.evaluator = session.cfg, Evaluator(session, data)
+        self.batch = data.validation(1)[0]
+        self.reference = self.serve(masters)
+        self.inputs, self.logits = self.trace(self.reference, self.batch)
+
+    def serve(self, params: dict[str, Array]) -> dict[str, Array]:
+        """Rounded to the served dtype, experts taken as they are."""
+        return serve(params, self.session.specs, Serving(self.cfg.model.dtype, "none"), 0.0, self.session.compute_dtype)
+
+    def trace(self, params, batch):
+        return expert_inputs(self.cfg.model, params, batch, self.session.platform)
+
+    def calibration(self) -> Calibration:
+        batches = (self.data.batch(step) for step in range(self.calibration_batches))
+        layers = (entry for batch in batches for entry in self.trace(self.reference, batch)[0])
+        return calibrate(layers, self.reference[GATE_UP], GATE_UP, DOWN)
+
+    def arms(self, extra: list[tuple[str, Weights]]) -> Iterator[tuple[str, dict, dict, tuple[str, ...]]]:
+        """(name, served parameters, its experts in the reference's basis, notes)."""
+        yield "bf16", self.reference, self.reference, ()
+        calibration = self.calibration()
+        for name in BASELINES:
+            arm = self.baseline(name, calibration)
+            yield name, self.serve(arm.fake(self.masters, self.session.specs)), arm.effective(self.session.specs), arm.notes
+        for name, weights in extra:
+            yield name, weights.params, weights.params, ()
+
+    def baseline(self, name: str, calibration: Calibration) -> Quantized:
+        specs, group = self.session.specs, self.cfg.quant.group_size
+        if name == "gptq":
+            return gptq_experts(self.masters, specs, group, calibration)
+        if name == "awq":
+            return awq_experts(self.masters, specs, group, calibration)
+        return nearest(self.masters, specs, group, name)
+
+    def row(self, params: dict[str, Array], effective: dict[str, Array]) -> dict:
+        weights = Weights("arm", self.cfg.model, params, self.session.tokenizer, self.session.compute_dtype, self.session.platform)
+        inputs, logits = self.trace(params, self.batch)
+        kl = kl_by_position(self.logits, logits, self.batch["positions"], self.batch["segments"] > 0)
+        found: Distortion = measure(*(ExpertWeights(p[GATE_UP], p[DOWN]) for p in (self.reference, effective)),
+                                    self.inputs, inputs, kl)
+        return {**self.evaluator.of_served(weights), **found.to_json()}
+
+
+def _table(rows: dict[str, dict]) -> Table:
+    table = Table(title="distortion against bf16", caption="loss: nats per held-out token; KL to bf16 and its slope "
+                  "per tenfold position; relative error of weights, and of experts' outputs: mean and 99th percentile; "
+                  "routing: Jaccard index of the expert sets in the last layer", box=SIMPLE, padding=(0, 1))
+    table.add_column("arm", no_wrap=True)
+    for label in COLUMNS.values():
+        table.add_column(label, justify="right")
+    for name, row in rows.items():
+        values = {**row["summary"], **row}
+        table.add_row(name, *(f"{values[key]:.4f}" if key == "held_out_loss" else f"{values[key]:.2g}" for key in COLUMNS))
+    return table
+
+
+def _without_nan(value):
+    """JSON has no NaN: an expert nobody visited, a position no text reaches."""
+    if isinstance(value, dict):
+        return {key: _without_nan(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _write(run: RunDir, step: int, rows: dict[str, dict]) -> None:
+    path = Path(run.path) / "distortion.json"
+    path.write_text(json.dumps({"step": step, "jax": jax.__version__, "arms": _without_nan(rows)}) + "\n")
+    console.print(f"every layer and expert: {path}")
