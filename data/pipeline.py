@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -19,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from configs.schema import ConfigError, RunConfig
-from data.arrays import TokenRow
+from data.arrays import TokenRow, write_array_record
 from data.chat import Account, Talk, chat_rows
 from data.mixture import MixedStream
 from data.render import KimiRenderer
@@ -31,6 +33,8 @@ Batch = dict[str, np.ndarray]
 
 TASK_VALIDATION_BATCHES = 8
 """Held-out batches of an endless task when the run asks for all."""
+HELDOUT_SEED = 0
+"""Held-out batches are the same for every data.seed, so that runs can be compared."""
 PLAN_VERSION = 1
 
 
@@ -135,7 +139,8 @@ def open_data(cfg: RunConfig, tokenizer: Tokenizer,
     _check_tokenizer(cfg, tokenizer)
     renderer = KimiRenderer(tokenizer, cfg.data.system)
     if not cfg.data.paths:
-        train, held = (TaskStream(cfg.data, cfg.train.seq_len, renderer, split) for split in ("train", "heldout"))
+        train = TaskStream(cfg.data, cfg.train.seq_len, renderer, "train")
+        held = TaskStream(replace(cfg.data, seed=HELDOUT_SEED), cfg.train.seq_len, renderer, "heldout")
         count = (cfg.train.eval_batches or TASK_VALIDATION_BATCHES) * cfg.train.batch_size
         return Data(cfg, tokenizer, renderer, train, [held.row(r) for r in range(count)], Account(), {})
     account = Account()
@@ -151,9 +156,27 @@ def open_data(cfg: RunConfig, tokenizer: Tokenizer,
              "heldout_bytes": _text_bytes(source.heldout for source in sources)}
     rows = []
     if held:
-        stream = _stream(cfg, held)
+        stream = DocumentStream(Documents(held, cfg.model.vocab_size), cfg.train.seq_len, HELDOUT_SEED)
         rows = [stream.row(r) for r in range(stream.describe()["rows_per_epoch"])]
     return Data(cfg, tokenizer, renderer, train, rows, account, facts)
+
+
+def write_index(cfg: RunConfig, tokenizer: Tokenizer, path: str | Path) -> int:
+    """Tokenise all documents of a run's paths, in order, into an ArrayRecord file that later runs open at once.
+
+    Returns their number. Such a run holds out the last documents of the file; the segments of a conversation are
+    documents of their own. ConfigError as `open_data`, and if the file exists or there are no paths.
+    """
+    _check_tokenizer(cfg, tokenizer)
+    if not cfg.data.paths:
+        raise ConfigError("data.paths is empty: the built-in tasks need no index")
+    if Path(path).exists():
+        raise ConfigError(f"{path} exists; remove it or choose another name")
+    everything, account = replace(cfg.data, validation_fraction=0.0), Account()
+    renderer = KimiRenderer(tokenizer, cfg.data.system)
+    sources = [read_source(given, everything, tokenizer, account) for given in cfg.data.paths]
+    return write_array_record(Path(path), [row for source in sources
+                                           for row in _documents(source.train, cfg, renderer, account)])
 
 
 def _stream(cfg: RunConfig, rows: Sequence[TokenRow], *key: int) -> DocumentStream:
@@ -175,7 +198,7 @@ def _documents(items: Sequence[Item], cfg: RunConfig, renderer: KimiRenderer, ac
     """Token ids and weights of every document, in the order text, conversations, arrays."""
     tokenizer, data = renderer.tokenizer, cfg.data
     texts = [item for item in items if isinstance(item, str)]
-    rows = [TokenRow(np.concatenate([[tokenizer.bos_id], ids, [tokenizer.special[EOS]]]), None)
+    rows = [TokenRow(np.concatenate([[tokenizer.bos_id], ids, [tokenizer.special[EOS]]], dtype=np.int32), None)
             for ids in tokenizer.encode_many(texts)]
     talks = [item for item in items if isinstance(item, Talk)]
     rows += [TokenRow(np.array(row.ids, np.int32), np.array(row.weights, np.float32)) for row in

@@ -69,6 +69,8 @@ class Documents:
     def __init__(self, rows: Sequence[TokenRow], vocab_size: int):
         small = np.uint16 if vocab_size <= 1 << 16 else np.int32
         rows = [row for row in rows if len(row.ids) > 1]
+        if not rows:
+            raise ConfigError("data.paths: no document has two tokens, so there is nothing to predict")
         self.offsets = np.cumsum([0, *(len(row.ids) for row in rows)])
         self.ids = np.concatenate([np.asarray(row.ids, small) for row in rows])
         self.weights = None

@@ -7,6 +7,7 @@ generates, parses, runs and appends, exactly as training rows are laid out (test
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import json
 import operator
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from configs.schema import ConfigError
@@ -61,6 +63,23 @@ def tool(function: Callable[..., object], name: str | None = None) -> Tool:
     schema = {"type": "object", "properties": properties, "required": required}
     description = (inspect.getdoc(function) or "").partition("\n")[0]
     return Tool(name or function.__name__, description, schema, function)
+
+
+def tools_from_file(path: str | Path) -> list[Tool]:
+    """Every public function that a Python file defines, as a tool. ConfigError if it has none or fails to load."""
+    spec = importlib.util.spec_from_file_location("tools_of_the_user", path)
+    if spec is None or not Path(path).is_file():
+        raise ConfigError(f"tools file {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001  the file is the user's code
+        raise ConfigError(f"tools file {path}: {error}") from None
+    found = [tool(value) for name, value in vars(module).items()
+             if inspect.isfunction(value) and value.__module__ == spec.name and not name.startswith("_")]
+    if not found:
+        raise ConfigError(f"tools file {path} defines no public function")
+    return found
 
 
 def arguments_error(schema: dict[str, Any], arguments: dict[str, Any]) -> str | None:

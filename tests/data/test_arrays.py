@@ -7,7 +7,7 @@ import pytest
 
 from configs.schema import ConfigError, DataConfig, RunConfig, TrainConfig
 from data.arrays import TokenRow, write_array_record
-from data.pipeline import open_data
+from data.pipeline import open_data, write_index
 from data.tokenizer import load_tokenizer
 
 DOCUMENTS = [[256, *range(10)], [256, *range(50, 75)], [256, 7]]
@@ -60,6 +60,35 @@ def test_rows_of_a_matrix(tmp_path):
 def test_bad_arrays(tmp_path, array, words):
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(ConfigError, match=words):
+        open_path(tmp_path / "a.npy")
+
+
+def test_index_of_text_and_chat(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(f'{{"text": "document {i}"}}' for i in range(20)))
+    talk = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps(talk) for _ in range(10)))
+    tokenizer = load_tokenizer("bytes")
+
+    def config(*names, share=0.1):
+        return RunConfig(data=DataConfig(paths=tuple(str(tmp_path / n) for n in names), validation_fraction=share),
+                         train=TrainConfig(batch_size=1, seq_len=64))
+
+    assert write_index(config("a.jsonl", "b.jsonl"), tokenizer, tmp_path / "all.array_record") == 30
+    whole, indexed = (open_data(config(*names, share=0.0), tokenizer)
+                      for names in (("a.jsonl", "b.jsonl"), ("all.array_record",)))
+    assert whole.plan_hash == indexed.plan_hash
+    assert write_index(config("a.jsonl"), tokenizer, tmp_path / "a.array_record") == 20
+    held = [open_data(config(name), tokenizer).validation() for name in ("a.jsonl", "a.array_record")]
+    assert all((held[0][0][k] == held[1][0][k]).all() for k in held[0][0]) and len(held[0]) == len(held[1])
+    with pytest.raises(ConfigError, match="exists"):
+        write_index(config("a.jsonl"), tokenizer, tmp_path / "a.array_record")
+    with pytest.raises(ConfigError, match="need no index"):
+        write_index(config(), tokenizer, tmp_path / "c.array_record")
+
+
+def test_nothing_to_predict(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([5]))
+    with pytest.raises(ConfigError, match="nothing to predict"):
         open_path(tmp_path / "a.npy")
 
 

@@ -9,7 +9,18 @@ from data.problem import check, right_steps
 from data.render import KimiRenderer
 from data.tasks import TASKS, make_problem
 from data.tokenizer import load_tokenizer
-from data.tools import Bill, Toolbox, arguments_error, calculator, call, exact, key_value, run_episode, tool
+from data.tools import (
+    Bill,
+    Toolbox,
+    arguments_error,
+    calculator,
+    call,
+    exact,
+    key_value,
+    run_episode,
+    tool,
+    tools_from_file,
+)
 
 RENDERER = KimiRenderer(load_tokenizer("bytes"))
 
@@ -111,6 +122,20 @@ def test_tools_from_functions():
     assert Toolbox([made]).results({"tool_calls": [call(0, "book", city="Rome")]})[0]["content"] == "Rome 1"
     with pytest.raises(ConfigError, match="annotate x"):
         tool(lambda x: x)
+
+
+def test_tools_of_a_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from json import dumps\ndef double(x: int) -> str:\n    'Twice x.'\n    return dumps([2 * x])\n"
+                    "def _hidden(): pass\n")
+    box = Toolbox(tools_from_file(path))
+    assert list(box.tools) == ["double"]
+    assert box.results({"tool_calls": [call(0, "double", x=4)]})[0]["content"] == "[8]"
+    for content, words in (("x = 1", "no public function"), ("import nowhere_", "No module"),
+                           ("def f(x): 1", "annotate x")):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=words):
+            tools_from_file(path)
 
 
 def test_bill_splits_thinking_answer_and_tool():
