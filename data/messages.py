@@ -19,7 +19,7 @@ from data.tokenizer import THINK, THINK_END
 Message = dict[str, Any]
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
-         "human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+         "human": "user", "gpt": "assistant", "model": "assistant", "function_call": "assistant", "observation": "tool"}
 """OpenAI's and ShareGPT's names for the four roles."""
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 SWITCHES = ("train", "weight", "loss_mask")
@@ -133,8 +133,7 @@ class _Reader:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise RowError("a tool call has no function name")
-        arguments = function.get("arguments", "{}")
-        text = arguments_text(arguments)
+        text = arguments_text(function.get("arguments") or {})
         try:
             parsed = json.loads(text)
         except (json.JSONDecodeError, TypeError):

@@ -58,6 +58,12 @@ def test_sharegpt():
         {"role": "assistant", "content": "done"}]
 
 
+@pytest.mark.parametrize("nothing", ["", None, {}])
+def test_calls_without_arguments(nothing):
+    talk = conversation(openai({"role": "assistant", "tool_calls": [called(arguments=nothing)]}))
+    assert talk.messages[1]["tool_calls"][0]["function"]["arguments"] == "{}"
+
+
 @pytest.mark.parametrize("switch", [{"train": False}, {"weight": 0}, {"loss_mask": 0}])
 def test_switched_off(switch):
     assert conversation(openai({"role": "assistant", "content": "a"} | switch)).messages[1]["train"] is False
@@ -140,7 +146,7 @@ def test_bad_rows_stop_or_are_dropped_by_name(tmp_path):
     assert [reason.rpartition("chat.jsonl ")[2] for reason in rejected] == [
         "line 2 is not JSON: Expecting property name enclosed in double quotes at column 2",
         "line 3 message 1: unknown role 'bot'; known are system, developer, user, assistant, tool, human, gpt, "
-        "function_call, observation",
+        "model, function_call, observation",
         "line 4: no token of it is trained"]
 
 
