@@ -93,7 +93,12 @@ class _Report:
         calibration = self.calibration()
         for name in BASELINES:
             arm = self.baseline(name, calibration)
-            yield name, self.serve(arm.fake(self.masters, self.session.specs)), arm.effective(self.session.specs), arm.notes
+            yield (
+                name,
+                self.serve(arm.fake(self.masters, self.session.specs)),
+                arm.effective(self.session.specs),
+                arm.notes,
+            )
         for name, weights in extra:
             yield name, weights.params, weights.params, ()
 
@@ -106,7 +111,9 @@ class _Report:
         return nearest(self.masters, specs, group, name)
 
     def row(self, params: dict[str, Array], effective: dict[str, Array]) -> dict:
-        weights = Weights("arm", self.cfg.model, params, self.session.tokenizer, self.session.compute_dtype, self.session.platform)
+        weights = Weights(
+            "arm", self.cfg.model, params, self.session.tokenizer, self.session.compute_dtype, self.session.platform
+        )
         inputs, logits = self.trace(params, self.batch)
         kl = kl_by_position(self.logits, logits, self.batch["positions"], self.batch["segments"] > 0)
         found: Distortion = measure(*(ExpertWeights(p[GATE_UP], p[DOWN]) for p in (self.reference, effective)),
@@ -115,15 +122,23 @@ class _Report:
 
 
 def _table(rows: dict[str, dict]) -> Table:
-    table = Table(title="distortion against bf16", caption="loss: nats per held-out token; KL to bf16 and its slope "
-                  "per tenfold position; relative error of weights, and of experts' outputs: mean and 99th percentile; "
-                  "routing: Jaccard index of the expert sets in the last layer", box=SIMPLE, padding=(0, 1))
+    table = Table(
+        title="distortion against bf16",
+        caption="loss: nats per held-out token; KL to bf16 and its slope "
+        "per tenfold position; relative error of weights, and of experts' outputs: mean and 99th percentile; "
+        "routing: Jaccard index of the expert sets in the last layer",
+        box=SIMPLE,
+        collapse_padding=True,
+        pad_edge=False,
+    )
     table.add_column("arm", no_wrap=True)
     for label in COLUMNS.values():
         table.add_column(label, justify="right")
     for name, row in rows.items():
         values = {**row["summary"], **row}
-        table.add_row(name, *(f"{values[key]:.4f}" if key == "held_out_loss" else f"{values[key]:.2g}" for key in COLUMNS))
+        table.add_row(
+            name, *(f"{values[key]:.4f}" if key == "held_out_loss" else f"{values[key]:.2g}" for key in COLUMNS)
+        )
     return table
 
 

@@ -1,4 +1,4 @@
-"""The tokens that enter each layer's experts, with their routing: what calibration and the distortion report look at."""
+"""The tokens that enter each layer's experts, with their routing: what calibration and distortion.py look at."""
 
 from __future__ import annotations
 

@@ -48,7 +48,9 @@ def awq_experts(params: Params, specs: Specs, group: int, calibration: Calibrati
         powers.append(float(power))
     s_in = jnp.stack(into)  # [L, D]
     per_expert = jax.vmap(lambda w, h: _search(w[None], h[None], CODECS[codec], group)[0])
-    s_hidden = jnp.stack([per_expert(p["down"][i], calibration.hessians[paths.down][i]) for i in range(len(into))])  # [L, E, F]
+    s_hidden = jnp.stack(
+        [per_expert(p["down"][i], calibration.hessians[paths.down][i]) for i in range(len(into))]
+    )  # [L, E, F]
     halves = jnp.stack([jnp.ones_like(s_hidden), 1 / s_hidden], axis=-2)  # only up is scaled back
     factors = {paths.gate_up: s_in[:, None, :, None, None] * halves[:, :, None], paths.down: s_hidden[..., None]}
     scaled = {paths.gate_up: p["gate_up"] * factors[paths.gate_up], paths.down: p["down"] * factors[paths.down]}

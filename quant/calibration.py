@@ -62,8 +62,10 @@ class Calibration:
     def summary(self) -> str:
         """One sentence about how evenly the experts were seen."""
         c = np.asarray(self.counts)
-        return (f"calibrated on {int(c.sum(-1).max()):,} routed tokens per layer; experts saw between {int(c.min())} and "
-                f"{int(c.max())}, median {int(np.median(c))}, {int((c == 0).sum())} none")
+        return (
+            f"calibrated on {int(c.sum(-1).max()):,} routed tokens per layer; experts saw between {int(c.min())} and "
+            f"{int(c.max())}, median {int(np.median(c))}, {int((c == 0).sum())} none"
+        )
 
 
 @partial(jax.jit, static_argnums=4)
@@ -87,11 +89,15 @@ def calibrate(inputs: Iterable[ExpertInputs], gate_up: Float[Array, "L E D 2 F"]
     layers, experts = gate_up.shape[:2]
     sums: dict[int, list[Array]] = {}
     for batch in inputs:
-        new = _moments(batch.x.astype(jnp.float32), batch.experts, batch.gates, gate_up[batch.layer].astype(jnp.float32), experts)
+        new = _moments(
+            batch.x.astype(jnp.float32), batch.experts, batch.gates, gate_up[batch.layer].astype(jnp.float32), experts
+        )
         old = sums.get(batch.layer)
         sums[batch.layer] = list(new) if old is None else [a + b for a, b in zip(old, new)]
     missing = [layer for layer in range(layers) if layer not in sums]
     if missing:
         raise ValueError(f"the calibration data reached no tokens of MoE layers {missing}")
-    return Calibration({gate_up_path: [sums[i][0] for i in range(layers)], down_path: [sums[i][1] for i in range(layers)]},
-                       np.stack([np.asarray(sums[i][2]) for i in range(layers)]))
+    return Calibration(
+        {gate_up_path: [sums[i][0] for i in range(layers)], down_path: [sums[i][1] for i in range(layers)]},
+        np.stack([np.asarray(sums[i][2]) for i in range(layers)]),
+    )

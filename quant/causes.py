@@ -76,8 +76,14 @@ def _rearrangements(name: str, values: np.ndarray, checkpoint: Checkpoint) -> It
         if scale in checkpoint and len(checkpoint.shape(scale)) == 2:
             groups = checkpoint.shape(scale)[1]
             yield "the groups of every row are in reverse order", lambda v: _groups(v, groups)[:, ::-1].reshape(v.shape)
-            yield "the groups of every row are shifted by one", lambda v: np.roll(_groups(v, groups), -1, 1).reshape(v.shape)
-            yield "the groups of every row are shifted back by one", lambda v: np.roll(_groups(v, groups), 1, 1).reshape(v.shape)
+            yield (
+                "the groups of every row are shifted by one",
+                lambda v: np.roll(_groups(v, groups), -1, 1).reshape(v.shape),
+            )
+            yield (
+                "the groups of every row are shifted back by one",
+                lambda v: np.roll(_groups(v, groups), 1, 1).reshape(v.shape),
+            )
     for what, axis in (("rows", 0), ("columns", 1)):
         yield f"the {what} are in reverse order", lambda v, axis=axis: np.flip(v, axis)
         yield f"the {what} are shifted by one", lambda v, axis=axis: np.roll(v, -1, axis)

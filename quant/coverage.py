@@ -1,4 +1,4 @@
-"""Which parameters live on the grid, and whether every group of theirs lies whole on one device. Checked at start-up."""
+"""Which parameters live on the grid, and whether every group lies whole on one device. Checked at start-up."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from quant.calibration import ExpertInputs
 
 @dataclass(frozen=True)
 class ExpertRow:
-    """One expert. Errors are relative: norm of the difference over norm of the reference. `function_error` is NaN for an
-    expert that no token visited."""
+    """One expert. Errors are relative: norm of the difference over norm of the reference. `function_error` is NaN for
+    an expert that no token visited."""
 
     layer: int
     expert: int
@@ -83,18 +83,36 @@ class ExpertWeights:
     down: Float[Array, "L E F D"]
 
 
-def measure(reference: ExpertWeights, other: ExpertWeights, inputs: list[ExpertInputs], other_inputs: list[ExpertInputs],
-            kl: Float[Array, "S"]) -> Distortion:
-    """Compare two sets of weights in the same basis (`Quantized.effective` undoes AWQ's scaling). `inputs`, `other_inputs`: one entry per MoE layer, of the same tokens, in order;
-    tokens with all gates 0 are padding. `kl` comes from `kl_by_position`."""
+def measure(
+    reference: ExpertWeights,
+    other: ExpertWeights,
+    inputs: list[ExpertInputs],
+    other_inputs: list[ExpertInputs],
+    kl: Float[Array, "S"],
+) -> Distortion:
+    """Compare two sets of weights in the same basis (`Quantized.effective` undoes AWQ's scaling).
+
+    `inputs` and `other_inputs` have one entry per MoE layer, of the same tokens, in order; tokens with all gates 0 are
+    padding. `kl` comes from `kl_by_position`.
+    """
     experts, routing = [], []
     for mine, theirs in zip(inputs, other_inputs, strict=True):
         layer = mine.layer
-        tokens, errors = _function_errors(mine.x, mine.experts, mine.gates, *(
-            w[layer].astype(jnp.float32) for w in (reference.gate_up, reference.down, other.gate_up, other.down)))
-        weight_errors = _weight_errors(*(w[layer] for w in (reference.gate_up, reference.down, other.gate_up, other.down)))
-        experts += [ExpertRow(layer, e, int(tokens[e]), float(weight_errors[e]),
-                              float(errors[e]) if tokens[e] else float("nan")) for e in range(len(tokens))]
+        tokens, errors = _function_errors(
+            mine.x,
+            mine.experts,
+            mine.gates,
+            *(w[layer].astype(jnp.float32) for w in (reference.gate_up, reference.down, other.gate_up, other.down)),
+        )
+        weight_errors = _weight_errors(
+            *(w[layer] for w in (reference.gate_up, reference.down, other.gate_up, other.down))
+        )
+        experts += [
+            ExpertRow(
+                layer, e, int(tokens[e]), float(weight_errors[e]), float(errors[e]) if tokens[e] else float("nan")
+            )
+            for e in range(len(tokens))
+        ]
         routing.append(_routing(mine, theirs, len(tokens)))
     return Distortion(tuple(experts), tuple(routing), tuple(np.asarray(kl).tolist()))
 
@@ -102,8 +120,8 @@ def measure(reference: ExpertWeights, other: ExpertWeights, inputs: list[ExpertI
 @jax.jit
 def kl_by_position(logits: Float[Array, "B S V"], other: Float[Array, "B S V"], positions: Int[Array, "B S"],
                    valid: Bool[Array, "B S"]) -> Float[Array, "S"]:
-    """Mean KL(softmax(logits) || softmax(other)) in nats over the valid tokens at each position of their document; NaN at
-    positions that no document reaches."""
+    """Mean KL(softmax(logits) || softmax(other)) in nats over the valid tokens at each position of their document; NaN
+    at positions that no document reaches."""
     p, q = jax.nn.log_softmax(logits.astype(jnp.float32)), jax.nn.log_softmax(other.astype(jnp.float32))
     kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
     sums, counts = (jnp.zeros(logits.shape[1]).at[positions].add(jnp.where(valid, x, 0)) for x in (kl, 1.0))
@@ -146,7 +164,10 @@ def _routing(mine: ExpertInputs, theirs: ExpertInputs, count: int) -> RoutingRow
     valid = a.any(-1)
     a, b = a[valid], b[valid]
     overlap = ((a & b).sum(-1) / (a | b).sum(-1)).mean()
-    first = [np.take_along_axis(np.asarray(t.experts), np.asarray(t.gates).argmax(-1)[:, None], 1)[valid, 0] for t in (mine, theirs)]
+    first = [
+        np.take_along_axis(np.asarray(t.experts), np.asarray(t.gates).argmax(-1)[:, None], 1)[valid, 0]
+        for t in (mine, theirs)
+    ]
     # Half a token everywhere: an expert that one model never uses would make the KL infinite.
     load = [(x.sum(0) + 0.5) / (x.sum() + 0.5 * count) for x in (a, b)]
     return RoutingRow(mine.layer, float(overlap), float((first[0] == first[1]).mean()),

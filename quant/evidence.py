@@ -1,8 +1,8 @@
 """What an export says about itself, so that damage which breaks no rule of the format is found: `evidence.json`.
 
-Swapped projections, permuted groups, flipped bits leave a perfectly formed file. Each tensor therefore has a hash, which
-tells that something changed, and two sums over its words, which often tell what: both equal up to the order of the
-words, and together they locate a single changed word. The probe ties the weights to the function: log-probabilities
+Swapped projections, permuted groups, flipped bits leave a perfectly formed file. Each tensor therefore has a hash,
+which tells that something changed, and two sums over its words, which often tell what: one is blind to their order, and
+together they locate a single changed word. The probe ties the weights to the function: log-probabilities
 of a few token rows.
 """
 

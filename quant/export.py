@@ -93,7 +93,9 @@ def encode(slot: Slot, block: np.ndarray, model: ModelConfig, quant: QuantConfig
     """The tensors of `tensor_table` with their values, from a block of masters."""
     weight = slot.to_hf(block)
     if not (slot.spec.on_grid and quant.grid != "none"):
-        return {slot.name: weight.astype(np.float32).astype(_plain_dtype(slot, model))}
+        plain = np.empty(slot.shape, _plain_dtype(slot, model))
+        plain[...] = weight  # rounds and transposes in one pass: no second copy of a large embedding
+        return {slot.name: plain}
     codes, scales = quantizer(slot, weight.astype(np.float32), quant.group_size)
     stem = slot.name.removesuffix(".weight")
     return {f"{stem}.weight_packed": pack(np.asarray(codes)),
@@ -119,7 +121,7 @@ def export_model(weights: WeightSource, specs: Specs, model: ModelConfig, quant:
                  tokenizer: SavesTokenizer | None = None, report: Mapping[str, Any] | None = None,
                  probe: evidence.Probe | None = None, progress: Callable[[int, int], None] | None = None,
                  quantizer: Quantizer = on_kimi_grid, shard_bytes: int = SHARD_BYTES) -> ExportSummary:
-    """Write `out_dir`: safetensors with index, config.json, generation_config.json, tokenizer, README.md, evidence.json.
+    """Write `out_dir`: safetensors with index, config and generation config, tokenizer, README.md, evidence.json.
 
     weights   masters, read one block at a time
     report    measured numbers for the model card, label -> value
@@ -138,7 +140,9 @@ def export_model(weights: WeightSource, specs: Specs, model: ModelConfig, quant:
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out_dir.parent).free
     if total > free:
-        raise ConfigError(f"the export needs {total / 2**30:.1f} GiB, but {out_dir.parent} has {free / 2**30:.1f} GiB free")
+        raise ConfigError(
+            f"the export needs {total / 2**30:.1f} GiB, but {out_dir.parent} has {free / 2**30:.1f} GiB free"
+        )
 
     partial_dir = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:

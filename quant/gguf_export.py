@@ -30,12 +30,22 @@ MOST_NOTHING_MERGES = 1
 """Merges of a byte tokenizer; with more, llama.cpp must know the text splitter by name."""
 
 LAYER_NAMES = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-    "self_attn.q_a_proj": "attn_q_a", "self_attn.q_a_layernorm": "attn_q_a_norm", "self_attn.q_b_proj": "attn_q_b",
-    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa", "self_attn.kv_a_layernorm": "attn_kv_a_norm",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp", "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
-    "mlp.shared_experts.up_proj": "ffn_up_shexp", "mlp.shared_experts.down_proj": "ffn_down_shexp",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
 }
 """Modules of a layer and their GGUF names; kv_b, the router bias and the experts are written apart."""
 
@@ -104,7 +114,9 @@ def write_gguf(directory: str | Path, out_file: str | Path, *, pre_tokenizer: st
     try:
         import gguf
     except ImportError:
-        raise ConfigError("GGUF export needs the gguf package; install it, or the `gguf` extra of this project") from None
+        raise ConfigError(
+            "GGUF export needs the gguf package; install it, or the `gguf` extra of this project"
+        ) from None
     out_file = Path(out_file)
     if out_file.exists():
         raise ConfigError(f"{out_file} exists; choose another name or remove it first")
@@ -125,14 +137,18 @@ def write_gguf(directory: str | Path, out_file: str | Path, *, pre_tokenizer: st
         shutil.rmtree(scratch, ignore_errors=True)
     notes = list(config.notes)
     if source.inexact:
-        notes.append(f"{source.inexact} of {source.groups} scales lie below 2**-17 or above 65504 and were rounded to fp16")
+        notes.append(
+            f"{source.inexact} of {source.groups} scales lie below 2**-17 or above 65504 and were rounded to fp16"
+        )
     if config.model.yarn_factor != 1 and config.model.yarn_beta_fast != 32:
-        notes.append(f"llama.cpp ignores the file's beta_fast: run it with --yarn-beta-fast {config.model.yarn_beta_fast:g}")
+        notes.append(
+            f"llama.cpp ignores the file's beta_fast: run it with --yarn-beta-fast {config.model.yarn_beta_fast:g}"
+        )
     return GGUFSummary(out_file, count, source.groups, source.inexact, tuple(notes))
 
 
 class _Source:
-    """Tensors of the directory under GGUF names; values are read when they are written, one layer's projection at most."""
+    """Tensors of the directory under GGUF names; values are read when they are written, one projection of a layer."""
 
     def __init__(self, directory: Path, config: ReadConfig):
         self.checkpoint, self.model, self.prefix = Checkpoint(directory), config.model, config.prefix
@@ -276,8 +292,10 @@ def _vocabulary(directory: Path, m: ModelConfig, pre_tokenizer: str | None) -> _
         raise ConfigError(f"tokenizer.json is a {model.get('type')} model; only byte-level BPE is written to GGUF here")
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     if pre_tokenizer is None and len(merges) > MOST_NOTHING_MERGES:
-        raise ConfigError("name llama.cpp's pre-tokenizer for this vocabulary (kimi-k2, gpt-2, ...): GGUF cannot hold the "
-                          "rule that splits text, and a wrong one changes token ids")
+        raise ConfigError(
+            "name llama.cpp's pre-tokenizer for this vocabulary (kimi-k2, gpt-2, ...): GGUF cannot hold the "
+            "rule that splits text, and a wrong one changes token ids"
+        )
     tokens, types = [f"[PAD{i}]" for i in range(m.vocab_size)], [UNUSED] * m.vocab_size
     for token, i in model["vocab"].items():
         tokens[i], types[i] = token, NORMAL

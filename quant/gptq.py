@@ -19,8 +19,8 @@ from quant import grid
 @partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def gptq(w: Float[Array, "E O I"], hessian: Float[Array, "E I I"], scales: Float[Array, "E O G"], group: int,
          damping: float, low: int, high: int) -> Int8[Array, "E O I"]:
-    """Codes of E matrices [O, I]. `hessian` is the sum of x xT over calibration rows; `damping` is added to its diagonal
-    as a share of the mean."""
+    """Codes of E matrices [O, I]. `hessian` is the sum of x xT over calibration rows; `damping` is added to its
+    diagonal as a share of the mean."""
     return jax.vmap(partial(_one, group=group, damping=damping, low=low, high=high))(w, hessian, scales)
 
 

@@ -11,7 +11,13 @@ from typing import Any
 
 from configs.schema import ModelConfig, QuantConfig
 
-SAME_NAME = ["vocab_size", "hidden_size", "num_hidden_layers", "first_k_dense_replace", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_shared_experts", "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group", "rms_norm_eps", "rope_theta", "max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"]
+SAME_NAME = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "first_k_dense_replace", "num_attention_heads", "q_lora_rank",
+    "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size",
+    "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_shared_experts", "norm_topk_prob",
+    "routed_scaling_factor", "n_group", "topk_group", "rms_norm_eps", "rope_theta", "max_position_embeddings",
+    "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id",
+)
 """Fields that ModelConfig and config.json spell alike."""
 
 ROPE_SCALING = {
@@ -27,8 +33,10 @@ FIXED = {
 }
 """What the family's mathematics takes for granted; a file that says otherwise is another architecture."""
 
-HARMLESS = {"attention_dropout": 0.0, "use_cache": True, "num_nextn_predict_layers": 0, "pretraining_tp": 1, "ep_size": 1,
-            "seq_aux": True, "aux_loss_alpha": 0.0}
+HARMLESS = {
+    "attention_dropout": 0.0, "use_cache": True, "num_nextn_predict_layers": 0, "pretraining_tp": 1, "ep_size": 1,
+    "seq_aux": True, "aux_loss_alpha": 0.0,
+}
 """Written because older readers ask for them; they do not change a forward pass."""
 
 IGNORED_MODULES = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*"]

@@ -42,7 +42,12 @@ class Imported:
 
         Raises ConfigError naming file and tensor; DamagedFile for a truncated file.
         """
-        self.checkpoint, self.specs, self._prefix, self._for_training = Checkpoint(directory), specs, prefix, for_training
+        self.checkpoint, self.specs, self._prefix, self._for_training = (
+            Checkpoint(directory),
+            specs,
+            prefix,
+            for_training,
+        )
         self._packed = projections(self.checkpoint)
         self._slots: dict[tuple[str, tuple[int, ...]], list[Slot]] = defaultdict(list)
         used: set[str] = set()
@@ -63,7 +68,9 @@ class Imported:
         if name in self.checkpoint:
             entry, where = self.checkpoint.tensors[name], self.checkpoint.files[name]
             if entry.dtype not in READABLE:
-                raise ConfigError(f"{where}: {name} is {entry.dtype}; convert the checkpoint to bf16, f32 or INT4 groups first")
+                raise ConfigError(
+                    f"{where}: {name} is {entry.dtype}; convert the checkpoint to bf16, f32 or INT4 groups first"
+                )
             shape, names = entry.shape, {name}
         elif stem in self._packed:
             shape, names = self._packed[stem].shape, parts
@@ -71,7 +78,9 @@ class Imported:
             if f"{stem}.weight_shape" not in self.checkpoint:
                 raise ConfigError(f"{where}: {stem} lacks weight_shape")
         elif parts & self.checkpoint.tensors.keys():
-            raise ConfigError(f"{stem} is packed, but its words and scales do not fit together; run verify on the directory")
+            raise ConfigError(
+                f"{stem} is packed, but its words and scales do not fit together; run verify on the directory"
+            )
         else:
             raise ConfigError(f"{self.checkpoint.directory.name} has no tensor {name}; the checkpoint is incomplete")
         if shape != slot.shape:
@@ -84,8 +93,10 @@ class Imported:
             parts = name.removeprefix(self._prefix).split(".")
             beyond = parts[:2] == ["model", "layers"] and parts[2].isdigit() and int(parts[2]) > last_layer
             if not (beyond or not name.startswith(self._prefix) or parts[-1] == "inv_freq"):
-                raise ConfigError(f"{self.checkpoint.files[name]}: {name} is no tensor of this network; the config and the "
-                                  "weights do not belong together")
+                raise ConfigError(
+                    f"{self.checkpoint.files[name]}: {name} is no tensor of this network; the config and the "
+                    "weights do not belong together"
+                )
             skipped.append(name)
         return skipped
 
@@ -99,8 +110,9 @@ class Imported:
             codes, scales = projection.codes(self.checkpoint), projection.scales(self.checkpoint).astype(np.float32)
             if not is_fixed_point(codes, scales):
                 raise ConfigError(
-                    f"{stem} lies on {GRID_NAMES[grid_of(codes, scales)]}: the training grid would change its weights at the "
-                    "first step, so training cannot continue from this file; import the original bf16 masters instead")
+                    f"{stem} lies on {GRID_NAMES[grid_of(codes, scales)]}: the training grid would change its weights "
+                    "at the first step, so training cannot continue from this file; import the bf16 masters instead"
+                )
         return projection.values(self.checkpoint)
 
     def read(self, path: str, index: tuple[int, ...]) -> np.ndarray:
@@ -108,7 +120,7 @@ class Imported:
         return self.region(path, tuple(slice(i, i + 1) for i in index))[(0,) * len(index)]
 
     def region(self, path: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """`array[index]` as float32, reading only the blocks it touches; what `jax.make_array_from_callback` asks for."""
+        """`array[index]` as float32, from the blocks it touches only; what `jax.make_array_from_callback` asks for."""
         shape = self.specs[path].shape
         full = tuple(range(n)[cut] for n, cut in itertools.zip_longest(shape, index, fillvalue=slice(None)))
         lead = next(len(block) for other, block in self._slots if other == path)

@@ -73,7 +73,9 @@ def _slot(path: str, spec: ParamSpec, hf: HFTensor, lead: tuple[str, ...], block
 
 def slots_of(path: str, spec: ParamSpec) -> Iterator[Slot]:
     """Every tensor of one stored array, block by block."""
-    spelled = [a for a, key in (("layers", "{layer}"), ("experts", "{expert}")) if a in spec.axes and key in spec.hf[0].name]
+    spelled = [
+        a for a, key in (("layers", "{layer}"), ("experts", "{expert}")) if a in spec.axes and key in spec.hf[0].name
+    ]
     lead = tuple(spelled)
     if spec.axes[:len(lead)] != lead:
         raise ValueError(f"{path}: axes {lead} are named in {spec.hf[0].name} and must come first, not {spec.axes}")
@@ -100,4 +102,6 @@ def all_slots(specs: Specs) -> list[Slot]:
             raise ValueError(f"{slot.name} is claimed by {seen[slot.name]} and by {slot.path}")
         seen[slot.name] = slot.path
     # The sort is stable: tensors of one block stay neighbours, so a reader of blocks reads each once.
-    return sorted(slots, key=lambda s: (-1 if s.layer is None else s.layer, s.spec.on_grid, s.block[-1] if s.spec.on_grid else 0))
+    return sorted(
+        slots, key=lambda s: (-1 if s.layer is None else s.layer, s.spec.on_grid, s.block[-1] if s.spec.on_grid else 0)
+    )

@@ -27,7 +27,9 @@ class CodeHistory:
 
 def codes_of(params: dict[str, Array], specs: Specs, group: int) -> dict[str, Int8[Array, "..."]]:
     """Codes of every parameter on the grid."""
-    return {path: grid.quantize(params[path], group_axis(spec), group)[0] for path, spec in specs.items() if spec.on_grid}
+    return {
+        path: grid.quantize(params[path], group_axis(spec), group)[0] for path, spec in specs.items() if spec.on_grid
+    }
 
 
 def start_history(params: dict[str, Array], specs: Specs, group: int) -> CodeHistory:

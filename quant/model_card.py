@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from quant.export import ExportSummary
 
 INT4_TEXT = """\
-The routed experts were trained on the INT4 grid stored here: {group} consecutive inputs share one bf16 scale, codes are
-integers of [-7, 7], and every weight is `bf16(code * scale)`. The training forward used exactly these values, so serving
-this directory in bf16 arithmetic changes no weight. Everything else is stored in {dtype}. Format: compressed-tensors
+The routed experts are stored as INT4: {group} consecutive inputs share one bf16 scale, and every weight is
+`bf16(code * scale)`. These are the values that the forward pass of quantisation-aware training uses, so serving the
+directory in bf16 arithmetic changes no weight. Everything else is stored in {dtype}. Format: compressed-tensors
 `pack-quantized`.
 """
 

@@ -41,7 +41,9 @@ def gather_on_grid(shard: Float[Array, "..."], axis: int, group: int, mesh_axis:
     gather = partial(lax.all_gather, axis_name=mesh_axis, axis=dim, tiled=True)
     codes = _unpair(gather(_pairs(codes)))
     # As their bits: XLA may widen a bf16 collective, on CPU it does.
-    scales = lax.bitcast_convert_type(gather(lax.bitcast_convert_type(scales.astype(jnp.bfloat16), jnp.uint16)), jnp.bfloat16)
+    scales = lax.bitcast_convert_type(
+        gather(lax.bitcast_convert_type(scales.astype(jnp.bfloat16), jnp.uint16)), jnp.bfloat16
+    )
     return grid.dequantize(codes, scales.astype(jnp.float32), axis, group)
 
 

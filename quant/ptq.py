@@ -105,5 +105,7 @@ def gptq_experts(params: Params, specs: Specs, group: int, calibration: Calibrat
             s.append(restore_matrices(layer_scales, shape))
         codes[path], scales[path] = jnp.stack(q), jnp.stack(s)
         few = int((np.asarray(counts) < spec.shape[group_axis(spec)]).sum())
-        notes.append(f"{path}: {few} of {np.size(counts)} experts saw fewer tokens than inputs and were rounded to nearest")
+        notes.append(
+            f"{path}: {few} of {np.size(counts)} experts saw fewer tokens than inputs and were rounded to nearest"
+        )
     return Quantized(codes, scales, group, notes=(calibration.summary(), *notes))

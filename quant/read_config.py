@@ -18,8 +18,11 @@ from quant.hf_config import FIXED, HARMLESS, ROPE_SCALING, SAME_NAME
 OPTIONAL = {"initializer_range": 0.02, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 """Fields of ours that a forward pass does not need, and what stands in for them."""
 
-SILENT = set(HARMLESS) | set(
-    ["architectures", "auto_map", "model_type", "transformers_version", "torch_dtype", "dtype", "quantization_config", "rope_theta", "rope_scaling", "rope_parameters", "num_key_value_heads", "head_dim", "qk_head_dim", "output_router_logits", "_name_or_path", "tokenizer_class", "unpad_id", "num_experts_per_token", "max_length"])
+SILENT = set(HARMLESS) | {
+    "architectures", "auto_map", "model_type", "transformers_version", "torch_dtype", "dtype", "quantization_config",
+    "rope_theta", "rope_scaling", "rope_parameters", "num_key_value_heads", "head_dim", "qk_head_dim", "max_length",
+    "output_router_logits", "_name_or_path", "tokenizer_class",
+}
 """Keys read elsewhere, or without influence on a forward pass."""
 
 
@@ -69,8 +72,10 @@ def _refuse_other_mathematics(text: dict[str, Any]) -> None:
     known = SILENT | set(SAME_NAME) | set(FIXED) | {"rope_interleave"}
     for key, value in text.items():
         if key not in known and value not in (None, False, 0):
-            raise ConfigError(f"config.json: {key} = {value!r} is not known here and may change the mathematics; remove it if "
-                              "it does not")
+            raise ConfigError(
+                f"config.json: {key} = {value!r} is not known here and may change the mathematics; remove it if "
+                "it does not"
+            )
 
 
 def _same_names(text: dict[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -89,8 +94,10 @@ def _same_names(text: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     if values["pad_token_id"] is None:
         values["pad_token_id"] = values["eos_token_id"]
     if text.get("num_nextn_predict_layers"):
-        notes.append(f"{text['num_nextn_predict_layers']} multi-token-prediction layers are skipped: they are not part of the "
-                     "language model")
+        notes.append(
+            f"{text['num_nextn_predict_layers']} multi-token-prediction layers are skipped: they are not part of the "
+            "language model"
+        )
     return values
 
 
@@ -115,11 +122,13 @@ def _rope(text: dict[str, Any]) -> dict[str, Any]:
     for key in ("factor", "original_max_position_embeddings"):
         if key not in rope:
             raise ConfigError(f"config.json: YaRN without rope_scaling.{key}")
-    # Absent multipliers mean 0.1 ln(factor) + 1 on the cosines and an unchanged softmax scale: DeepSeek's mscale 1 over 0.
+    # Absent multipliers mean 0.1 ln(factor) + 1 on the cosines and an unchanged softmax scale: mscale 1 over 0.
     defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
     values = defaults | rope
     if not rope.get("mscale_all_dim") and values["mscale"] != 1.0:
-        raise ConfigError("config.json: rope_scaling.mscale without mscale_all_dim is read differently by different programs")
+        raise ConfigError(
+            "config.json: rope_scaling.mscale without mscale_all_dim is read differently by different programs"
+        )
     ours = {field: float(values[key]) for key, field in ROPE_SCALING.items()}
     ours["yarn_original_positions"] = int(ours["yarn_original_positions"])
     return {"rope_theta": float(theta), **ours}
@@ -136,11 +145,15 @@ def _quantization(section: dict[str, Any] | None) -> QuantConfig:
     if not section:
         return QuantConfig(grid="none")
     if section.get("quant_method") != "compressed-tensors" or section.get("format") != "pack-quantized":
-        raise ConfigError(f"config.json: quantisation {section.get('quant_method')!r} / {section.get('format')!r} is not read; "
-                          "compressed-tensors pack-quantized INT4 is, and so are bf16 and f32")
+        raise ConfigError(
+            f"config.json: quantisation {section.get('quant_method')!r} / {section.get('format')!r} is not read; "
+            "compressed-tensors pack-quantized INT4 is, and so are bf16 and f32"
+        )
     groups = list(section.get("config_groups", {}).values())
     weights = groups[0].get("weights", {}) if len(groups) == 1 else {}
     want = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
     if any(weights.get(key) != value for key, value in want.items()) or weights.get("actorder"):
-        raise ConfigError("config.json: quantization_config must hold one group of symmetric 4-bit integers without reordering")
+        raise ConfigError(
+            "config.json: quantization_config must hold one group of symmetric 4-bit integers without reordering"
+        )
     return QuantConfig(grid="int4", group_size=weights["group_size"])

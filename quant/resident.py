@@ -23,7 +23,7 @@ from quant.coverage import group_axis
 @dataclass(frozen=True)
 class Int4Weight:
     """A stored array on the grid. `axis` is the grouped one, counted from the end, so that leading axes can be scanned
-    or gathered away. It stands where an array stood: `w[...]` and `w.astype(dtype)` behave alike, the latter unpacks."""
+    or gathered away. It stands where an array stood: `w[...]` and `w.astype(dtype)` work, the latter unpacks."""
 
     codes: Int4[Array, "..."]
     scales: BFloat16[Array, "..."]

@@ -47,7 +47,9 @@ def _straight_through(value: Array, master: Array) -> Array:
     return through(jax.lax.stop_gradient(value), master)
 
 
-def as_served(w: Float[Array, "..."], spec: ParamSpec, serving: Serving, amount: Float[Array, ""]) -> Float[Array, "..."]:
+def as_served(
+    w: Float[Array, "..."], spec: ParamSpec, serving: Serving, amount: Float[Array, ""]
+) -> Float[Array, "..."]:
     """Forward value (float32) of a master weight; leading stacked axes of the spec may be sliced away."""
     master = w.astype(jnp.float32)
     value = master

@@ -55,7 +55,7 @@ class Writer:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._offsets = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in table}
-        self._file = open(path, "wb")
+        self._file = open(path, "wb")  # noqa: SIM115 -- closed by __exit__
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, array: np.ndarray) -> memoryview:
@@ -87,7 +87,9 @@ def read_header(path: Path) -> dict[str, Entry]:
         try:
             header = json.loads(file.read(length))
         except ValueError:
-            raise DamagedFile(f"{path.name} has an unreadable header; it is no safetensors file, or was damaged") from None
+            raise DamagedFile(
+                f"{path.name} has an unreadable header; it is no safetensors file, or was damaged"
+            ) from None
     header.pop("__metadata__", None)
     entries = {}
     for name, row in header.items():
@@ -96,7 +98,9 @@ def read_header(path: Path) -> dict[str, Entry]:
         if row["dtype"] not in DTYPES:
             raise DamagedFile(f"{path.name}: {name} has dtype {row['dtype']}, which is not read here")
         if end - start != math.prod(shape) * DTYPES[row["dtype"]].itemsize:
-            raise DamagedFile(f"{path.name}: {name} holds {end - start} bytes, not those of {row['dtype']} {list(shape)}")
+            raise DamagedFile(
+                f"{path.name}: {name} holds {end - start} bytes, not those of {row['dtype']} {list(shape)}"
+            )
         entries[name] = Entry(row["dtype"], shape, 8 + length + start, end - start)
     need = max((e.start + e.size for e in entries.values()), default=8 + length)
     if size != need:

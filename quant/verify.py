@@ -79,11 +79,15 @@ def compare_to_training(checkpoint: Checkpoint, packed: dict[str, Packed], refer
             continue
         trained = slot.to_hf(np.asarray(served(source.read(slot.path, slot.block), slot.path)))
         if stored.shape != trained.shape:
-            report.add("error", "reference", f"{slot.name} has shape {stored.shape}, the training weights {trained.shape}")
+            report.add(
+                "error", "reference", f"{slot.name} has shape {stored.shape}, the training weights {trained.shape}"
+            )
             continue
         compared += trained.size
         wrong[slot.name] += int((stored != trained).sum())
     for name, count in wrong.items():
         if count:
             report.add("error", "reference", f"{name}: {count:,} weights differ from those the training forward used")
-    report.add("note", "reference", f"{compared:,} weights compared with the training forward, {sum(wrong.values()):,} differ")
+    report.add(
+        "note", "reference", f"{compared:,} weights compared with the training forward, {sum(wrong.values()):,} differ"
+    )

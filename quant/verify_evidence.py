@@ -18,8 +18,16 @@ from quant.tensor_file import Checkpoint
 PROBE_TOLERANCE = 1e-2
 """Largest difference of a log-probability: another backend's bf16 sums, not another weight."""
 
-COSMETIC = set(HARMLESS) | {"bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "architectures", "auto_map",
-                            "transformers_version", "max_position_embeddings"}
+COSMETIC = set(HARMLESS) | {
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "initializer_range",
+    "architectures",
+    "auto_map",
+    "transformers_version",
+    "max_position_embeddings",
+}
 """Fields of config.json that may change without changing what the network computes."""
 
 
@@ -27,8 +35,12 @@ def load_evidence(directory: Path, report: Report) -> dict[str, Any] | None:
     """evidence.json, or None with a finding that says what stays unknown."""
     path = directory / FILE
     if not path.exists():
-        report.add("not checkable", "evidence", "no evidence.json: swapped projections, permuted groups and flipped bits break no "
-                   "rule of the format and cannot be seen")
+        report.add(
+            "not checkable",
+            "evidence",
+            "no evidence.json: swapped projections, permuted groups and flipped bits break no "
+            "rule of the format and cannot be seen",
+        )
         return None
     try:
         content = json.loads(path.read_text())
@@ -38,7 +50,9 @@ def load_evidence(directory: Path, report: Report) -> dict[str, Any] | None:
         return None
 
 
-def check_evidence(checkpoint: Checkpoint, config: dict[str, Any] | None, evidence: dict[str, Any], report: Report) -> None:
+def check_evidence(
+    checkpoint: Checkpoint, config: dict[str, Any] | None, evidence: dict[str, Any], report: Report
+) -> None:
     """Every tensor's bytes and every field of the config; changed tensors are named with a cause where one fits."""
     recorded: dict[str, Fingerprint] = evidence["tensors"]
     now = {name: Fingerprint.of(entry.dtype, entry.shape, checkpoint.raw(name))
@@ -55,8 +69,11 @@ def check_evidence(checkpoint: Checkpoint, config: dict[str, Any] | None, eviden
     for key in sorted(evidence["config"].keys() | (config or evidence["config"]).keys()):
         was, is_ = evidence["config"].get(key), (config or evidence["config"]).get(key)
         if was != is_:
-            report.add("warning" if key in COSMETIC else "error", "evidence", f"config.json: {key} was {json.dumps(was)} when "
-                       f"exported and is {json.dumps(is_)}")
+            report.add(
+                "warning" if key in COSMETIC else "error",
+                "evidence",
+                f"config.json: {key} was {json.dumps(was)} when exported and is {json.dumps(is_)}",
+            )
 
 
 def check_probe(evidence: dict[str, Any], logits: Callable[[np.ndarray], np.ndarray] | None, report: Report) -> None:
@@ -70,5 +87,9 @@ def check_probe(evidence: dict[str, Any], logits: Callable[[np.ndarray], np.ndar
         if error <= PROBE_TOLERANCE:
             report.add("note", "probe", f"log-probabilities of the probe agree to {error:.2g}")
         else:
-            report.add("error", "probe", f"log-probabilities of the probe differ by {error:.3g}: the config or the reader computes "
-                       "another function")
+            report.add(
+                "error",
+                "probe",
+                f"log-probabilities of the probe differ by {error:.3g}: the config or the reader computes "
+                "another function",
+            )

@@ -54,21 +54,29 @@ def check_index(checkpoint: Checkpoint, report: Report) -> None:
         elif checkpoint.files[name] != file:
             report.add("error", "index", f"{name} lies in {checkpoint.files[name]}, but the index says {file}")
     for name in checkpoint.tensors.keys() - weight_map.keys():
-        report.add("error", "index", f"{name} is in {checkpoint.files[name]} but not in the index; loaders will not see it")
+        report.add(
+            "error", "index", f"{name} is in {checkpoint.files[name]} but not in the index; loaders will not see it"
+        )
     total = sum(entry.size for entry in checkpoint.tensors.values())
     stated = index.get("metadata", {}).get("total_size")
     if stated != total:
         report.add("warning", "index", f"metadata.total_size is {stated}, but the tensors hold {total} bytes")
     for stem in {name.rpartition(".")[0] for name in weight_map if name.endswith(".weight_packed")}:
         if len({weight_map.get(f"{stem}.{part}") for part in PARTS}) > 1:
-            report.add("warning", "index", f"the parts of {stem} lie in different files; some importers need them in one")
+            report.add(
+                "warning", "index", f"the parts of {stem} lie in different files; some importers need them in one"
+            )
 
 
 def check_config(config: dict[str, Any], report: Report) -> None:
     """What config.json promises about the model and the format."""
     if config.get("model_type") == "kimi_k2":
-        report.add("warning", "config", "model_type kimi_k2: transformers without remote code loads random experts and only "
-                   "warns; deepseek_v3 is the same network")
+        report.add(
+            "warning",
+            "config",
+            "model_type kimi_k2: transformers without remote code loads random experts and only "
+            "warns; deepseek_v3 is the same network",
+        )
     _check_quantization(config, report)
     family = Family.of(config)
     if family is not None:
@@ -81,7 +89,11 @@ def _check_quantization(config: dict[str, Any], report: Report) -> None:
         report.add("note", "config", "no quantization_config: the weights are plain")
         return
     if section.get("quant_method") != "compressed-tensors":
-        report.add("error", "config", f"quant_method is {section.get('quant_method')!r}; only compressed-tensors is checked here")
+        report.add(
+            "error",
+            "config",
+            f"quant_method is {section.get('quant_method')!r}; only compressed-tensors is checked here",
+        )
         return
     if section.get("format") != "pack-quantized":
         report.add("error", "config", f"format is {section.get('format')!r} at the top level, where SGLang looks for "
@@ -94,13 +106,20 @@ def _check_quantization(config: dict[str, Any], report: Report) -> None:
         weights = group.get("weights") or {}
         for key, want in (("num_bits", 4), ("type", "int"), ("symmetric", True), ("strategy", "group")):
             if weights.get(key) != want:
-                report.add("error", "config", f"{label}.weights.{key} is {weights.get(key)!r}, the packed words need {want!r}; "
-                           "transformers believes the config and decodes wrong weights")
+                report.add(
+                    "error",
+                    "config",
+                    f"{label}.weights.{key} is {weights.get(key)!r}, the packed words need {want!r}; "
+                    "transformers believes the config and decodes wrong weights",
+                )
         if weights.get("actorder"):
             report.add("error", "config", f"{label}.weights.actorder is set, but no order of groups is stored")
         if group.get("targets") != ["Linear"]:
-            report.add("warning", "config", f"{label}.targets is {group.get('targets')}; SGLang finds its scheme only under "
-                       '["Linear"]')
+            report.add(
+                "warning",
+                "config",
+                f'{label}.targets is {group.get("targets")}; SGLang finds its scheme only under ["Linear"]',
+            )
     if not groups:
         report.add("error", "config", "quantization_config has no config_groups")
 
@@ -114,19 +133,31 @@ def _check_readers(text: dict[str, Any], report: Report) -> None:
     if text.get("q_lora_rank") is None and text.get("num_hidden_layers") not in (26, 27):
         report.add("warning", "config", "q_lora_rank is null: llama.cpp accepts that for 26 or 27 layers only")
     if text.get("rms_norm_eps") != 1e-6:
-        report.add("note", "config", f"rms_norm_eps is {text.get('rms_norm_eps')}: transformers uses 1e-6 in the latent norms, "
-                   "llama.cpp uses this value there")
+        report.add(
+            "note",
+            "config",
+            f"rms_norm_eps is {text.get('rms_norm_eps')}: transformers uses 1e-6 in the latent norms, "
+            "llama.cpp uses this value there",
+        )
     rope = text.get("rope_scaling") or {}
     if rope.get("type", rope.get("rope_type")) == "yarn":
         if rope.get("beta_fast") != 32:
             report.add("warning", "config", f"YaRN beta_fast is {rope.get('beta_fast')}: llama.cpp uses 32 unless told "
                        "--yarn-beta-fast")
         if rope.get("mscale") != rope.get("mscale_all_dim") or not rope.get("mscale"):
-            report.add("warning", "config", "YaRN mscale and mscale_all_dim differ or are 0: llama.cpp computes another function")
+            report.add(
+                "warning",
+                "config",
+                "YaRN mscale and mscale_all_dim differ or are 0: llama.cpp computes another function",
+            )
     hidden, expert = text.get("hidden_size", 0), text.get("moe_intermediate_size", 0)
     if hidden % 128 or expert % 128:
-        report.add("warning", "engine limits", f"hidden_size {hidden} and moe_intermediate_size {expert} should be multiples of "
-                   "128: the Marlin kernels of vLLM and SGLang refuse others or fall back to slow ones")
+        report.add(
+            "warning",
+            "engine limits",
+            f"hidden_size {hidden} and moe_intermediate_size {expert} should be multiples of "
+            "128: the Marlin kernels of vLLM and SGLang refuse others or fall back to slow ones",
+        )
 
 
 def check_tensors(checkpoint: Checkpoint, config: dict[str, Any], report: Report) -> None:
@@ -138,14 +169,22 @@ def check_tensors(checkpoint: Checkpoint, config: dict[str, Any], report: Report
     for stem in sorted(stems):
         _check_parts(checkpoint, stem, group, report)
     if stems and not groups:
-        report.add("error", "config", f"{len(stems)} projections are packed, but config.json says nothing of it: loaders drop them")
+        report.add(
+            "error",
+            "config",
+            f"{len(stems)} projections are packed, but config.json says nothing of it: loaders drop them",
+        )
     _check_ignore(checkpoint, stems, section.get("ignore", []), report)
     if group is not None and group not in (32, 64, 128, -1):
         report.add("warning", "engine limits", f"group_size {group}: vLLM's Marlin kernel takes 32, 64 or 128")
     family = Family.of(config)
     if family is None:
-        report.add("not checkable", "names", f"model_type {config.get('model_type')!r} is not of the DeepSeek-V3 family: which "
-                   "tensors it needs is not known here")
+        report.add(
+            "not checkable",
+            "names",
+            f"model_type {config.get('model_type')!r} is not of the DeepSeek-V3 family: which "
+            "tensors it needs is not known here",
+        )
     else:
         _check_names(checkpoint, stems, family, report)
 
@@ -160,26 +199,40 @@ def _check_parts(checkpoint: Checkpoint, stem: str, group: int | None, report: R
         report.add("error", "dtype", f"{stem}.weight_packed is {words.dtype}, packed words are I32")
         return
     if scale.dtype != "BF16":
-        report.add("error", "dtype", f"{stem}.weight_scale is {scale.dtype}: Kimi's format has BF16, and a wider scale gives "
-                   "other weights than a bf16 reader gets")
+        report.add(
+            "error",
+            "dtype",
+            f"{stem}.weight_scale is {scale.dtype}: Kimi's format has BF16, and a wider scale gives "
+            "other weights than a bf16 reader gets",
+        )
     if shape.dtype not in ("I32", "I64") or shape.shape != (2,):
         report.add("error", "dtype", f"{stem}.weight_shape is {shape.dtype} {list(shape.shape)}, not two integers")
         return
     if len(words.shape) != 2 or len(scale.shape) != 2:
-        report.add("error", "shape", f"{stem}: words {list(words.shape)} and scales {list(scale.shape)} must both be matrices")
+        report.add(
+            "error", "shape", f"{stem}: words {list(words.shape)} and scales {list(scale.shape)} must both be matrices"
+        )
         return
     out, inputs = words.shape[0], words.shape[1] * PER_WORD
     stated = checkpoint.read(f"{stem}.weight_shape").tolist()
     if stated != [out, inputs]:
-        report.add("error", "shape", f"{stem}.weight_shape says {stated}, the words hold {[out, inputs]}; transformers believes "
-                   "the former without complaint")
+        report.add(
+            "error",
+            "shape",
+            f"{stem}.weight_shape says {stated}, the words hold {[out, inputs]}; transformers believes "
+            "the former without complaint",
+        )
     if group and group > 0 and (inputs % group or scale.shape != (out, inputs // group)):
-        report.add("error", "shape", f"{stem}.weight_scale is {list(scale.shape)}; {inputs} inputs in groups of {group} need "
-                   f"{[out, inputs // group]}")
+        report.add(
+            "error",
+            "shape",
+            f"{stem}.weight_scale is {list(scale.shape)}; {inputs} inputs in groups of {group} need "
+            f"{[out, inputs // group]}",
+        )
 
 
 def _check_ignore(checkpoint: Checkpoint, stems: set[str], ignore: list[str], report: Report) -> None:
-    """Loaders decide from the ignore list alone what is packed; it must agree with the files for every linear module."""
+    """Loaders decide from the ignore list alone what is packed; it must agree with the files for every linear."""
     if not stems:
         return
     patterns = [(rule, re.compile(rule[3:]) if rule.startswith("re:") else None) for rule in ignore]
@@ -189,13 +242,20 @@ def _check_ignore(checkpoint: Checkpoint, stems: set[str], ignore: list[str], re
 
     for stem in sorted(stems):
         if ignored(stem):
-            report.add("error", "ignore list", f"{stem} is packed but matched by the ignore list: loaders look for plain weights")
+            report.add(
+                "error",
+                "ignore list",
+                f"{stem} is packed but matched by the ignore list: loaders look for plain weights",
+            )
     for name in sorted(checkpoint.tensors):
         module = name.removesuffix(".weight")
         is_linear = name.endswith(("_proj.weight", "_proj_with_mqa.weight", "lm_head.weight"))
         if is_linear and not ignored(module):
-            report.add("error", "ignore list", f"{module} is stored plain but not in the ignore list: loaders look for packed "
-                       "weights")
+            report.add(
+                "error",
+                "ignore list",
+                f"{module} is stored plain but not in the ignore list: loaders look for packed weights",
+            )
 
 
 def _check_names(checkpoint: Checkpoint, stems: set[str], family: Family, report: Report) -> None:
@@ -210,8 +270,11 @@ def _check_names(checkpoint: Checkpoint, stems: set[str], family: Family, report
             known |= {f"{stem}.{p}" for p in PARTS}
             words = checkpoint.tensors.get(f"{stem}.weight_packed")
             if words and len(words.shape) == 2 and (words.shape[0], words.shape[1] * PER_WORD) != want:
-                report.add("error", "shape", f"{stem} is {[words.shape[0], words.shape[1] * PER_WORD]}, config.json implies "
-                           f"{list(want)}")
+                report.add(
+                    "error",
+                    "shape",
+                    f"{stem} is {[words.shape[0], words.shape[1] * PER_WORD]}, config.json implies {list(want)}",
+                )
             continue
         known.add(name)
         if name not in checkpoint:
@@ -222,6 +285,8 @@ def _check_names(checkpoint: Checkpoint, stems: set[str], family: Family, report
         if family.is_extra(name):
             continue
         report.add("error", "names", f"{name} is no tensor of this network: loaders drop it")
-    mtp = sum(math.prod(e.shape) * DTYPES[e.dtype].itemsize for n, e in checkpoint.tensors.items() if family.is_extra(n))
+    mtp = sum(
+        math.prod(e.shape) * DTYPES[e.dtype].itemsize for n, e in checkpoint.tensors.items() if family.is_extra(n)
+    )
     if mtp:
         report.add("note", "names", f"{mtp:,} bytes of multi-token-prediction or vision weights are not checked")

@@ -19,7 +19,9 @@ from quant.read_config import read_config
 from quant.source import InMemory
 from tests.quant.small_model import INT4, MODEL, PLAIN, random_weights, specs_of
 
-YARN = ModelConfig(**{**MODEL.__dict__, "yarn_factor": 4.0, "yarn_original_positions": 32, "max_position_embeddings": 128})
+YARN = ModelConfig(
+    **{**MODEL.__dict__, "yarn_factor": 4.0, "yarn_original_positions": 32, "max_position_embeddings": 128}
+)
 
 
 def torch_bf16(values: np.ndarray) -> torch.Tensor:
@@ -31,7 +33,9 @@ def test_packing_equals_compressed_tensors_on_ten_million_codes():
     assert codes.size >= 10**7
     theirs = pack_to_int32(torch.from_numpy(codes), 4).numpy()
     np.testing.assert_array_equal(pack(codes), theirs)
-    np.testing.assert_array_equal(unpack(theirs), unpack_from_int32(torch.from_numpy(pack(codes)), 4, codes.shape).numpy())
+    np.testing.assert_array_equal(
+        unpack(theirs), unpack_from_int32(torch.from_numpy(pack(codes)), 4, codes.shape).numpy()
+    )
 
 
 def ct_scheme():
@@ -40,7 +44,7 @@ def ct_scheme():
 
 
 def test_compress_and_decompress_agree_with_the_forward():
-    """Their compressor on our float32 masters with our scales gives our bytes; their decompressor our forward weights."""
+    """Their compressor on our masters with our scales gives our bytes; their decompressor our forward weights."""
     w = np.random.default_rng(1).normal(0, 0.02, (256, 512)).astype(np.float32)
     codes, scales = jax.jit(grid.quantize, static_argnums=(1, 2))(w, -1, 32)
     forward = np.asarray(jax.jit(grid.on_grid, static_argnums=(1, 2))(w, -1, 32))
@@ -77,7 +81,10 @@ def test_transformers_loads_every_tensor_and_agrees_with_a_dense_twin(exported, 
     model, specs, directory = exported
     masters = random_weights(specs, scale=0.1)
     axis = {path: spec.axis(spec.matrix.rows[0]) - len(spec.axes) for path, spec in specs.items() if spec.on_grid}
-    dense = {path: np.asarray(grid.on_grid(jnp.asarray(w), axis[path], 32)) if path in axis else w for path, w in masters.items()}
+    dense = {
+        path: np.asarray(grid.on_grid(jnp.asarray(w), axis[path], 32)) if path in axis else w
+        for path, w in masters.items()
+    }
     export_model(InMemory(dense), specs, model, PLAIN, tmp_path / "dense")
     packed, report = load(directory)
     twin, twin_report = load(tmp_path / "dense")
@@ -96,7 +103,14 @@ def test_transformers_reads_the_config_as_written(exported):
     rope = config.rope_parameters
     assert rope["rope_theta"] == model.rope_theta
     assert rope.get("factor", 1.0) == model.yarn_factor
-    for name in ("hidden_size", "n_routed_experts", "routed_scaling_factor", "norm_topk_prob", "rms_norm_eps", "n_group"):
+    for name in (
+        "hidden_size",
+        "n_routed_experts",
+        "routed_scaling_factor",
+        "norm_topk_prob",
+        "rms_norm_eps",
+        "n_group",
+    ):
         assert getattr(config, name) == getattr(model, name)
 
 

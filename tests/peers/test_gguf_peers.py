@@ -5,8 +5,8 @@ import os
 import numpy as np
 import pytest
 
-from data.tokenizer import ByteTokenizer
 from configs.schema import ConfigError, ModelConfig
+from data.tokenizer import ByteTokenizer
 from quant.export import export_model
 from quant.gguf_export import q4_0_blocks, q4_0_values, write_gguf
 from quant.packed import projections
@@ -19,7 +19,9 @@ gguf = pytest.importorskip("gguf")
 SMALL = ModelConfig(**{**MODEL.__dict__, "vocab_size": 320, "hidden_size": 128, "moe_intermediate_size": 64,
                        "bos_token_id": 256, "eos_token_id": 258, "pad_token_id": 257, "max_position_embeddings": 256})
 YARN = ModelConfig(**{**SMALL.__dict__, "yarn_factor": 4.0, "yarn_original_positions": 64})
-GROUPED = ModelConfig(**{**SMALL.__dict__, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.7})
+GROUPED = ModelConfig(
+    **{**SMALL.__dict__, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.7}
+)
 
 
 def hf_directory(directory, model):
@@ -69,8 +71,15 @@ def test_existing_files_and_plain_directories_are_refused(tmp_path):
 
 def llama_logits(file, tokens, beta_fast=None):
     llama_cpp = pytest.importorskip("llama_cpp")
-    model = llama_cpp.Llama(str(file), n_ctx=64, n_batch=64, logits_all=True, verbose=bool(os.environ.get("LLAMA_VERBOSE")),
-                            n_threads=1, flash_attn=False)
+    model = llama_cpp.Llama(
+        str(file),
+        n_ctx=64,
+        n_batch=64,
+        logits_all=True,
+        verbose=bool(os.environ.get("LLAMA_VERBOSE")),
+        n_threads=1,
+        flash_attn=False,
+    )
     model.eval(tokens)
     return np.array(model.scores[:len(tokens)])
 

@@ -43,17 +43,42 @@ def specs_of(m: ModelConfig) -> dict[str, ParamSpec]:
         add(f"{a}.kv_a", (D, R + m.qk_rope_head_dim), ("embed", "kv_a"), _one("self_attn.kv_a_proj_with_mqa"),
             Matrix(("embed",), ("kv_a",)), layers)
         add(f"{a}.kv_a_norm", (R,), ("kv_lora",), _one("self_attn.kv_a_layernorm"), layers=layers)
-        add(f"{a}.kv_b", (R, H, m.qk_nope_head_dim + m.v_head_dim), ("kv_lora", "heads", "kv_b"), _one("self_attn.kv_b_proj"),
-            Matrix(("kv_lora",), ("kv_b",)), layers)
-        add(f"{a}.o", (H, m.v_head_dim, D), ("heads", "v_dim", "embed"), _one("self_attn.o_proj"),
-            Matrix(("heads", "v_dim"), ("embed",)), layers)
+        add(
+            f"{a}.kv_b",
+            (R, H, m.qk_nope_head_dim + m.v_head_dim),
+            ("kv_lora", "heads", "kv_b"),
+            _one("self_attn.kv_b_proj"),
+            Matrix(("kv_lora",), ("kv_b",)),
+            layers,
+        )
+        add(
+            f"{a}.o",
+            (H, m.v_head_dim, D),
+            ("heads", "v_dim", "embed"),
+            _one("self_attn.o_proj"),
+            Matrix(("heads", "v_dim"), ("embed",)),
+            layers,
+        )
         add(f"{prefix}.input_norm", (D,), ("embed",), _one("input_layernorm"), layers=layers)
         add(f"{prefix}.post_norm", (D,), ("embed",), _one("post_attention_layernorm"), layers=layers)
 
     def gate_up(path, stem, hidden, layers):
-        add(f"{path}gate_up", (D, 2, hidden), ("embed", "gate_up", "hidden"), _gate_up(f"{stem}."),
-            Matrix(("embed",), ("hidden",)), layers)
-        add(f"{path}down", (hidden, D), ("hidden", "embed"), _one(f"{stem}.down_proj"), Matrix(("hidden",), ("embed",)), layers)
+        add(
+            f"{path}gate_up",
+            (D, 2, hidden),
+            ("embed", "gate_up", "hidden"),
+            _gate_up(f"{stem}."),
+            Matrix(("embed",), ("hidden",)),
+            layers,
+        )
+        add(
+            f"{path}down",
+            (hidden, D),
+            ("hidden", "embed"),
+            _one(f"{stem}.down_proj"),
+            Matrix(("hidden",), ("embed",)),
+            layers,
+        )
 
     add("embed", (m.vocab_size, D), ("vocab", "embed"), (HFTensor("model.embed_tokens.weight", transposed=False),))
     for i in range(m.first_k_dense_replace):
@@ -62,12 +87,32 @@ def specs_of(m: ModelConfig) -> dict[str, ParamSpec]:
     moe = tuple(range(m.first_k_dense_replace, m.num_hidden_layers))
     block("moe", moe)
     add("moe.mlp.router", (D, E), ("embed", "experts"), _one("mlp.gate"), Matrix(("embed",), ("experts",)), moe)
-    add("moe.mlp.router_bias", (E,), ("experts",), (HFTensor("model.layers.{layer}.mlp.gate.e_score_correction_bias"),),
-        layers=moe, served="float32")
-    add("moe.mlp.experts_gate_up", (E, D, 2, F), ("experts", "embed", "gate_up", "expert_hidden"),
-        _gate_up("mlp.experts.{expert}."), Matrix(("embed",), ("expert_hidden",)), moe, on_grid=True)
-    add("moe.mlp.experts_down", (E, F, D), ("experts", "expert_hidden", "embed"), _one("mlp.experts.{expert}.down_proj"),
-        Matrix(("expert_hidden",), ("embed",)), moe, on_grid=True)
+    add(
+        "moe.mlp.router_bias",
+        (E,),
+        ("experts",),
+        (HFTensor("model.layers.{layer}.mlp.gate.e_score_correction_bias"),),
+        layers=moe,
+        served="float32",
+    )
+    add(
+        "moe.mlp.experts_gate_up",
+        (E, D, 2, F),
+        ("experts", "embed", "gate_up", "expert_hidden"),
+        _gate_up("mlp.experts.{expert}."),
+        Matrix(("embed",), ("expert_hidden",)),
+        moe,
+        on_grid=True,
+    )
+    add(
+        "moe.mlp.experts_down",
+        (E, F, D),
+        ("experts", "expert_hidden", "embed"),
+        _one("mlp.experts.{expert}.down_proj"),
+        Matrix(("expert_hidden",), ("embed",)),
+        moe,
+        on_grid=True,
+    )
     gate_up("moe.mlp.shared_", "mlp.shared_experts", m.shared_hidden, moe)
     add("final_norm", (D,), ("embed",), (HFTensor("model.norm.weight"),))
     add("head", (D, m.vocab_size), ("embed", "vocab"), (HFTensor("lm_head.weight"),))

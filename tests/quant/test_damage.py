@@ -85,40 +85,80 @@ def zero_at(a):
 
 TENSORS = {
     "gate and up swapped": (swap((GATE + WORDS, UP + WORDS)), f"{GATE}weight_packed.*{UP}weight_packed.*swapped"),
-    "experts swapped": (swap((GATE + WORDS, OTHER + WORDS), (GATE + SCALE, OTHER + SCALE)), f"{GATE}.*{OTHER}.*swapped"),
-    "one expert copied over another": (lambda t: t.update({OTHER + WORDS: t[GATE + WORDS]}), f"{OTHER}.* holds the values of {GATE}"),
-    "nibbles reversed": (codes_of(lambda q: q.reshape(-1, 8)[:, ::-1].reshape(q.shape)), "nibbles of every word are in reverse"),
-    "nibbles exchanged": (codes_of(lambda q: q.reshape(-1, 2)[:, ::-1].reshape(q.shape)), "nibbles of every byte are exchanged"),
+    "experts swapped": (
+        swap((GATE + WORDS, OTHER + WORDS), (GATE + SCALE, OTHER + SCALE)),
+        f"{GATE}.*{OTHER}.*swapped",
+    ),
+    "one expert copied over another": (
+        lambda t: t.update({OTHER + WORDS: t[GATE + WORDS]}),
+        f"{OTHER}.* holds the values of {GATE}",
+    ),
+    "nibbles reversed": (
+        codes_of(lambda q: q.reshape(-1, 8)[:, ::-1].reshape(q.shape)),
+        "nibbles of every word are in reverse",
+    ),
+    "nibbles exchanged": (
+        codes_of(lambda q: q.reshape(-1, 2)[:, ::-1].reshape(q.shape)),
+        "nibbles of every byte are exchanged",
+    ),
     "AWQ order": (codes_of(lambda q: q.reshape(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(q.shape)), "AWQ"),
     "two's complement": (put(GATE + WORDS, lambda w: w ^ np.int32(-0x77777778)), "two's complement"),
     "bytes reversed": (put(GATE + WORDS, lambda w: w.byteswap()), "bytes of every value are in reverse order"),
-    "groups reversed": (codes_of(lambda q: q.reshape(32, 2, 32)[:, ::-1].reshape(q.shape)), "groups of every row are in reverse"),
+    "groups reversed": (
+        codes_of(lambda q: q.reshape(32, 2, 32)[:, ::-1].reshape(q.shape)),
+        "groups of every row are in reverse",
+    ),
     "rows shifted": (put(DOWN + WORDS, lambda w: np.roll(w, 1, 0)), "rows are shifted by one"),
     "scales shifted": (put(DOWN + SCALE, lambda s: np.roll(s, 1, 0)), "weight_scale.*rows are shifted by one"),
     "scales of a row exchanged": (put(GATE + SCALE, lambda s: s[:, ::-1]), "weight_scale.*columns are in reverse"),
-    "rows permuted": (put(GATE + WORDS, lambda w: w[np.random.default_rng(0).permutation(32)]), "same 32-bit words lie in another"),
+    "rows permuted": (
+        put(GATE + WORDS, lambda w: w[np.random.default_rng(0).permutation(32)]),
+        "same 32-bit words lie in another",
+    ),
     "sign flipped": (put(GATE + SCALE, lambda s: -s), "opposite sign"),
     "a bit flipped": (put(GATE + WORDS, flip_bit), r"bit 2 of word 5 \(row 0\) is flipped"),
     "a bit flipped in a norm": (put("model.norm.weight", flip_bit), r"model.norm.weight.*bit 2 of word 5"),
     "some words rewritten": (put(GATE + WORDS, rewritten), "several values were changed"),
     "router bias zeroed": (put("model.layers.1.mlp.gate.e_score_correction_bias", np.zeros_like), "set to zero"),
     "transposed": (put("model.layers.0.self_attn.o_proj.weight", lambda w: w.T.reshape(w.shape)), "stored transposed"),
-    "all codes scaled": (put(GATE + SCALE, lambda s: (s.astype(np.float32) * 1.5).astype(ml_dtypes.bfloat16)), "several values"),
+    "all codes scaled": (
+        put(GATE + SCALE, lambda s: (s.astype(np.float32) * 1.5).astype(ml_dtypes.bfloat16)),
+        "several values",
+    ),
     "code of -8": (codes_of(lambda q: np.where(q == -7, -8, q).astype(np.int8)), "several values"),
     "scale not a number": (put(GATE + SCALE, nan), "not finite"),
     "scale of zero": (put(GATE + SCALE, zero_at), "scales of zero over codes"),
-    "norm not a number": (put("model.norm.weight", lambda a: np.full_like(a, np.nan)), "model.norm.weight has 64 values that are not"),
+    "norm not a number": (
+        put("model.norm.weight", lambda a: np.full_like(a, np.nan)),
+        "model.norm.weight has 64 values that are not",
+    ),
     "scales in f32": (put(GATE + SCALE, lambda s: s.astype(np.float32)), r"\[dtype\].*weight_scale is F32"),
     "words in int64": (put(GATE + WORDS, lambda w: w.astype(np.int64)), r"\[dtype\].*weight_packed is I64"),
     "wrong weight_shape": (put(GATE + SHAPE, lambda s: s[::-1]), r"weight_shape says \[64, 32\]"),
     "no scales": (lambda t: t.pop(GATE + SCALE), r"\[parts\].*lacks weight_scale"),
     "scales of another group": (put(GATE + SCALE, lambda s: s.repeat(2, 1)), r"groups of 32 need \[32, 2\]"),
-    "projection too small": (lambda t: t.update({GATE + WORDS: t[GATE + WORDS][:16], GATE + SCALE: t[GATE + SCALE][:16],
-                                                 GATE + SHAPE: np.array([16, 64], np.int32)}), r"config.json implies \[32, 64\]"),
+    "projection too small": (
+        lambda t: t.update(
+            {
+                GATE + WORDS: t[GATE + WORDS][:16],
+                GATE + SCALE: t[GATE + SCALE][:16],
+                GATE + SHAPE: np.array([16, 64], np.int32),
+            }
+        ),
+        r"config.json implies \[32, 64\]",
+    ),
     "missing": (lambda t: t.pop("model.layers.2.input_layernorm.weight"), r"\[names\].*random numbers"),
-    "extra": (lambda t: t.update({"model.layers.1.gift": np.zeros(3, np.float32)}), r"\[names\].*no tensor of this network"),
-    "stored plain": (lambda t: [t.pop(GATE + p) for p in (WORDS, SCALE, SHAPE)] and t.update(
-        {GATE + "weight": np.ones((32, 64), ml_dtypes.bfloat16)}), r"\[ignore list\].*gate_proj is stored plain"),
+    "extra": (
+        lambda t: t.update({"model.layers.1.gift": np.zeros(3, np.float32)}),
+        r"\[names\].*no tensor of this network",
+    ),
+    "stored plain": (
+        lambda t: (
+            [t.pop(GATE + p) for p in (WORDS, SCALE, SHAPE)]
+            and t.update({GATE + "weight": np.ones((32, 64), ml_dtypes.bfloat16)})
+        ),
+        r"\[ignore list\].*gate_proj is stored plain",
+    ),
 }
 
 
@@ -169,21 +209,39 @@ FILES = {
     "config missing": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
     "config not JSON": (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON"),
     "index entry missing": (in_json(INDEX, lambda c: c["weight_map"].pop("model.norm.weight")), "not in the index"),
-    "index names another file": (in_json(INDEX, lambda c: c["weight_map"].update({"model.norm.weight": "x.safetensors"})),
-                                 "does not exist"),
+    "index names another file": (
+        in_json(INDEX, lambda c: c["weight_map"].update({"model.norm.weight": "x.safetensors"})),
+        "does not exist",
+    ),
     "index names a tensor that is not there": (
         in_json(INDEX, lambda c: c["weight_map"].update({"ghost": "model-00001-of-000001.safetensors"})), "in no file"),
     "8 bits claimed": (in_json("config.json", lambda c: weights_section(c).update(num_bits=8)), "num_bits is 8"),
-    "another group claimed": (in_json("config.json", lambda c: weights_section(c).update(group_size=64)), "groups of 64 need"),
-    "asymmetry claimed": (in_json("config.json", lambda c: weights_section(c).update(symmetric=False)), "symmetric is False"),
+    "another group claimed": (
+        in_json("config.json", lambda c: weights_section(c).update(group_size=64)),
+        "groups of 64 need",
+    ),
+    "asymmetry claimed": (
+        in_json("config.json", lambda c: weights_section(c).update(symmetric=False)),
+        "symmetric is False",
+    ),
     "order claimed": (in_json("config.json", lambda c: weights_section(c).update(actorder="weight")), "actorder"),
     "format missing": (in_json("config.json", lambda c: c["quantization_config"].pop("format")), "SGLang looks for"),
-    "quantisation unmentioned": (in_json("config.json", lambda c: c.pop("quantization_config")), "config.json says nothing of it"),
-    "ignore list too short": (in_json("config.json", lambda c: c["quantization_config"].update(ignore=["lm_head"])),
-                              "stored plain but not in the ignore list"),
-    "ignore list too long": (in_json("config.json", lambda c: c["quantization_config"]["ignore"].append("re:.*experts.*")),
-                             "packed but matched by the ignore list"),
-    "width edited": (in_json("config.json", lambda c: c.update(moe_intermediate_size=16)), r"config.json implies \[16, 64\]"),
+    "quantisation unmentioned": (
+        in_json("config.json", lambda c: c.pop("quantization_config")),
+        "config.json says nothing of it",
+    ),
+    "ignore list too short": (
+        in_json("config.json", lambda c: c["quantization_config"].update(ignore=["lm_head"])),
+        "stored plain but not in the ignore list",
+    ),
+    "ignore list too long": (
+        in_json("config.json", lambda c: c["quantization_config"]["ignore"].append("re:.*experts.*")),
+        "packed but matched by the ignore list",
+    ),
+    "width edited": (
+        in_json("config.json", lambda c: c.update(moe_intermediate_size=16)),
+        r"config.json implies \[16, 64\]",
+    ),
     "theta edited": (in_json("config.json", lambda c: c.update(rope_theta=10000.0)), "rope_theta was 50000.0"),
     "field removed": (in_json("config.json", lambda c: c.pop("n_routed_experts")), "lacks n_routed_experts"),
     "evidence unreadable": (lambda d: (d / FILE).write_text("[]"), "evidence.json is unreadable"),
@@ -201,9 +259,16 @@ def test_damage_to_files_is_named(copy, kind):
 WARNINGS = {
     "kimi_k2": (lambda c: c.update(model_type="kimi_k2"), "random experts"),
     "softmax in llama.cpp": (lambda c: c.pop("scoring_func"), "llama.cpp then takes softmax"),
-    "target by pattern": (lambda c: c["quantization_config"]["config_groups"]["group_0"].update(targets=["re:.*"]), "SGLang finds"),
-    "Kimi's betas": (lambda c: c.update(rope_scaling={"type": "yarn", "factor": 2.0, "beta_fast": 1.0, "mscale": 1.0,
-                                                      "mscale_all_dim": 1.0}), "--yarn-beta-fast"),
+    "target by pattern": (
+        lambda c: c["quantization_config"]["config_groups"]["group_0"].update(targets=["re:.*"]),
+        "SGLang finds",
+    ),
+    "Kimi's betas": (
+        lambda c: c.update(
+            rope_scaling={"type": "yarn", "factor": 2.0, "beta_fast": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+        ),
+        "--yarn-beta-fast",
+    ),
 }
 
 

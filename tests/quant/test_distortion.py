@@ -55,11 +55,24 @@ def test_kl_counts_positions_within_documents():
 
 
 def test_the_trace_is_the_network():
-    cfg = ModelConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16,
-                      qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, intermediate_size=32, moe_intermediate_size=32,
-                      n_routed_experts=4, num_experts_per_tok=2)
-    params = {path: jnp.asarray(rng.normal(1.0 if path.endswith("norm") else 0, 0.05, spec.shape), jnp.float32)
-              for path, spec in param_specs(cfg).items()}
+    cfg = ModelConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+        intermediate_size=32,
+        moe_intermediate_size=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+    )
+    params = {
+        path: jnp.asarray(rng.normal(1.0 if path.endswith("norm") else 0, 0.05, spec.shape), jnp.float32)
+        for path, spec in param_specs(cfg).items()
+    }
     tokens = jnp.asarray(rng.integers(0, 256, (2, 8)))
     segments = jnp.ones_like(tokens).at[1, 5:].set(0)
     batch = {"tokens": tokens, "positions": jnp.broadcast_to(jnp.arange(8), (2, 8)), "segments": segments}

@@ -25,7 +25,7 @@ def read_all(directory):
     tensors = {}
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="numpy") as f:
-            tensors |= {name: f.get_tensor(name) for name in f.keys()}
+            tensors |= {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 -- a file, not a dict
     return tensors
 
 
@@ -49,10 +49,14 @@ def test_slots_cover_every_value_once_and_invert():
 def test_orientation_of_each_kind_of_tensor():
     slots = {s.name: s.to_hf(WEIGHTS[s.path][s.block]) for s in all_slots(SPECS)}
     layer = "model.layers.2."
-    np.testing.assert_array_equal(slots[layer + "self_attn.q_b_proj.weight"], WEIGHTS["moe.attn.q_b"][1].reshape(32, -1).T)
+    np.testing.assert_array_equal(
+        slots[layer + "self_attn.q_b_proj.weight"], WEIGHTS["moe.attn.q_b"][1].reshape(32, -1).T
+    )
     np.testing.assert_array_equal(slots[layer + "self_attn.o_proj.weight"], WEIGHTS["moe.attn.o"][1].reshape(-1, 64).T)
     np.testing.assert_array_equal(slots[layer + "mlp.gate.weight"], WEIGHTS["moe.mlp.router"][1].T)
-    np.testing.assert_array_equal(slots[layer + "mlp.experts.3.up_proj.weight"], WEIGHTS["moe.mlp.experts_gate_up"][1, 3, :, 1].T)
+    np.testing.assert_array_equal(
+        slots[layer + "mlp.experts.3.up_proj.weight"], WEIGHTS["moe.mlp.experts_gate_up"][1, 3, :, 1].T
+    )
     np.testing.assert_array_equal(slots["model.layers.0.mlp.gate_proj.weight"], WEIGHTS["dense.0.mlp.gate_up"][:, 0].T)
     np.testing.assert_array_equal(slots["model.embed_tokens.weight"], WEIGHTS["embed"])
     np.testing.assert_array_equal(slots["lm_head.weight"], WEIGHTS["head"].T)
@@ -77,7 +81,9 @@ def test_the_safetensors_library_reads_what_the_forward_used(exported):
             for half, name in enumerate(("gate", "up")):
                 stem = f"model.layers.{layer + 1}.mlp.experts.{expert}.{name}_proj."
                 words = tensors[stem + "weight_packed"].view(np.uint32)
-                codes = ((words[..., None] >> (4 * np.arange(8, dtype=np.uint32))) & 15).reshape(32, 64).astype(np.float32) - 8
+                codes = ((words[..., None] >> (4 * np.arange(8, dtype=np.uint32))) & 15).reshape(32, 64).astype(
+                    np.float32
+                ) - 8
                 scales = tensors[stem + "weight_scale"].astype(np.float32).repeat(32, 1)
                 values = (codes * scales).astype(ml_dtypes.bfloat16).astype(np.float32)
                 assert (values != served[layer, expert, :, half].T).sum() == 0

@@ -1,4 +1,4 @@
-"""Directories read back: the same stored arrays, the same bytes when exported again, one sentence when they are wrong."""
+"""Directories read back: the same arrays, the same bytes when exported again, one sentence when they are wrong."""
 
 import json
 
@@ -136,19 +136,32 @@ def test_old_and_new_rope_spellings_mean_the_same(tmp_path):
     assert read_config(directory).model == model
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"model_type": "llama"}, "llama"),
-    ({"hidden_size": ...}, "lacks hidden_size"),
-    ({"scoring_func": "softmax"}, "scoring_func"),
-    ({"hidden_act": "gelu"}, "hidden_act"),
-    ({"sliding_window": 128}, "sliding_window"),
-    ({"rope_theta": ...}, "rope_theta"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
-    ({"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "truncate": False}}, "truncate"),
-    ({"torch_dtype": "float16"}, "float16"),
-    ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
-    ({"num_key_value_heads": 1}, "num_key_value_heads"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "llama"}, "llama"),
+        ({"hidden_size": ...}, "lacks hidden_size"),
+        ({"scoring_func": "softmax"}, "scoring_func"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"sliding_window": 128}, "sliding_window"),
+        ({"rope_theta": ...}, "rope_theta"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        (
+            {
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 64,
+                    "truncate": False,
+                }
+            },
+            "truncate",
+        ),
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"num_key_value_heads": 1}, "num_key_value_heads"),
+    ],
+)
 def test_another_network_is_refused(tmp_path, changes, message):
     directory = export(tmp_path / "other", quant=PLAIN)
     edit(directory, **changes)

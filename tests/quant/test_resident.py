@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from configs.schema import ConfigError
 from quant import grid
@@ -33,7 +34,9 @@ def test_resident_weights_are_the_exported_ones():
 
 def test_compiled_buffers_hold_four_and_a_half_bits_per_weight():
     w = to_int4(jnp.zeros((8, 256, 512)), -2, 32)
-    compiled = jax.jit(lambda w, x, e: int4_rows(x, w, e)).lower(w, jnp.zeros((32, 256)), jnp.zeros(4, jnp.int32)).compile()
+    compiled = (
+        jax.jit(lambda w, x, e: int4_rows(x, w, e)).lower(w, jnp.zeros((32, 256)), jnp.zeros(4, jnp.int32)).compile()
+    )
     other = 32 * 256 * 4 + 4 * 4
     assert (compiled.memory_analysis().argument_size_in_bytes - other) * 8 / w.codes.size == bits_per_weight(32) == 4.5
 
@@ -42,7 +45,9 @@ def test_grouped_product_equals_the_dense_one_bit_for_bit():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(24, 64)), jnp.float32)
     block_expert = jnp.array([0, 0, 2])
     dense = grid.on_grid(PARAMS[GATE_UP][0], -3, 32).reshape(4, 64, -1)
-    want = jax.jit(lambda x, w: jnp.einsum("nbd,ndf->nbf", x.reshape(3, 8, 64), w[block_expert]).reshape(24, -1))(x, dense)
+    want = jax.jit(lambda x, w: jnp.einsum("nbd,ndf->nbf", x.reshape(3, 8, 64), w[block_expert]).reshape(24, -1))(
+        x, dense
+    )
     np.testing.assert_array_equal(jax.jit(int4_rows)(x, to_int4(PARAMS[GATE_UP][0], -3, 32), block_expert), want)
 
 
@@ -71,7 +76,11 @@ def test_packed_gather(path, dim):
     w, axis = jax.device_put(PARAMS[path][0], NamedSharding(mesh, spec)), group_axis(SPECS[path])
 
     def over(shard, function):
-        return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=P(), check_vma=False)).lower(shard).compile()
+        return (
+            jax.jit(jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=P(), check_vma=False))
+            .lower(shard)
+            .compile()
+        )
 
     packed = over(w, lambda shard: gather_on_grid(shard, axis, 32, "fsdp", dim))
     np.testing.assert_array_equal(packed(w), grid.on_grid(PARAMS[path][0], axis, 32))
@@ -87,5 +96,7 @@ def test_packed_gather_sums_gradients_over_the_shards():
     def gradient(shard, part):
         return jax.grad(lambda s: jnp.sum(gather_on_grid(s, -2, 32, "fsdp", 0) * part[0]))(shard)
 
-    summed = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"), check_vma=False))(w, mine)
+    summed = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"), check_vma=False))(
+        w, mine
+    )
     np.testing.assert_array_equal(summed, parts.sum(0))

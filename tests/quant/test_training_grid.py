@@ -58,7 +58,9 @@ def forward(path, w):
 
 
 @pytest.mark.parametrize("path", [GATE_UP, DOWN])
-@pytest.mark.parametrize("how", ["jit", "scan", "remat and gradient", "bf16 compute", "vmap over experts", "expert and fsdp shards"])
+@pytest.mark.parametrize(
+    "how", ["jit", "scan", "remat and gradient", "bf16 compute", "vmap over experts", "expert and fsdp shards"]
+)
 def test_forward_weights_are_the_exported_ones(path, how):
     """0 mismatches however the forward is compiled."""
     w = PARAMS[path]
@@ -95,7 +97,9 @@ def test_the_ramp_is_plain_before_and_exact_after():
     quant = QuantConfig(start_step=2, ramp_steps=3)
     amounts = [float(grid_amount(quant, jnp.int32(step))) for step in range(7)]
     assert amounts == [0, 0, 0.25, 0.5, 0.75, 1, 1]
-    np.testing.assert_array_equal(as_served(PARAMS[DOWN], SPECS[DOWN], SERVING, jnp.float32(0)), grid.bf16_round(PARAMS[DOWN]))
+    np.testing.assert_array_equal(
+        as_served(PARAMS[DOWN], SPECS[DOWN], SERVING, jnp.float32(0)), grid.bf16_round(PARAMS[DOWN])
+    )
 
 
 def test_grid_error_by_hand():
