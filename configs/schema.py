@@ -295,8 +295,8 @@ class TrainConfig:
 class MeshConfig:
     """Devices along each axis; the product must be the number of devices."""
 
-    data: int = 1
-    """Copies of the model, each with its own rows."""
+    data: int = 0
+    """Copies of the model, each with its own rows; 0 takes the devices that the other axes leave."""
     fsdp: int = 1
     """Rows and weights are split."""
     expert: int = 1
@@ -308,7 +308,8 @@ class MeshConfig:
 
     def __post_init__(self):
         for axis in dataclasses.fields(self):
-            require(getattr(self, axis.name) >= 1, f"mesh.{axis.name} must be at least 1")
+            least = 0 if axis.name == "data" else 1
+            require(getattr(self, axis.name) >= least, f"mesh.{axis.name} must be at least {least}")
 
 
 @dataclass(frozen=True)

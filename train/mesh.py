@@ -39,12 +39,21 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
     """A mesh of all five axes; the product must be the device count."""
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(cfg)
-    wanted = int(np.prod(list(sizes.values())))
-    require(wanted == len(devices),
-            f"the mesh {' x '.join(f'{k}={v}' for k, v in sizes.items())} has {wanted} places but there are "
-            f"{len(devices)} devices; set --mesh.data {max(len(devices) * sizes['data'] // wanted, 1)} or choose other axes")
+    others = int(np.prod([size for axis, size in sizes.items() if axis != "data"]))
+    sizes["data"] = sizes["data"] or max(len(devices) // others, 1)
+    require(sizes["data"] * others == len(devices),
+            f"the mesh {' x '.join(f'{k}={v}' for k, v in sizes.items())} has {sizes['data'] * others} places but there are "
+            f"{len(devices)} devices; choose axes whose product is {len(devices)}")
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices,
                          axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def check_rows(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+    """Every device must get the same number of rows of every microbatch."""
+    ways = int(np.prod([mesh.shape[axis] for axis in ROW_AXES]))
+    require(batch_size % (ways * accumulate) == 0,
+            f"train.batch_size={batch_size} cannot be split over {ways} devices and train.accumulate={accumulate}; "
+            f"the nearest that can: {max(batch_size // (ways * accumulate), 1) * ways * accumulate}")
 
 
 def param_sharding(spec: ParamSpec, mesh: Mesh) -> NamedSharding:

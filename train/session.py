@@ -15,7 +15,7 @@ from configs.schema import ConfigError, RunConfig
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import param_specs
 from train.checkpoint import Checkpoints
-from train.mesh import make_mesh, param_shardings, platform
+from train.mesh import check_rows, make_mesh, param_shardings, platform
 from train.run_dir import RunDir
 
 
@@ -62,7 +62,9 @@ def open_session(cfg: RunConfig, compute_dtype: str | None = None) -> Session:
         raise ConfigError(f"tokenizer {cfg.data.tokenizer} has {tokenizer.vocab_size} ids but model.vocab_size is "
                           f"{cfg.model.vocab_size}; set --model.vocab-size {-(-tokenizer.vocab_size // 64) * 64}")
     dtype = compute_dtype or (cfg.train.compute_dtype if cfg.train.compute_dtype != "auto" else fastest_dtype())
-    return Session(cfg, param_specs(cfg.model), make_mesh(cfg.mesh), tokenizer, dtype)
+    mesh = make_mesh(cfg.mesh)
+    check_rows(cfg.train.batch_size, cfg.train.accumulate, mesh)
+    return Session(cfg, param_specs(cfg.model), mesh, tokenizer, dtype)
 
 
 def parse_source(source: str) -> tuple[RunDir, int | None]:

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 from configs.presets import preset
-from configs.schema import MeshConfig
 from train.loop import train
 from train.run_dir import RunDir
 
@@ -17,7 +16,7 @@ def small(**train_fields):
                                 intermediate_size=64, kv_lora_rank=32, n_routed_experts=8, num_experts_per_tok=2)
     fields = dict(steps=12, batch_size=8, seq_len=64, log_every=4, checkpoint_every=4, eval_batches=1,
                   compute_dtype="float32") | train_fields
-    return dataclasses.replace(cfg, model=model, mesh=MeshConfig(data=8), data=dataclasses.replace(cfg.data, task_length=(2, 3)),
+    return dataclasses.replace(cfg, model=model, data=dataclasses.replace(cfg.data, task_length=(2, 3)),
                                quant=dataclasses.replace(cfg.quant, start_step=4),
                                train=dataclasses.replace(cfg.train, **fields))
 

@@ -1,0 +1,119 @@
+"""The command line as a user meets it: every verb on a small run, and what wrong commands say."""
+
+import json
+
+import pytest
+
+import launch
+from train.run_dir import RunDir
+from train.stop import EXIT_DONE, EXIT_USAGE
+
+WRONG = {
+    "unknown verb": (["trian"], "did you mean train?"),
+    "unknown preset": (["train", "--preset", "tiney"], "did you mean tiny?"),
+    "missing data": (["train", "--data.paths", "no/such/file"], "no file or folder no/such/file"),
+    "no run": (["eval", "--run", "no/such/run"], "no/such/run is not a run directory"),
+    "not weights": (["generate", "1a+1=", "--weights", "docs"], "neither a run directory"),
+    "flag without value": (["train", "--preset"], "--preset needs a value"),
+    "mesh": (["train", "--mesh.fsdp", "3"], "choose axes whose product is 8"),
+    "odd step": (["export", "runs/x@last"], "should be a run directory, RUN@STEP"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_command_is_one_sentence_and_changes_nothing(case, capsys, tmp_path):
+    arguments, sentence = WRONG[case]
+    if arguments[0] == "train" and len(arguments) > 2:
+        arguments = [*arguments, "--run", str(tmp_path / "run")]
+    assert launch.main(arguments) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and sentence in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--model.hiden-size", "64"], "--model.hidden-size"),
+    (["--model.hidden-size", "100"], "not divisible by"),
+    (["--train.steps", "many"], "many"),
+])
+def test_a_wrong_field_names_the_right_one(arguments, sentence, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        launch.main(["train", *arguments, "--run", str(tmp_path / "run")])
+    assert stop.value.code == EXIT_USAGE
+    assert sentence in "".join(capsys.readouterr())
+    assert not (tmp_path / "run").exists()
+
+
+def test_both_spellings_of_a_field():
+    assert launch._dashed(["train.steps=3", "--optim.lr=0.1", "--quant.grid", "none", "--data.paths=a=b/c"]) == \
+        ["--train.steps", "3", "--optim.lr", "0.1", "--quant.grid", "none", "--data.paths", "a=b/c"]
+
+
+def test_metrics_hold_what_the_report_shows(trained):
+    rows = [r for r in trained.read_metrics() if r["kind"] == "step"]
+    assert [r["step"] for r in rows] == list(range(1, 13))
+    for row in rows:
+        assert row["dropped_tokens"] == 0 and row["skipped_steps"] == 0 and row["mfu"] == "n/a"
+        assert {"loss", "lr", "tokens_per_second", "seconds", "max_logit", "load_entropy", "load_max_over_mean",
+                "grad_norm/experts", "update_rms/experts", "update_rms/adamw"} <= row.keys()
+    assert [r["grid_amount"] for r in rows] == [0.0] * 4 + [1.0] * 8
+    assert "grid_error" in rows[-1] and len(rows[-1]["expert_load"]) == 2
+
+
+def test_export_verify_eval_generate_report(trained, capsys):
+    """The main job after training, verb by verb, on one run."""
+    run, export = str(trained.path), str(trained.path / "export")
+    assert launch.main(["export", run]) == EXIT_DONE
+    assert launch.main(["export", run]) == EXIT_USAGE, "an existing export is never overwritten"
+    assert launch.main(["verify", export, "--run", run]) == EXIT_DONE
+    printed = capsys.readouterr().out
+    assert "sound" in printed and "compared with the training forward, 0 differ" in printed
+
+    assert launch.main(["eval", "--run", run, "--problems", "4", "--lengths", "1", "2", "--",
+                        f"bf16={run}:bf16", f"PTQ={run}@grid:ptq", f"QAT={export}"]) == EXIT_DONE
+    rows = [json.loads(line) for line in (trained.path / "evals.jsonl").read_text().splitlines()]
+    assert [r["arm"] for r in rows] == ["bf16", "PTQ", "QAT"]
+    assert all(0 <= share <= 1 for r in rows for share in r["exact"].values())
+
+    assert launch.main(["generate", "7a+2=", "--weights", export, "--max-new-tokens", "8"]) == EXIT_DONE
+    assert "tokens/s" in capsys.readouterr().out
+    assert launch.main(["report", run]) == EXIT_DONE
+    page = (trained.path / "report.md").read_text()
+    assert "| QAT |" in page
+    for line in page.splitlines():
+        if line.startswith("!["):
+            assert (trained.path / line.split("(")[1].rstrip(")")).stat().st_size > 5000
+
+
+def test_damage_to_an_export_is_found(trained, tmp_path, capsys):
+    out = tmp_path / "export"
+    assert launch.main(["export", str(trained.path), "--out", str(out)]) == EXIT_DONE
+    file = next(out.glob("*.safetensors"))
+    raw = bytearray(file.read_bytes())
+    raw[-100] ^= 4
+    file.write_bytes(raw)
+    assert launch.main(["verify", str(out), "--run", str(trained.path)]) == 1
+    assert "DAMAGED" in capsys.readouterr().out
+
+
+def test_a_fork_shares_its_first_steps(trained, tmp_path):
+    """The bf16 control of the demo: same state at the fork, other weights after it."""
+    fork = str(tmp_path / "fork")
+    fields = [f"{k}={v}" for k, v in FORK.items()]
+    assert launch.main(["train", "--run", fork, "--train.fork-from", f"{trained.path}@grid", "--quant.grid", "none",
+                        *fields]) == EXIT_DONE
+    steps = [r["step"] for r in RunDir(fork).read_metrics() if r["kind"] == "step"]
+    assert steps == list(range(5, 13))
+
+
+FORK = {"model.num_hidden_layers": 3, "model.hidden_size": 64, "model.moe_intermediate_size": 32, "model.q_lora_rank": 32,
+        "model.intermediate_size": 64, "model.kv_lora_rank": 32, "model.n_routed_experts": 8,
+        "model.num_experts_per_tok": 2, "train.steps": 12, "train.batch_size": 8, "train.seq_len": 64,
+        "train.compute_dtype": "float32", "train.eval_batches": 1}
+"""tests/train/conftest.py:small, as a user would type it."""
+
+
+def test_plan_prints_the_table(capsys):
+    assert launch.main(["plan", "--preset", "kimi_k2"]) == EXIT_DONE
+    printed = capsys.readouterr().out
+    assert "1,026,408,232,448" in printed and "moe.mlp.experts_gate_up" in printed
