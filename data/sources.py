@@ -163,6 +163,8 @@ def token_row(row: dict[str, Any], where: str, tokenizer: Tokenizer) -> TokenRow
     check_ids(ids, tokenizer.vocab_size, where)
     if ids.ndim != 1 or weights is not None and weights.shape != ids.shape:
         raise RowError("needs ids, and weights of the same length")
+    if weights is not None and not weights[1:].any():
+        raise RowError("trains no token: all weights behind the first are 0")
     return TokenRow(ids, weights)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -109,13 +110,11 @@ class DocumentStream:
         return plan.pack_epoch(self.documents.predictions, self.seq_len, *self.key, epoch)
 
     def row(self, number: int) -> list[Piece]:
-        epoch = 0
-        while True:
-            if epoch + 1 == len(self._first_row):
-                self._first_row.append(self._first_row[epoch] + len(self._epoch(epoch)[1]))
-            if number < self._first_row[epoch + 1]:
-                break
-            epoch += 1
+        while number >= self._first_row[-1]:
+            known = len(self._first_row)
+            behind = self._first_row[known - 1] + len(self._epoch(known - 1)[1])
+            self._first_row[known:known + 1] = [behind]  # two threads may do this at once, and both write the same
+        epoch = bisect_right(self._first_row, number) - 1
         pieces, rows = self._epoch(epoch)
         return [self.documents.piece(pieces.doc[i], pieces.start[i], pieces.count[i])
                 for i in rows[number - self._first_row[epoch]]]

@@ -86,6 +86,15 @@ def test_index_of_text_and_chat(tmp_path):
         write_index(config(), tokenizer, tmp_path / "c.array_record")
 
 
+def test_rows_without_a_trained_token(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"ids": [1, 2, 3]}\n{"ids": [1, 2], "weights": [1, 0]}')
+    with pytest.raises(ConfigError, match="line 2 trains no token"):
+        open_path(tmp_path / "a.jsonl")
+    write_array_record(tmp_path / "b.array_record", [TokenRow([1, 2, 3], [0.0, 0.0, 0.0])])
+    with pytest.raises(ConfigError, match="no token of rows 0 to 0 is trained"):
+        open_path(tmp_path / "b.array_record").batch(0)
+
+
 def test_nothing_to_predict(tmp_path):
     np.save(tmp_path / "a.npy", np.array([5]))
     with pytest.raises(ConfigError, match="nothing to predict"):

@@ -1,6 +1,7 @@
 """The order of rows: the same for every number of hosts and workers and after every restart; mixtures are exact."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -56,6 +57,15 @@ def test_workers(tmp_path, workers):
     cfg = config(tmp_path, "mixture", (1.0, 3.0))
     data = open_data(cfg, load_tokenizer("bytes"))
     assert hashes(data.iterate(2, workers=workers), 5) == hashes(map(data.batch, range(2, 7)), 5)
+
+
+def test_threads_do_not_disturb_each_other(tmp_path):
+    cfg = config(tmp_path, "text")
+    data, steps = open_data(cfg, load_tokenizer("bytes")), range(60)  # about fifteen epochs
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda step: batch_hash(data.batch(step)), reversed(steps)))
+    fresh = open_data(cfg, load_tokenizer("bytes"))
+    assert found[::-1] == [batch_hash(fresh.batch(step)) for step in steps]
 
 
 def test_rolling_hash_sees_a_swap():
