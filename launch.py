@@ -78,9 +78,10 @@ class Export:
     run: tyro.conf.Positional[str] = str(RUN)
     """RUN or RUN@STEP."""
     out: Path | None = None
-    """New directory; default RUN/export."""
-    format: Literal["int4", "bf16"] = "int4"
-    """int4: compressed-tensors pack-quantized experts. bf16: all weights as they are in the masters."""
+    """New directory; default RUN/export (RUN/model.gguf for gguf)."""
+    format: Literal["int4", "bf16", "gguf"] = "int4"
+    """int4: compressed-tensors pack-quantized experts. bf16: all weights as they are in the masters. gguf: the int4
+    export's codes, unchanged, for llama.cpp."""
 
     def __call__(self) -> int:
         from train.export import export_run
@@ -113,6 +114,34 @@ class Report:
         return write_report(self.run)
 
 
+def import_(arguments: list[str]) -> int:
+    """Read a Hugging Face directory (bf16, f32 or INT4) into a new run."""
+    directory, arguments = (arguments[0], arguments[1:]) if arguments and arguments[0][0] != "-" else ("", arguments)
+    if not directory and "--help" not in arguments:
+        raise ConfigError("name the directory to import: launch.py import DIR --run RUN")
+    name, arguments = _take(arguments, "--preset", "tiny")
+    run, arguments = _take(arguments, "--run", f"runs/{Path(directory).name}")
+    cfg = tyro.cli(RunConfig, default=preset(name), args=arguments, prog=f"launch.py import DIR --preset {name} --run {run}",
+                   description="Import; model and quant come from the files, the rest from the preset.")
+    from train.import_hf import import_directory
+    from train.run_dir import RunDir
+    return import_directory(Path(directory), cfg, RunDir(run))
+
+
+def data(arguments: list[str]) -> int:
+    """What the data is, and rows with the trained tokens in colour."""
+    name, arguments = _take(arguments, "--preset", "tiny")
+    rows, arguments = _take(arguments, "--rows", "2")
+    cfg = tyro.cli(RunConfig, default=preset(name), args=arguments, prog=f"launch.py data --preset {name} --rows {rows}",
+                   description="Look at the data that a training run with these settings would see.")
+    from data.pipeline import open_data
+    from data.preview import show
+    from data.tokenizer import load_tokenizer
+    from train.console import console
+    show(open_data(cfg, load_tokenizer(cfg.data.tokenizer)), console, rows=int(rows))
+    return 0
+
+
 def plan(arguments: list[str]) -> int:
     """Parameter table, optimizer routing, counts, bytes and FLOPs of a preset, without training."""
     name, arguments = _take(arguments, "--preset", "tiny")
@@ -122,7 +151,7 @@ def plan(arguments: list[str]) -> int:
     return show_plan(name, cfg)
 
 
-WITH_CONFIG = {"train": train, "plan": plan}
+WITH_CONFIG = {"train": train, "plan": plan, "data": data, "import": import_}
 VERBS = {"eval": Eval, "generate": Generate, "export": Export, "verify": Verify, "report": Report}
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from configs.schema import ConfigError
 from quant.evidence import Probe
 from quant.export import export_model
+from quant.gguf_export import write_gguf
 from quant.source import InMemory
 from quant.verify import verify
 from train.console import Bar, console, human
@@ -20,6 +21,8 @@ from train.session import Session, load_params, open_session, parse_source
 def export_run(source: str, out: Path | None, form: str) -> int:
     """Write a run's weights, with a model card of its measured numbers and evidence for `verify`."""
     run, step = parse_source(source)
+    if form == "gguf":
+        return _export_gguf(run, source, out or run.path / "model.gguf")
     cfg = run.load_config()
     out = out or run.path / "export"
     if out.exists():
@@ -38,6 +41,20 @@ def export_run(source: str, out: Path | None, form: str) -> int:
     console.print(f"wrote {out}: {human(summary.weights)} weights of step {step} in {summary.bytes / 1e6:.2f} MB "
                   f"({summary.bits_per_weight:.2f} bits per weight), {summary.files} file(s), {summary.tensors} tensors")
     console.print(f"check it with: python launch.py verify {out} --run {run.path}@{step}")
+    return 0
+
+
+def _export_gguf(run: RunDir, source: str, out: Path) -> int:
+    """By way of the run's INT4 export, which is made if it is not there."""
+    directory = run.path / "export"
+    if out.exists():
+        raise ConfigError(f"{out} exists; name another file with --out, or remove it first")
+    if not directory.exists():
+        export_run(source, directory, "int4")
+    summary = write_gguf(directory, out)
+    console.print(f"wrote {out}: {summary.tensors} tensors, {summary.groups} groups of codes as they are in {directory}")
+    for note in summary.notes:
+        console.print(note, markup=False)
     return 0
 
 

@@ -1,0 +1,63 @@
+"""`launch.py import`: a Hugging Face directory becomes a run whose step 0 holds its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from configs.schema import ConfigError, RunConfig
+from optim.build import build_optimizer
+from quant.importer import Imported
+from quant.read_config import read_config
+from train.checkpoint import Checkpoints
+from train.compat import interpreter
+from train.console import Bar, console, human
+from train.mesh import param_shardings
+from train.run_dir import RunDir
+from train.session import open_session
+from train.state import TrainState, state_shardings
+
+TOKENIZERS = ("tokenizer.json", "tiktoken.model")
+
+
+def import_directory(directory: Path, base: RunConfig, run: RunDir) -> int:
+    """Read a bf16, f32 or INT4 pack-quantized checkpoint of the DeepSeek-V3 family into a new run directory.
+
+    Network and grid come from the files, all else from `base`. Weights are read block by block, straight into the
+    mesh's sharding. Everything is checked before anything is written.
+    """
+    if run.exists() or Checkpoints(run.checkpoints).steps():
+        raise ConfigError(f"{run.path} exists; name a new directory with --run")
+    found = read_config(directory)
+    tokenizer = next((str(directory / name) for name in TOKENIZERS if (directory / name).exists()), base.data.tokenizer)
+    cfg = dataclasses.replace(base, model=found.model, quant=found.quant,
+                              data=dataclasses.replace(base.data, tokenizer=tokenizer))
+    session = open_session(cfg)
+    files = Imported(directory, session.specs, prefix=found.prefix, for_training=found.quant.grid != "none")
+    shardings = param_shardings(session.specs, session.mesh)
+    optimizer = build_optimizer(session.specs, cfg.optim, cfg.train.steps, mesh=session.mesh, shardings=shardings)
+
+    params = {}
+    with Bar(f"importing {directory}", len(session.specs), "array") as bar:
+        for path, spec in session.specs.items():
+            dtype = jnp.float32 if spec.update == "router_bias" else jnp.dtype(cfg.optim.master_dtype)
+            params[path] = jax.make_array_from_callback(
+                spec.shape, shardings[path], lambda index, path=path, dtype=dtype: files.region(path, index).astype(dtype))
+            bar.advance()
+    for note in (*found.notes, *(f"left out: {name}" for name in files.skipped)):
+        console.print(note, markup=False)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state_shardings(cfg, session.specs, optimizer, session.mesh))
+    state = TrainState(params, jax.jit(optimizer.init, out_shardings=placed.optimizer)(params),
+                       jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    run.write_config(cfg, {"compute_dtype": session.compute_dtype, "imported_from": str(directory),
+                           "versions": interpreter()})
+    checkpoints = Checkpoints(run.checkpoints, cfg.train.keep)
+    checkpoints.save(0, state)
+    checkpoints.close()
+    console.print(f"imported {human(sum(s.size for s in session.specs.values()))} weights into {run.path} "
+                  f"({'INT4 grid' if found.quant.grid != 'none' else found.model.dtype}); train on with: "
+                  f"python launch.py train --run {run.path} --train.init-from {run.path}@0")
+    return 0
