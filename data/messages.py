@@ -19,7 +19,8 @@ from data.tokenizer import THINK, THINK_END
 Message = dict[str, Any]
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
-         "human": "user", "gpt": "assistant", "model": "assistant", "function_call": "assistant", "observation": "tool"}
+         "human": "user", "gpt": "assistant", "model": "assistant", "function_call": "assistant", "observation": "tool",
+         "function": "tool"}
 """OpenAI's and ShareGPT's names for the four roles."""
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 SWITCHES = ("train", "weight", "loss_mask")
@@ -45,6 +46,8 @@ def conversation(row: dict[str, Any]) -> Conversation:
     if not isinstance(given, list) or not given:
         raise RowError("has no messages")
     reader = _Reader()
+    if row.get("system") and not _is_system(given[0]):
+        reader.add({"role": "system", "content": row["system"]})
     for number, message in enumerate(given, start=1):
         try:
             reader.add(message)
@@ -58,6 +61,23 @@ def conversation(row: dict[str, Any]) -> Conversation:
     return Conversation(reader.messages, tools, remarks)
 
 
+def _is_system(message: Any) -> bool:
+    return isinstance(message, dict) and _role(message) == "system"
+
+
+def _role(message: Message) -> str | None:
+    given = message.get("role", message.get("from"))
+    return ROLES.get(given) if isinstance(given, str) else None
+
+
+def _name(body: Message, field: str) -> str | None:
+    """A field that holds a name or an id, if the message has it."""
+    given = body.get(field)
+    if given is not None and not isinstance(given, str):
+        raise RowError(f"{field} is {type(given).__name__}, not text")
+    return given or None
+
+
 def _tools(given: str | list | None) -> list[dict]:
     if isinstance(given, str):
         try:
@@ -68,7 +88,7 @@ def _tools(given: str | list | None) -> list[dict]:
         return []
     if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
         raise RowError("tools must be a list of objects")
-    return given
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in given]
 
 
 class _Reader:
@@ -84,8 +104,7 @@ class _Reader:
     def add(self, message: Any) -> None:
         if not isinstance(message, dict):
             raise RowError(f"is {type(message).__name__}, not an object")
-        given = message.get("role", message.get("from"))
-        role = ROLES.get(given) if isinstance(given, str) else None
+        given, role = message.get("role", message.get("from")), _role(message)
         if role is None:
             raise RowError(f"unknown role {given!r}; known are {', '.join(ROLES)}")
         if role != "tool" and self.waiting:
@@ -102,8 +121,8 @@ class _Reader:
     def _content(self, body: Message) -> str:
         content = body.get("content", body.get("value"))
         if isinstance(content, list):
-            strange = [part for part in content if not isinstance(part, dict) or part.get("type") != "text"]
-            if strange:
+            if not all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+                       for part in content):
                 raise RowError("content holds a part that is not text")
         elif content is not None and not isinstance(content, str):
             raise RowError(f"content is {type(content).__name__}, not text")
@@ -111,16 +130,19 @@ class _Reader:
 
     def _append(self, role: str, body: Message, content: str, **more: Any) -> None:
         message = {"role": role, "content": content, **more}
-        if body.get("name") and role != "tool":
+        if role != "tool" and _name(body, "name"):
             message["name"] = body["name"]
-        if any(switch in body and not body[switch] for switch in SWITCHES):
+        if any(body.get(switch) is not None and not body[switch] for switch in SWITCHES):
             message["train"] = False
         self.messages.append(message)
 
     def _assistant(self, body: Message, content: str, joins: bool) -> None:
         thoughts, content = _thoughts(body, content)
         more: dict[str, Any] = {"reasoning_content": thoughts} if thoughts else {}
-        calls = [self._call(call) for call in body.get("tool_calls") or ()]
+        given = body.get("tool_calls") or _legacy_call(body)
+        if not isinstance(given, list):
+            raise RowError(f"tool_calls is {type(given).__name__}, not a list")
+        calls = [self._call(call) for call in given]
         previous = self.messages[-1] if self.messages else None
         if joins and previous and previous["role"] == "assistant" and "tool_calls" not in previous:
             previous["tool_calls"] = calls  # ShareGPT writes one turn as text, then call
@@ -133,15 +155,18 @@ class _Reader:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise RowError("a tool call has no function name")
-        text = arguments_text(function.get("arguments") or {})
+        given = function.get("arguments") or {}
+        if not isinstance(given, (str, dict)):
+            raise RowError(f"arguments of {function['name']} are not a JSON object: {str(given)[:60]}")
+        text = arguments_text(given)
         try:
             parsed = json.loads(text)
-        except (json.JSONDecodeError, TypeError):
+        except json.JSONDecodeError:
             raise RowError(f"arguments of {function['name']} are not JSON: {text[:60]}") from None
         if not isinstance(parsed, dict):
             raise RowError(f"arguments of {function['name']} are not a JSON object: {text[:60]}")
         ours = f"functions.{function['name']}:{self.calls}"
-        theirs = call.get("id") or ours
+        theirs = _name(call, "id") or ours
         if theirs in self.seen_ids:
             raise RowError(f"call id {theirs!r} is used twice")
         self.seen_ids.add(theirs)
@@ -159,12 +184,17 @@ class _Reader:
         return message | {"value": "", "content": "", "tool_calls": [{"function": call} for call in calls]}
 
     def _result(self, body: Message, content: str) -> None:
-        theirs = body.get("tool_call_id") or next(iter(self.waiting), None)
+        theirs = _name(body, "tool_call_id") or next(iter(self.waiting), None)
         if theirs not in self.waiting:
             raise RowError(f"is the result of {theirs!r}, which no call before it waits for" if theirs
                            else "is a tool result without a call before it")
         ours, name = self.waiting.pop(theirs)
-        self._append("tool", body, content, tool_call_id=ours, name=body.get("name") or name)
+        self._append("tool", body, content, tool_call_id=ours, name=_name(body, "name") or name)
+
+
+def _legacy_call(body: Message) -> list[dict]:
+    """OpenAI's older form of a single call."""
+    return [{"function": body["function_call"]}] if body.get("function_call") else []
 
 
 def _thoughts(body: Message, content: str) -> tuple[str, str]:

@@ -1,12 +1,14 @@
 """Chat rows of two formats to canonical messages; every bad row has its own sentence."""
 
 import json
+import random
 
 import pytest
 
 from configs.schema import ConfigError, DataConfig, RunConfig, TrainConfig
 from data.messages import RowError, conversation
 from data.pipeline import open_data
+from data.render import KimiRenderer
 from data.tokenizer import load_tokenizer
 
 
@@ -58,6 +60,22 @@ def test_sharegpt():
         {"role": "assistant", "content": "done"}]
 
 
+def test_older_and_wider_forms():
+    """OpenAI's single function_call, a system text beside the messages, declarations without their wrapper."""
+    row = {"system": "s", "tools": '[{"name": "add", "parameters": {}}]', "messages": [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}},
+        {"role": "function", "name": "add", "content": "1"}]}
+    talk = conversation(row)
+    assert talk.messages == [
+        {"role": "system", "content": "s"}, {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [called(call_id="functions.add:0")]},
+        {"role": "tool", "content": "1", "tool_call_id": "functions.add:0", "name": "add"}]
+    assert talk.tools == [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    own = [{"role": "system", "content": "own"}, *row["messages"]]
+    assert [m["content"] for m in conversation(row | {"messages": own}).messages][:2] == ["own", "q"]
+
+
 @pytest.mark.parametrize("nothing", ["", None, {}])
 def test_calls_without_arguments(nothing):
     talk = conversation(openai({"role": "assistant", "tool_calls": [called(arguments=nothing)]}))
@@ -67,8 +85,9 @@ def test_calls_without_arguments(nothing):
 @pytest.mark.parametrize("switch", [{"train": False}, {"weight": 0}, {"loss_mask": 0}])
 def test_switched_off(switch):
     assert conversation(openai({"role": "assistant", "content": "a"} | switch)).messages[1]["train"] is False
-    kept = {name: 1 for name in switch}
-    assert "train" not in conversation(openai({"role": "assistant", "content": "a"} | kept)).messages[1]
+    for kept in (1, None):
+        row = openai({"role": "assistant", "content": "a"} | dict.fromkeys(switch, kept))
+        assert "train" not in conversation(row).messages[1]
 
 
 ANSWER = {"role": "assistant", "content": "a"}
@@ -146,7 +165,7 @@ def test_bad_rows_stop_or_are_dropped_by_name(tmp_path):
     assert [reason.rpartition("chat.jsonl ")[2] for reason in rejected] == [
         "line 2 is not JSON: Expecting property name enclosed in double quotes at column 2",
         "line 3 message 1: unknown role 'bot'; known are system, developer, user, assistant, tool, human, gpt, "
-        "model, function_call, observation",
+        "model, function_call, observation, function",
         "line 4: no token of it is trained"]
 
 
@@ -168,3 +187,32 @@ def test_nothing_left(tmp_path):
         open_rows(tmp_path, ["{oops"], bad_rows="drop")
     with pytest.raises(ConfigError, match="every row was left out"):
         open_rows(tmp_path, [talk(3, padding=300)], seq_len=64, too_long="drop")
+
+
+def mutate(rng, value, depth=0):
+    """The value with one place of it replaced by junk."""
+    if rng.random() < 0.15 + 0.1 * depth or not isinstance(value, (dict, list)) or not value:
+        return rng.choice([None, 0, 3.5, True, "", "x", [], ["a"], [{}], {}, {"type": "text"}, {"a": {"b": 1}}, [[1]]])
+    value = value.copy()
+    key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
+    value[key] = mutate(rng, value[key], depth + 1)
+    return value
+
+
+def test_damaged_rows_are_refused_or_usable():
+    """Whatever stands in a row: a RowError, or a conversation that renders."""
+    rng = random.Random(0)
+    renderer = KimiRenderer(load_tokenizer("bytes"))
+    sharegpt = {"conversations": [
+        {"from": "human", "value": "q"}, {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+        {"from": "observation", "value": "1"}, {"from": "gpt", "value": "done"}], "system": "s", "tools": "[]"}
+    refused = 0
+    for _ in range(3000):
+        row = mutate(rng, rng.choice([talk(2), sharegpt]))
+        try:
+            made = conversation(row if isinstance(row, dict) else {})
+            renderer.rows(made.messages, made.tools)
+        except RowError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert 500 < refused < 2900
