@@ -236,6 +236,8 @@ class Episode:
     messages: list[Message]
     bill: Bill
     failures: list[str]
+    misnumbered: int
+    """Calls whose id did not continue the conversation's count; they are renumbered, as serving engines do."""
     stopped: str
     """done: the environment had nothing more to say. failure: a reply was cut off or its call unreadable. limit: too
     many replies."""
@@ -260,11 +262,17 @@ def run_episode(generate: Callable[[list[int]], Sequence[int]], renderer: KimiRe
     environment   see `Environment`; `Toolbox(...).results` is one
     watch         is shown every message as it arrives
     """
-    episode = Episode(list(messages), Bill(), [], "limit")
+    episode = Episode(list(messages), Bill(), [], 0, "limit")
+    calls = sum(len(message.get("tool_calls", ())) for message in messages)
     for _ in range(max_replies):
         ids = list(generate(renderer.prompt(episode.messages, declarations, mode)))
         episode.bill.add(ids, renderer.tokenizer.special)
         reply = parse_ids(ids, renderer.tokenizer)
+        for made in reply.calls:
+            right = f"functions.{made['function']['name']}:{calls}"
+            episode.misnumbered += made["id"] != right
+            made["id"] = right
+            calls += 1
         episode.messages.append(reply.message())
         watch(episode.messages[-1])
         if reply.failures or not reply.finished:

@@ -8,6 +8,7 @@ import pytest
 from configs.schema import ConfigError, DataConfig, RunConfig, TrainConfig
 from data.messages import RowError, conversation
 from data.pipeline import open_data
+from data.preview import pieces
 from data.render import KimiRenderer
 from data.tokenizer import load_tokenizer
 
@@ -149,6 +150,19 @@ def test_one_row_per_segment_and_the_account(tmp_path):
     assert last.describe()["chat_rows"] == 2
     text = "".join(last.tokenizer.decode(row) for row in last.batch(0)["tokens"])
     assert "answer 2" in text and "thought 2" in text and "thought 1" not in text
+
+
+def test_packing_changes_no_mask(tmp_path):
+    """The pieces of an epoch's batches are the rendered rows, ids and weights, whole."""
+    rows = [talk(1 + i % 3, padding=i * 7 % 50) for i in range(30)]
+    data = open_rows(tmp_path, rows, seq_len=2048)
+    expected = [row for given in map(conversation, rows) for row in data.renderer.rows(given.messages, given.tools)]
+    found = [piece for step in range(-(-data.describe()["rows_per_epoch"] // 2)) for row in range(2)
+             for piece in pieces(data.batch(step), row)][:len(expected)]
+    def order(pairs):
+        return sorted((list(map(int, ids)), list(map(float, weights))) for ids, weights in pairs)
+
+    assert order(found) == order((row.ids, [0.0, *row.weights[1:]]) for row in expected)
 
 
 def test_system_message_is_inserted(tmp_path):

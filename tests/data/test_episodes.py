@@ -83,6 +83,20 @@ def test_cut_off_and_unreadable_replies_end_the_episode():
     assert looped.stopped == "limit" and len(looped.messages) == 7
 
 
+def test_miscounted_calls_are_renumbered():
+    problem = make_problem("pointer_chase", 0, 0, 4)
+    (row,) = RENDERER.rows(problem.messages, problem.tools)
+    right = playback([row], [])
+
+    def generate(prompt):
+        ids = right(prompt)
+        at = 2 + len("mi") + 2 + len("functions.get:")  # two marks, the thought, two marks
+        return [*ids[:at], ord("7"), *ids[at + 1:]] if len(ids) > at else ids  # every call is number 7
+
+    episode = run_episode(generate, RENDERER, problem.question, problem.environment(), problem.tools)
+    assert episode.misnumbered == 4 and episode.messages == list(problem.messages) and check(problem, episode.messages)
+
+
 def test_calculator_is_exact_and_harmless():
     asked = {"role": "assistant", "tool_calls": [call(0, "calculate", expression="0.1+0.2")]}
     assert Toolbox([calculator()]).results(asked)[0]["content"] == "0.3"

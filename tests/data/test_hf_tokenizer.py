@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+from itertools import groupby
 
 import pytest
 import tokenizers
@@ -12,6 +13,7 @@ from configs.schema import ConfigError
 from data.hf_tokenizer import KIMI_OFFSETS
 from data.parse import parse_conversation
 from data.render import KimiRenderer
+from data.tasks import TASKS, make_problem
 from data.tokenizer import SPECIAL_NAMES, byte_characters, load_tokenizer
 
 CORPUS = ["the quick brown fox isn't here", "The THEATRE there's 12345 words", "漢字かな", "a\n\n  b\tc", "ünïcödé"] * 4
@@ -84,6 +86,21 @@ def test_rendering_and_parsing(loaded):
     assert row.ids.count(tok.eos_id) == 2
     if kind != "unigram":
         assert parse_conversation(row.ids, tok) == (messages, [])
+
+
+def test_masks_do_not_depend_on_the_tokenizer(tmp_path):
+    """The trained text of every built-in problem is the same under bytes, a trained BPE and tiktoken ranks."""
+    trained_bpe().save(str(tmp_path / "bpe.json"))
+    tiktoken_file(tmp_path / "ranks")
+    loaded = [load_tokenizer(name) for name in ("bytes", str(tmp_path / "bpe.json"), str(tmp_path / "ranks"))]
+    for task in TASKS:
+        problem = make_problem(task, 0, 0, 5)
+        texts = []
+        for tok in loaded:
+            rows = KimiRenderer(tok).rows(problem.messages, problem.tools)
+            texts.append([[(tok.decode([i for i, _ in run]), weight) for weight, run in
+                           groupby(zip(row.ids, row.weights), key=lambda pair: pair[1])] for row in rows])
+        assert texts[0] == texts[1] == texts[2]
 
 
 def test_saved_files_read_back_the_same(loaded, tmp_path):
