@@ -1,4 +1,4 @@
-"""Memory of a streaming export: `python -m bench.export_memory [GIGABYTES]` writes that much f32 masters' worth of a model.
+"""Memory of a streaming export: `python -m bench.export_memory [GIGABYTES]` exports that many gigabytes of masters.
 
 Masters are made block by block, as a checkpoint reader would deliver them; nothing but the exporter holds memory. The
 directory goes to a temporary folder and is removed. Prints the peak resident memory above the process's start.
@@ -55,8 +55,8 @@ class Peak:
 
 def model_of(gigabytes: float) -> ModelConfig:
     """Moonlight's width and K2's vocabulary, with as many experts as fill the size."""
-    small = ModelConfig(vocab_size=163840, hidden_size=1024, num_hidden_layers=5, num_attention_heads=16, q_lora_rank=512,
-                        kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+    small = ModelConfig(vocab_size=163840, hidden_size=1024, num_hidden_layers=5, num_attention_heads=16,
+                        q_lora_rank=512, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
                         intermediate_size=4096, moe_intermediate_size=1024, n_routed_experts=8, num_experts_per_tok=8)
     per_expert = 4 * 3 * 1024 * 1024 * small.num_moe_layers
     rest = 4 * sum(s.size for s in param_specs(small).values()) - 8 * per_expert

@@ -28,8 +28,8 @@ from train.session import Session, load_params, open_session, parse_source
 from train.weights import Weights, load_weights
 
 GATE_UP, DOWN = "moe.mlp.experts_gate_up", "moe.mlp.experts_down"
-BASELINES = ("kimi7", "ct75", "mse", "mse_signed", "hqq", "gptq", "awq")
-"""Rounding to nearest on two grids, with three kinds of searched scales, and the two calibrated methods."""
+BASELINES = ("kimi7", "ct75", "mse", "mse_signed", "hqq", "gptq", "awq", "int3")
+"""Rounding to nearest on two grids, with three kinds of searched scales, the two calibrated methods, and three bits."""
 
 COLUMNS = {"held_out_loss": "loss", "kl": "KL", "kl_per_decade_of_position": "slope", "weight_error": "weights",
            "function_error": "experts", "function_error_p99": "p99",

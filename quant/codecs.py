@@ -64,10 +64,11 @@ def _groups(w: Array, axis: int, group: int) -> tuple[Array, Array]:
     return x, grid.bf16_round(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
 
 
-def absmax_75(w: Float[Array, "..."], axis: int, group: int) -> Encoded:
-    """compressed-tensors' default: scale = absmax / 7.5, codes of [-8, 7]."""
+def absmax_over(w: Float[Array, "..."], axis: int, group: int, steps: float) -> Encoded:
+    """scale = absmax / steps. 7.5 is compressed-tensors' default, with codes of [-8, 7]; 3 gives three-bit codes in the
+    same container, to see where damage begins."""
     x, absmax = _groups(w, axis, group)
-    return _encoded(w, x, grid.bf16_round(absmax / 7.5), axis)
+    return _encoded(w, x, grid.bf16_round(absmax / steps), axis)
 
 
 def least_squares(w: Float[Array, "..."], axis: int, group: int, signed: bool) -> Encoded:
@@ -139,7 +140,8 @@ KIMI7 = Codec("kimi7", -7, 7, True, grid.quantize)
 
 CODECS = {codec.name: codec for codec in (
     KIMI7,
-    Codec("ct75", -8, 7, False, absmax_75),
+    Codec("ct75", -8, 7, False, partial(absmax_over, steps=7.5)),
+    Codec("int3", -3, 3, True, partial(absmax_over, steps=3.0)),
     Codec("mse", -8, 7, False, partial(least_squares, signed=False)),
     Codec("mse_signed", -8, 7, False, partial(least_squares, signed=True)),
     Codec("hqq", -8, 7, False, half_quadratic),

@@ -74,7 +74,7 @@ def round_to_nearest(params: Params, specs: Specs, group: int, codec: str = "kim
 
 def nearest(params: Params, specs: Specs, group: int, codec: str = "kimi7") -> Quantized:
     """Every weight by itself. `codec` names a rule of quant/codecs.py: kimi7 (absmax/7), ct75 (absmax/7.5), mse,
-    mse_signed or hqq (searched scales)."""
+    mse_signed or hqq (searched scales), int3 (three bits)."""
     codes, scales = {}, {}
     for path, spec in specs.items():
         if spec.on_grid:

@@ -300,3 +300,28 @@ def test_the_reference_catches_what_evidence_was_forged_for(copy):
     other = dict(WEIGHTS, **{"moe.mlp.experts_down": WEIGHTS["moe.mlp.experts_down"] + np.float32(1e-2)})
     found = errors(copy, reference=InMemory(other), specs=SPECS)
     assert len(found) == 8 and all("differ from those the training forward used" in message for message in found)
+
+
+def test_another_family_is_checked_as_far_as_it_goes(copy):
+    """Words, scales, ignore list and grid need no knowledge of the network; which tensors it needs does."""
+    in_json("config.json", lambda c: c.update(model_type="qwen3_moe"))(copy)
+    (copy / FILE).unlink()
+    report = verify(copy)
+    assert report.ok and any("which tensors it needs is not known" in f.message for f in report.of("not checkable"))
+    in_json("config.json", lambda c: c["quantization_config"].update(ignore=[]))(copy)
+    assert any("not in the ignore list" in message for message in errors(copy))
+
+
+def test_a_wrapped_language_model_is_checked_under_its_prefix(copy):
+    file = copy / "model-00001-of-000001.safetensors"
+    tensors = {f"language_model.{name}": tensor for name, tensor in read_all(copy).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    for name in (INDEX, FILE):
+        (copy / name).unlink()
+    text = json.loads((copy / "config.json").read_text())
+    text["quantization_config"]["ignore"][0] = "language_model.lm_head"
+    config = {"model_type": "kimi_k25", "text_config": text, "quantization_config": text.pop("quantization_config")}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert verify(copy).ok, str(verify(copy))
+    save_file({name: t for name, t in tensors.items() if not name.endswith("model.norm.weight")}, file)
+    assert any("language_model.model.norm.weight is missing" in message for message in errors(copy))
