@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from string import ascii_lowercase
 from typing import Any
 
+from data.episodes import Environment, Episode
 from data.parse import parse_text
 
 Message = dict[str, Any]
@@ -67,7 +68,7 @@ def call_arguments(messages: Sequence[Message]) -> list[str]:
 class Problem:
     """A conversation that solves the problem, its final answer, and the right steps in order.
 
-    environment   makes a fresh `data.tools.Environment`, which plays the tools and the user's later turns
+    environment   makes a fresh `data.episodes.Environment`, which plays the tools and the user's later turns
     read_steps    finds in messages what `steps` is compared with
     """
 
@@ -75,7 +76,7 @@ class Problem:
     answer: str
     steps: tuple[str, ...]
     tools: tuple[dict, ...] = ()
-    environment: Callable[[], Callable[[Message], list[Message]]] = field(default=lambda: lambda _: [], compare=False)
+    environment: Callable[[], Environment] = field(default=lambda: lambda _: [], compare=False)
     read_steps: Callable[[Sequence[Message]], list[str]] = field(default=thought_lines, compare=False)
 
     @property
@@ -83,6 +84,11 @@ class Problem:
         """What the model is given: everything before the first assistant message."""
         first = next(i for i, m in enumerate(self.messages) if m["role"] == "assistant")
         return list(self.messages[:first])
+
+
+    def episode(self) -> Episode:
+        """A fresh start of the live conversation."""
+        return Episode(self.question, self.environment(), self.tools)
 
 
 def solved(question: str, steps: list[str], answer: str) -> Problem:

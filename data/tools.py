@@ -1,8 +1,4 @@
-"""Tools a model may call, and the loop that runs them with the real format.
-
-A tool is a Python function with annotated arguments; its declaration is derived from the signature. The loop renders,
-generates, parses, runs and appends, exactly as training rows are laid out (tests/data/test_episodes.py).
-"""
+"""Tools a model may call: Python functions with annotated arguments, from which their declarations are derived."""
 
 from __future__ import annotations
 
@@ -19,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import ConfigError
-from data import tokenizer as tok
-from data.parse import parse_ids
-from data.render import KimiRenderer, Message
+from data.render import Message
 
 JSON_TYPES: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array",
                               dict: "object"}
@@ -208,82 +202,3 @@ def key_value(store: dict[str, str]) -> list[Tool]:
         return "ok"
 
     return [tool(get), tool(put)]
-
-
-@dataclass
-class Bill:
-    """Generated tokens by what they are."""
-
-    thinking: int = 0
-    answer: int = 0
-    tool: int = 0
-
-    def add(self, ids: Sequence[int], special: dict[str, int]) -> None:
-        part = "answer"
-        begins = {special[tok.THINK]: "thinking", special[tok.CALLS_BEGIN]: "tool"}
-        ends = (special[tok.THINK_END], special[tok.CALLS_END])
-        for i in ids:
-            part = begins.get(i, part)
-            setattr(self, part, getattr(self, part) + 1)
-            if i in ends:
-                part = "answer"
-
-
-@dataclass
-class Episode:
-    """What happened between a model and its environment."""
-
-    messages: list[Message]
-    bill: Bill
-    failures: list[str]
-    misnumbered: int
-    """Calls whose id did not continue the conversation's count; they are renumbered, as serving engines do."""
-    stopped: str
-    """done: the environment had nothing more to say. failure: a reply was cut off or its call unreadable. limit: too
-    many replies."""
-
-    @property
-    def answer(self) -> str:
-        """Content of the last message if the model ended there."""
-        last = self.messages[-1]
-        return last["content"] if self.stopped == "done" and last["role"] == "assistant" else ""
-
-
-Environment = Callable[[Message], list[Message]]
-"""What follows an assistant message: tool results, the user's next turn, or nothing."""
-
-
-def run_episode(generate: Callable[[list[int]], Sequence[int]], renderer: KimiRenderer, messages: Sequence[Message],
-                environment: Environment, declarations: Sequence[dict] | None = None, max_replies: int = 1000,
-                mode: str = "interleaved", watch: Callable[[Message], None] = lambda message: None) -> Episode:
-    """Let a model talk to an environment until there is nothing more to answer.
-
-    generate      prompt ids -> the ids of one reply, up to and including the stop token
-    environment   see `Environment`; `Toolbox(...).results` is one
-    watch         is shown every message as it arrives
-    """
-    episode = Episode(list(messages), Bill(), [], 0, "limit")
-    calls = sum(len(message.get("tool_calls", ())) for message in messages)
-    for _ in range(max_replies):
-        ids = list(generate(renderer.prompt(episode.messages, declarations, mode)))
-        episode.bill.add(ids, renderer.tokenizer.special)
-        reply = parse_ids(ids, renderer.tokenizer)
-        for made in reply.calls:
-            right = f"functions.{made['function']['name']}:{calls}"
-            episode.misnumbered += made["id"] != right
-            made["id"] = right
-            calls += 1
-        episode.messages.append(reply.message())
-        watch(episode.messages[-1])
-        if reply.failures or not reply.finished:
-            episode.failures += reply.failures or ["the reply is not finished"]
-            episode.stopped = "failure"
-            break
-        following = environment(episode.messages[-1])
-        if not following:
-            episode.stopped = "done"
-            break
-        episode.messages += following
-        for message in following:
-            watch(message)
-    return episode

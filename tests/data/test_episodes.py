@@ -5,34 +5,30 @@ import re
 import pytest
 
 from configs.schema import ConfigError
+from data.episodes import Bill, Episode, run_episodes
 from data.problem import check, right_steps
 from data.render import KimiRenderer
 from data.tasks import TASKS, make_problem
 from data.tokenizer import load_tokenizer
-from data.tools import (
-    Bill,
-    Toolbox,
-    arguments_error,
-    calculator,
-    call,
-    exact,
-    key_value,
-    run_episode,
-    tool,
-    tools_from_file,
-)
+from data.tools import Toolbox, arguments_error, calculator, call, exact, key_value, tool, tools_from_file
 
 RENDERER = KimiRenderer(load_tokenizer("bytes"))
 
 
 def playback(rows, prompts):
     """A model that has memorised training rows: every prompt must be the prefix of one, which then goes on."""
-    def generate(prompt):
+    def reply(prompt):
         prompts.append(prompt)
         row = next(row.ids for row in rows if row.ids[:len(prompt)] == prompt)
         end = row.index(RENDERER.tokenizer.eos_id, len(prompt))
         return row[len(prompt):end + 1]
-    return generate
+    return reply
+
+
+def run(reply, episode, **settings):
+    """One episode with a function from a prompt to a reply."""
+    run_episodes(lambda prompts: list(map(reply, prompts)), RENDERER, [episode], **settings)
+    return episode
 
 
 @pytest.mark.parametrize("mode", ["interleaved", "preserved"])
@@ -42,8 +38,7 @@ def test_the_live_loop_retraces_the_training_rows(task, mode):
         problem = make_problem(task, 0, index, length)
         rows = RENDERER.rows(problem.messages, problem.tools, mode)
         prompts = []
-        episode = run_episode(playback(rows, prompts), RENDERER, problem.question, problem.environment(), problem.tools,
-                              mode=mode)
+        episode = run(playback(rows, prompts), problem.episode(), mode=mode)
         assert episode.stopped == "done" and episode.answer == problem.answer
         assert episode.messages == list(problem.messages)
         assert check(problem, episode.messages) and right_steps(problem, episode.messages) == len(problem.steps)
@@ -51,6 +46,23 @@ def test_the_live_loop_retraces_the_training_rows(task, mode):
         assert len(prompts) == len(replies)
         trained = sum(row.trained for row in rows)
         assert episode.bill.thinking + episode.bill.answer + episode.bill.tool == trained
+
+
+def test_episodes_run_side_by_side():
+    """Different lengths, one batch of prompts a round, every message shown once."""
+    problems = [make_problem(task, 1, 0, length) for task in TASKS for length in (1, 3)]
+    rows = [row for p in problems for row in RENDERER.rows(p.messages, p.tools)]
+    sizes, shown = [], []
+
+    def generate(prompts):
+        sizes.append(len(prompts))
+        return list(map(playback(rows, []), prompts))
+
+    episodes = [p.episode() for p in problems]
+    run_episodes(generate, RENDERER, episodes, watch=shown.append)
+    assert all(check(p, e.messages) for p, e in zip(problems, episodes, strict=True))
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == len(problems)
+    assert len(shown) == sum(len(p.messages) - len(p.question) for p in problems)
 
 
 def test_ledger_conserves_money_and_meets_errors():
@@ -68,18 +80,18 @@ def test_ledger_conserves_money_and_meets_errors():
 def test_cut_off_and_unreadable_replies_end_the_episode():
     problem = make_problem("pointer_chase", 0, 0, 3)
     tok = RENDERER.tokenizer
-    cut = run_episode(lambda _: tok.encode("no end"), RENDERER, problem.question, problem.environment())
+    cut = run(lambda _: tok.encode("no end"), problem.episode())
     assert cut.stopped == "failure" and cut.failures == ["the reply is not finished"]
     assert not check(problem, cut.messages) and cut.answer == ""
     special = tok.special
     broken = [special["<think>"], special["</think>"], special["<|tool_calls_section_begin|>"],
               special["<|tool_call_begin|>"], *tok.encode("functions.get:0"), special["<|tool_call_argument_begin|>"],
               *tok.encode("{"), special["<|tool_call_end|>"], special["<|tool_calls_section_end|>"], tok.eos_id]
-    episode = run_episode(lambda _: broken, RENDERER, problem.question, problem.environment())
+    episode = run(lambda _: broken, problem.episode())
     assert episode.stopped == "failure" and "not JSON" in episode.failures[0]
     endless = [special["<think>"], special["</think>"], tok.eos_id]
-    looped = run_episode(lambda _: endless, RENDERER, problem.question, lambda m: [{"role": "user", "content": "?"}],
-                         max_replies=3)
+    asking = Episode(problem.question, lambda message: [{"role": "user", "content": "?"}])
+    looped = run(lambda _: endless, asking, max_replies=3)
     assert looped.stopped == "limit" and len(looped.messages) == 7
 
 
@@ -93,7 +105,7 @@ def test_miscounted_calls_are_renumbered():
         at = 2 + len("mi") + 2 + len("functions.get:")  # two marks, the thought, two marks
         return [*ids[:at], ord("7"), *ids[at + 1:]] if len(ids) > at else ids  # every call is number 7
 
-    episode = run_episode(generate, RENDERER, problem.question, problem.environment(), problem.tools)
+    episode = run(generate, problem.episode())
     assert episode.misnumbered == 4 and episode.messages == list(problem.messages) and check(problem, episode.messages)
 
 

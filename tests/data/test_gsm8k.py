@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from configs.schema import ConfigError, DataConfig, RunConfig, TrainConfig
+from data.episodes import run_episodes
 from data.gsm8k import convert, number, problem, solves
 from data.messages import RowError
 from data.pipeline import open_data
 from data.tokenizer import load_tokenizer
-from data.tools import run_episode
 
 REAL = Path(__file__).parents[3] / "shared/data/gsm8k/train.jsonl"
 ROW = {"question": "How many?", "answer": "First 6/2 = $<<6/2=3>>3.00 each.\nThen <<3*4=12.0>>12.\n#### 1,200"}
@@ -65,9 +65,11 @@ def test_the_whole_training_set(tmp_path):
         made = problem(json.loads(line))
         (row,) = data.renderer.rows(made.messages, made.tools)
 
-        def generate(prompt, ids=row.ids):
+        def generate(prompts, ids=row.ids):
+            (prompt,) = prompts
             assert ids[:len(prompt)] == prompt
-            return ids[len(prompt):ids.index(data.tokenizer.eos_id, len(prompt)) + 1]
+            return [ids[len(prompt):ids.index(data.tokenizer.eos_id, len(prompt)) + 1]]
 
-        episode = run_episode(generate, data.renderer, made.question, made.environment(), made.tools)
+        episode = made.episode()
+        run_episodes(generate, data.renderer, [episode])
         assert solves(made, episode.messages) and episode.messages == list(made.messages)

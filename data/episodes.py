@@ -1,0 +1,101 @@
+"""Conversations of a model with an environment: tools, or a user with more to ask.
+
+Render, generate, parse, run, append: exactly as training rows are laid out, so that what a model sees at step k of a
+live episode is the beginning of the row it was trained on (tests/data/test_episodes.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from data import tokenizer as tok
+from data.parse import parse_ids
+from data.render import KimiRenderer, Message, Mode
+
+Environment = Callable[[Message], list[Message]]
+"""What follows an assistant message: tool results, the user's next turn, or nothing."""
+
+
+@dataclass
+class Bill:
+    """Generated tokens by what they are."""
+
+    thinking: int = 0
+    answer: int = 0
+    tool: int = 0
+
+    def add(self, ids: Sequence[int], special: dict[str, int]) -> None:
+        part = "answer"
+        begins = {special[tok.THINK]: "thinking", special[tok.CALLS_BEGIN]: "tool"}
+        ends = (special[tok.THINK_END], special[tok.CALLS_END])
+        for i in ids:
+            part = begins.get(i, part)
+            setattr(self, part, getattr(self, part) + 1)
+            if i in ends:
+                part = "answer"
+
+
+@dataclass
+class Episode:
+    """One conversation on its way."""
+
+    messages: list[Message]
+    environment: Environment
+    declarations: Sequence[dict] = ()
+    bill: Bill = field(default_factory=Bill)
+    replies: int = 0
+    misnumbered: int = 0
+    """Calls whose id did not continue the conversation's count; they are renumbered, as serving engines do."""
+    failures: list[str] = field(default_factory=list)
+    stopped: str = ""
+    """Empty while it runs. done: the environment had nothing more to say. failure: a reply was cut off or its call
+    unreadable. limit: too many replies."""
+
+    @property
+    def answer(self) -> str:
+        """Content of the last message if the model ended there."""
+        return self.messages[-1]["content"] if self.stopped == "done" else ""
+
+    def take(self, ids: Sequence[int], renderer: KimiRenderer) -> None:
+        """Go on by one generated reply and what the environment says to it."""
+        self.replies += 1
+        self.bill.add(ids, renderer.tokenizer.special)
+        reply = parse_ids(ids, renderer.tokenizer)
+        number = sum(len(message.get("tool_calls", ())) for message in self.messages)
+        for made in reply.calls:
+            right = f"functions.{made['function']['name']}:{number}"
+            self.misnumbered += made["id"] != right
+            made["id"] = right
+            number += 1
+        self.messages.append(reply.message())
+        if reply.failures or not reply.finished:
+            self.failures += reply.failures or ["the reply is not finished"]
+            self.stopped = "failure"
+            return
+        following = self.environment(self.messages[-1])
+        self.messages += following
+        if not following:
+            self.stopped = "done"
+
+
+def run_episodes(generate: Callable[[list[list[int]]], Sequence[Sequence[int]]], renderer: KimiRenderer,
+                 episodes: Sequence[Episode], max_replies: int = 1000, mode: Mode = "interleaved",
+                 watch: Callable[[Message], None] = lambda message: None) -> None:
+    """Run episodes side by side to their ends; all that still run get one reply a round.
+
+    generate   prompts -> for each the ids of one reply, up to and including the stop token
+    watch      is shown every message as it arrives
+    """
+    for _ in range(max_replies):
+        live = [episode for episode in episodes if not episode.stopped]
+        if not live:
+            return
+        prompts = [renderer.prompt(episode.messages, episode.declarations, mode) for episode in live]
+        for episode, ids in zip(live, generate(prompts), strict=True):
+            known = len(episode.messages)
+            episode.take(list(ids), renderer)
+            for message in episode.messages[known:]:
+                watch(message)
+    for episode in episodes:
+        episode.stopped = episode.stopped or "limit"
