@@ -37,7 +37,7 @@ class OptimizerState(NamedTuple):
 
 def plan_of(specs: Specs, cfg: OptimConfig, platform: str, *, mesh: Mesh | AbstractMesh | None = None,
             shardings: Mapping[str, NamedSharding] | None = None) -> tuple[Group, ...]:
-    """The layout plan that `build_optimizer` follows on a mesh of that platform; for printing, an abstract mesh will do."""
+    """What `build_optimizer` follows on a mesh of that platform; to print it, an abstract mesh will do."""
     paths = [path for path, rule in rules(specs, cfg).items() if rule == "muon"]
     coeffs = coefficients(cfg.newton_schulz, cfg.newton_schulz_steps)
     return make_plan(specs, paths, coeffs, platform, split_kv_a=cfg.split_kv_a, mesh=mesh, shardings=shardings)
@@ -122,9 +122,9 @@ def build_optimizer(specs: Specs, cfg: OptimConfig, total_steps: int, *, mesh: M
 def check_state(state: OptimizerState, specs: Specs, cfg: OptimConfig) -> None:
     """ConfigError if a restored state belongs to another layout version, other arrays or another routing."""
     if int(state.layout) != fingerprint(specs, cfg):
-        raise ConfigError("the optimizer state was written with another layout version or another routing of parameters; "
-                          "resume with the configuration it was written with, or start from its weights alone "
-                          "(train.init_from)")
+        raise ConfigError("the optimizer state was written with another layout version or another routing of "
+                          "parameters; resume with the configuration it was written with, or start from its weights "
+                          "alone (train.init_from)")
 
 
 def state_shardings(state: Any, mesh: Mesh, shardings: Mapping[str, NamedSharding]) -> Any:

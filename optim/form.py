@@ -46,7 +46,8 @@ class Form:
     def describe(self) -> str:
         if self.segments is None:
             return f"plain {self.dtype}"
-        return f"gram {'+'.join(map(str, self.segments))} {self.dtype}" + (f" /{self.blocks}" if self.blocks > 1 else "")
+        halves = f" /{self.blocks}" if self.blocks > 1 else ""
+        return f"gram {'+'.join(map(str, self.segments))} {self.dtype}{halves}"
 
 
 def platform_of(mesh: Mesh | None) -> str:

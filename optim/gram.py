@@ -72,7 +72,7 @@ def gram_flops(m: int, n: int, segments: tuple[int, ...], blocks: int = 1) -> in
     first one for Q and two for R."""
     m, n = min(m, n), max(m, n)
     share = (blocks + 1) / (2 * blocks)
-    return round(sum(2 * m * m * n * (1 + share) + 2 * m**3 * share * (length + 3 * (length - 1)) for length in segments))
+    return round(sum(2 * m * m * n * (1 + share) + 2 * m**3 * share * (4 * length - 3) for length in segments))
 
 
 def segments_for(steps: int, dtype: str) -> tuple[int, ...]:

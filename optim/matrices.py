@@ -39,6 +39,11 @@ class MatrixLayout:
     def order(self) -> tuple[int, ...]:
         return self.batch + self.rows + self.cols
 
+    @property
+    def lead(self) -> int:
+        """How many axes in front are batch axes."""
+        return next(i for i in range(len(self.order)) if i not in self.batch)
+
     def blocks(self, x: Array) -> list[Array]:
         """One [batch..., m, n] array per block of columns."""
         x = x.transpose(self.order)

@@ -69,7 +69,9 @@ def matrix_scale(rule: str, m: int, n: int) -> float:
     keller     sqrt(max(1, n / m)); torch writes it with rows as outputs.
     unit_rms   sqrt(n / m): operator norm 1 from RMS to RMS (Bernstein).
     """
-    return {"match_rms": 0.2 * math.sqrt(max(m, n)), "keller": math.sqrt(max(1.0, n / m)), "unit_rms": math.sqrt(n / m)}[rule]
+    factors = {"match_rms": 0.2 * math.sqrt(max(m, n)), "keller": math.sqrt(max(1.0, n / m)),
+               "unit_rms": math.sqrt(n / m)}
+    return factors[rule]
 
 
 def scale_vector(spec: ParamSpec, layout: MatrixLayout, rule: str) -> float | Array:
@@ -87,7 +89,8 @@ def scale_by_matrix_shape(specs: Specs, rule: str, split_kv_a: bool = True) -> o
     """Times `matrix_scale` of the logical matrix, never of the stored array; float32 from here on."""
 
     def update(updates, state, params=None):
-        scaled = {path: u.astype(jnp.float32) * scale_vector(specs[path], MatrixLayout.of(specs[path], split_kv_a), rule)
+        layouts = {path: MatrixLayout.of(specs[path], split_kv_a) for path in updates}
+        scaled = {path: u.astype(jnp.float32) * scale_vector(specs[path], layouts[path], rule)
                   for path, u in updates.items()}
         return scaled, state
 

@@ -99,16 +99,18 @@ def singular_value_band(coeffs: Coefficients, low: float, high: float = 1.0) -> 
     return low, high
 
 
-def normalize(x: Float[Array, "*B m n"]) -> Float[Array, "*B m n"]:
+def normalize(x: Float[Array, "*B m n"], over: tuple[str, ...] = ()) -> Float[Array, "*B m n"]:
     """Each matrix over its Frobenius norm, float32; zero stays zero.
 
     The division by the largest entry comes first, so that squares neither underflow nor overflow: gradients of rarely
-    routed experts are small, and their direction is as good as any.
+    routed experts are small, and their direction is as good as any. `over`: mesh axes that cut the columns.
     """
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    largest = lax.pmax(largest, over) if over else largest
     x = x / jnp.where(largest == 0, 1.0, largest)
-    norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
+    squares = jnp.sum(x * x, axis=(-2, -1), keepdims=True)
+    norm = jnp.sqrt(lax.psum(squares, over) if over else squares)
     return x / jnp.where(norm == 0, 1.0, norm)
 
 
@@ -132,6 +134,21 @@ def newton_schulz(x: Float[Array, "*B m n"], coeffs: Coefficients, dtype=jnp.flo
         g = matmul(gram, x, x)
         p = b * g + c * matmul("...ik,...kj->...ij", g, g)
         x = a * x + (matmul(apply, x, p) if tall else matmul(apply, p, x))
+    return x
+
+
+def newton_schulz_cut(x: Float[Array, "*B m n"], coeffs: Coefficients, over: tuple[str, ...], dtype) -> Array:
+    """`newton_schulz` for wide matrices whose columns are cut over the mesh axes `over`, inside shard_map.
+
+    Each device multiplies its own columns; only X X^T, the small side squared, is summed over the devices, in float32.
+    """
+    x = normalize(x, over).astype(dtype)
+    for a, b, c in coeffs:
+        g = jnp.einsum("...ik,...jk->...ij", x, x, preferred_element_type=jnp.float32,
+                       precision=lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT)
+        g = lax.psum(g, over).astype(dtype)
+        p = b * g + c * matmul("...ik,...kj->...ij", g, g)
+        x = a * x + matmul("...ik,...kj->...ij", p, x)
     return x
 
 

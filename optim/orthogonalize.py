@@ -1,8 +1,8 @@
 """Newton-Schulz over a tree of sharded arrays, as the plan says.
 
 The body runs per device inside `jax.shard_map`, so the collectives in the compiled program are the ones written
-here: none for LOCAL, one `all_to_all` out and one back for ALL_TO_ALL. Nothing is left to the partitioner, and Auto
-and Explicit meshes compile to the same program.
+here: none for LOCAL, one `all_to_all` out and one back for ALL_TO_ALL, and so on. Nothing is left to the partitioner,
+and Auto and Explicit meshes compile to the same program.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from jaxtyping import Array
 
 from optim import plan as plan_file
 from optim.matrices import MatrixLayout
+from optim.newton_schulz import newton_schulz_cut
 from optim.plan import Group, Member, Strategy
+
 
 def _chunk(count: int, bytes_each: int) -> int:
     """Largest divisor of `count` whose matrices fit CHUNK_BYTES, at least 1."""
@@ -40,7 +42,7 @@ def _in_place(x: Array, chunk: int, body: Callable[[Array], Array]) -> Array:
 
 def _where_it_lies(x: Array, layout: MatrixLayout, group: Group) -> Array:
     """One array with whole matrices, in chunks over its leading batch axes (merging them is free on one device)."""
-    lead = next((i for i, axis in enumerate(layout.order) if axis != i or axis not in layout.batch), 0)
+    lead = layout.lead
     shape = x.shape
     merged = x.reshape(math.prod(shape[:lead]), *shape[lead:])
     inner = MatrixLayout(*[tuple(a - lead + 1 for a in axes if a >= lead)
@@ -132,6 +134,17 @@ def _gather(group: Group, arrays: list[Array], mesh: Mesh) -> list[Array]:
     return [_unpack(mine, member, x.shape)]
 
 
+def _two_dimensional(group: Group, arrays: list[Array], mesh: Mesh) -> list[Array]:
+    """[matrices, m / p, n / q] to whole rows and columns cut p * q ways, the iteration there, and back."""
+    packed = [_pack(x, member, group, mesh) for x, member in zip(arrays, group.members)]
+    stack = jnp.concatenate(packed) if len(packed) > 1 else packed[0]
+    over = group.row_axes
+    x = lax.all_to_all(stack, over, 2, 1, tiled=True) if over else stack
+    x = newton_schulz_cut(x, group.coeffs, group.axes, x.dtype)
+    x = lax.all_to_all(x, over, 1, 2, tiled=True) if over else x
+    return _separate(x, [p.shape[0] for p in packed], group, arrays)
+
+
 def _separate(stack: Array, counts: list[int], group: Group, arrays: list[Array]) -> list[Array]:
     out, start = [], 0
     for x, member, count in zip(arrays, group.members, counts):
@@ -160,6 +173,8 @@ def orthogonalize_tree(tree: Mapping[str, Array], plan: tuple[Group, ...], *, me
             arrays = [tree[member.path] for member in group.members]
             if group.strategy is Strategy.LOCAL:
                 results = _local(group, arrays)
+            elif group.strategy is Strategy.TWO_DIMENSIONAL:
+                results = _two_dimensional(group, arrays, mesh)
             elif group.strategy is Strategy.GATHER:
                 results = _gather(group, arrays, mesh)
             else:

@@ -3,8 +3,10 @@
 An array whose matrix axes are whole on every device is worked on where it lies (LOCAL; experts split over the expert
 axis are of this kind and move no byte). Where a mesh axis cuts rows or columns, pieces of many matrices are exchanged
 so that every device holds a few whole ones, and exchanged back (ALL_TO_ALL: two collectives per group, whatever the
-number of arrays in it). A single matrix has nothing to exchange with: its pieces are gathered and every device does
-the same work (GATHER), which moves half of what two exchanges padded with zeros would.
+number of arrays in it). A few long matrices would leave most devices with zeros: their short side is made whole, the
+long side stays cut, and only squares of the short side are summed (TWO_DIMENSIONAL). A single matrix that is not long
+has nothing to exchange with: its pieces are gathered and every device does the same work (GATHER), which moves half
+of what two exchanges padded with zeros would.
 
 The plan is not state: momentum keeps the weights' shape and sharding, so a checkpoint moves between plans freely.
 """
@@ -36,9 +38,17 @@ CHUNK_COPIES = 6
 """Arrays of a chunk's size that the iteration keeps at once, in its products and their transposes."""
 
 
+LONG = 4
+"""Columns over rows from which keeping the long side cut can pay: the work on the short side is not divided."""
+
+FLOPS_PER_BYTE = 2000
+"""Matrix FLOPs a chip does while one byte arrives, to weigh work against transfer. 1000 to 10000 on today's chips."""
+
+
 class Strategy(Enum):
     LOCAL = "local"
     ALL_TO_ALL = "all-to-all"
+    TWO_DIMENSIONAL = "two-dimensional"
     GATHER = "gather"
 
 
@@ -60,7 +70,7 @@ class Group:
 
     rows, cols   the array axes that form rows and columns after flipping, with the mesh axes that cut them
     splits       blocks of the last column axis, each a matrix of its own
-    forms        how each block is orthogonalised
+    forms        how each block is orthogonalised where it is whole
     axes         mesh axes that cut rows or columns, in mesh order
     shards       devices along those axes
     """
@@ -73,6 +83,13 @@ class Group:
     shards: int
     members: tuple[Member, ...]
     forms: tuple[Form, ...]
+    coeffs: Coefficients
+
+    @property
+    def row_axes(self) -> tuple[str, ...]:
+        """Mesh axes that cut the rows, in the order of `axes`."""
+        cut = {name for _, names in self.rows for name in names}
+        return tuple(a for a in self.axes if a in cut)
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
@@ -103,6 +120,9 @@ class Group:
 
     @property
     def flops_per_device(self) -> int:
+        if self.strategy is Strategy.TWO_DIMENSIONAL:
+            (m, n), steps = self.blocks[0], len(self.coeffs)
+            return self.count_per_device * steps * (2 * m**3 + 4 * m * m * n // self.shards)
         return self.count_per_device * self.flops_per_matrix
 
     def memory_per_device(self, itemsize: int) -> int:
@@ -116,13 +136,16 @@ class Group:
     @staticmethod
     def _slice(member: Member) -> int:
         """Matrices in one index of the leading batch axes, the least that can be worked on at a time."""
-        lead = next((i for i, axis in enumerate(member.layout.order) if axis != i or axis not in member.layout.batch), 0)
-        return math.prod(member.shape[a] for a in member.layout.batch if a >= lead)
+        return math.prod(member.shape[a] for a in member.layout.batch if a >= member.layout.lead)
 
     def bytes_per_device(self, itemsize: int) -> int:
         """Received over the network by one device in one step."""
         if self.strategy is Strategy.ALL_TO_ALL:
             return 2 * self.count_per_device * self.elements * itemsize * (self.shards - 1) // self.shards
+        if self.strategy is Strategy.TWO_DIMENSIONAL:
+            m, others = self.blocks[0][0], (self.shards - 1) / self.shards
+            moved = 2 * self.elements * itemsize // self.shards if self.row_axes else 0
+            return round(self.count_per_device * (moved + 2 * others * len(self.coeffs) * m * m * 4))
         if self.strategy is Strategy.GATHER:
             return self.count_per_device * self.elements * itemsize * (self.shards - 1) // self.shards
         return 0
@@ -153,7 +176,7 @@ def _merge(factors: list[Factor]) -> tuple[Factor, ...]:
 def make_plan(specs: Specs, paths: list[str], coeffs: Coefficients, platform: str, *, split_kv_a: bool = True,
               mesh: Mesh | AbstractMesh | None = None,
               shardings: Mapping[str, NamedSharding] | None = None) -> tuple[Group, ...]:
-    """Groups of the matrices at `paths`. ConfigError if an array has no sharding on a mesh, or an axis does not divide."""
+    """Groups of the matrices at `paths`. ConfigError if an array has no sharding on the mesh or does not divide."""
     found: dict[tuple, list[Member]] = defaultdict(list)
     for path in paths:
         spec = specs[path]
@@ -186,9 +209,23 @@ def make_plan(specs: Specs, paths: list[str], coeffs: Coefficients, platform: st
         shards = math.prod(mesh.shape[a] for a in axes) if axes else 1
         held = sum(member.count_per_device for member in members)
         strategy = Strategy.LOCAL if shards == 1 else Strategy.GATHER if held == 1 else Strategy.ALL_TO_ALL
-        group = Group(strategy, rows, cols, splits, axes, shards, tuple(members), ())
-        groups.append(replace(group, forms=tuple(choose_form(m, n, coeffs, platform) for m, n in group.blocks)))
+        group = Group(strategy, rows, cols, splits, axes, shards, tuple(members), (), coeffs)
+        group = replace(group, forms=tuple(choose_form(m, n, coeffs, platform) for m, n in group.blocks))
+        groups.append(_two_dimensional_if_cheaper(group, 4 if platform == "cpu" else 2))
     return tuple(groups)
+
+
+def _two_dimensional_if_cheaper(group: Group, itemsize: int) -> Group:
+    """Keep the long side cut if there are fewer matrices than devices and work and transfer together shrink."""
+    if group.strategy is Strategy.LOCAL or len(group.rows) + len(group.cols) > 2 or len(group.splits) > 1:
+        return group
+    m, n = group.blocks[0]
+    held = sum(member.count_per_device for member in group.members)
+    if n < LONG * m or 2 * held > group.shards or (group.row_axes and (n // group.shards) * group.shards != n):
+        return group
+    other = replace(group, strategy=Strategy.TWO_DIMENSIONAL)
+    work, other_work = (g.flops_per_device + FLOPS_PER_BYTE * g.bytes_per_device(itemsize) for g in (group, other))
+    return other if other_work < work else group
 
 
 COLUMNS = ("matrices", "arrays", "where", "form", "per device", "FLOPs/device", "bytes/device", "memory/device")

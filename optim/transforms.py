@@ -13,7 +13,7 @@ from configs.param_spec import Specs
 
 def global_norm(tree: Mapping[str, Array]) -> Float[Array, ""]:
     """Root of the sum of all squares, float32; 0 for an empty tree."""
-    return jnp.sqrt(sum((jnp.sum(jnp.square(x.astype(jnp.float32))) for x in tree.values()), jnp.zeros((), jnp.float32)))
+    return jnp.sqrt(sum((jnp.sum(jnp.square(x.astype(jnp.float32))) for x in tree.values()), jnp.float32(0)))
 
 
 def clip_to(grads: Mapping[str, Array], limit: float) -> dict[str, Array]:

@@ -102,7 +102,8 @@ def test_weight_decay_uses_the_plain_rate():
     specs = small()
     grads = jax.tree.map(jnp.zeros_like, arrays(specs, 1))
     params = arrays(specs, 0)
-    cfg = OptimConfig(lr=0.5, warmup_steps=0, weight_decay=0.1, qk_clip_tau=None, adam_lr_ratio=2.0, schedule="constant")
+    cfg = OptimConfig(lr=0.5, warmup_steps=0, schedule="constant", weight_decay=0.1, adam_lr_ratio=2.0,
+                      qk_clip_tau=None)
     updates, _ = run(specs, cfg, grads, params)
     np.testing.assert_allclose(updates["down"], -0.05 * params["down"], rtol=1e-6)
     np.testing.assert_allclose(updates["norm"], -0.10 * params["norm"], rtol=1e-6)
@@ -180,8 +181,8 @@ def test_resume_on_another_mesh():
         with jax.set_mesh(mesh):
             state = jax.jit(opt.init)(params) if state is None else state
             state = jax.device_put(jax.device_get(state), state_shardings(state, mesh, places))
-            put = lambda tree: jax.device_put(tree, places)
-            out = jax.jit(lambda g, s, p: opt.update(g, s, p, **stats))(put(grads), state, put(params))
+            args = jax.device_put(grads, places), state, jax.device_put(params, places)
+            out = jax.jit(lambda g, s, p: opt.update(g, s, p, **stats))(*args)
         return jax.device_get(out)
 
     here, there = mesh_of(fsdp=8), mesh_of(data=2, expert=2, tensor=2)

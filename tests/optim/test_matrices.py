@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from optim_table import D, E, F, H, NOPE, ROPE, R, V, arrays, k2_table, matrix, spec
+from optim_table import NOPE, ROPE, D, E, F, H, R, V, arrays, k2_table, matrix, spec
 
 from configs.schema import OptimConfig
 from optim.build import build_optimizer

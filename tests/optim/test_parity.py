@@ -65,7 +65,8 @@ def test_keller_jordan():
 
 def optax_muon(nesterov):
     """optax.contrib.muon with the same matrices; its Nesterov sum carries a bias correction that torch has not."""
-    numbers = {path: optax.contrib.MuonDimensionNumbers(len(s.shape) - 2, len(s.shape) - 1) for path, s in SPECS.items()}
+    last = {path: len(s.shape) - 1 for path, s in SPECS.items()}
+    numbers = {path: optax.contrib.MuonDimensionNumbers(i - 1, i) for path, i in last.items()}
     opt = optax.contrib.muon(LR, weight_decay=DECAY, beta=0.95, nesterov=nesterov, eps=0.0,
                              muon_weight_dimension_numbers=numbers)
     return weights_after(opt.update, opt.init, arrays(SPECS, 7))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from optim_table import L, NOPE, R, ROPE, H, Q, arrays, k2_table, spec, matrix
+from optim_table import NOPE, ROPE, H, L, Q, R, arrays, k2_table, matrix, spec
 
 from configs.schema import ConfigError, OptimConfig
 from optim.build import build_optimizer
@@ -22,8 +22,8 @@ def clip():
     logits[1, 0], logits[1, 2], logits[2, 1], logits[3] = 3.0, 50.0, TAU, 2.5
     t = qk_clip(specs, TAU)
     out, state = jax.jit(lambda u, p, m: t.update(u, t.init(p), p, max_logits=m))(updates, params, jnp.asarray(logits))
-    add = lambda p, u: {k: p[k] + u[k] for k in p}
-    return specs, logits, add(params, updates), add(params, out), updates, out, state
+    before, after = ({k: params[k] + u[k] for k in params} for u in (updates, out))
+    return specs, logits, before, after, updates, out, state
 
 
 def head_logits(w, layer, c_q, c_kv, k_rope):

@@ -54,8 +54,10 @@ def theirs(make):
 def test_torch_muon(torch_scale, our_scale, nesterov, monkeypatch):
     """torch runs its iteration in bfloat16; with that one cast replaced by a float32 copy the rules are the same to
     1e-5, and as shipped they differ by what bfloat16 rounds."""
-    make = lambda ps: torch.optim.Muon(ps, lr=LR, weight_decay=DECAY, momentum=0.95, nesterov=nesterov,
-                                       adjust_lr_fn=torch_scale)
+    def make(params):
+        return torch.optim.Muon(params, lr=LR, weight_decay=DECAY, momentum=0.95, nesterov=nesterov,
+                                adjust_lr_fn=torch_scale)
+
     mine = ours(matrix_scale=our_scale, nesterov=nesterov)
     shipped = theirs(make)
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.float().clone())
@@ -69,7 +71,6 @@ def test_torch_muon(torch_scale, our_scale, nesterov, monkeypatch):
 
 def test_torch_adamw():
     mine = ours(matrices="adamw", adam_b1=0.9, adam_b2=0.95, adam_eps=1e-8)
-    make = lambda ps: torch.optim.AdamW(ps, lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=DECAY)
-    exact = theirs(make)
+    exact = theirs(lambda params: torch.optim.AdamW(params, lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=DECAY))
     for name in SHAPES:
         np.testing.assert_allclose(mine[name], exact[name], atol=5e-6)  # weights near 2: one float32 unit per step

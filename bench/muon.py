@@ -1,0 +1,278 @@
+"""Muon against optax.contrib.muon, and what it costs at Kimi K2's scale.
+
+    python -m bench.muon compare     both on the same tree, mesh and process, in turns: time, memory, bytes, FLOPs
+    python -m bench.muon scale       K2 from the plan alone: FLOPs, bytes and memory per device
+    python -m bench.muon share       part of a training step that the optimizer takes, on this machine
+
+Each prints a table and, with --write, keeps it under bench/results/ with hardware and versions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import optax  # noqa: E402
+from jax.sharding import AbstractMesh, AxisType, NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+
+from configs.param_spec import HFTensor, Matrix, ParamSpec  # noqa: E402
+from configs.presets import preset  # noqa: E402
+from configs.schema import OptimConfig  # noqa: E402
+from model.transformer import param_specs  # noqa: E402
+from optim.build import build_optimizer, plan_of, state_shardings  # noqa: E402
+from optim.census import census  # noqa: E402
+from optim.matrices import is_expert  # noqa: E402
+from optim.newton_schulz import coefficients, standard_flops  # noqa: E402
+from optim.plan import COLUMNS, plan_rows, total_flops  # noqa: E402
+from optim.routing import routing_table  # noqa: E402
+from train.step import StepConfig, gradients  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+PRESETS = (("keller", 5), ("quintic", 5), ("polar_express", 6), ("deepseek_v4", 10))
+ROUNDS = 9
+
+
+def versions() -> dict[str, str]:
+    chip = jax.devices()[0].device_kind
+    return {"jax": jax.__version__, "optax": optax.__version__, "python": platform.python_version(),
+            "device": f"{chip}, {len(jax.devices())} devices" if jax.default_backend() != "cpu"
+            else f"{os.cpu_count()} CPU cores ({platform.machine()}) as {len(jax.devices())} simulated devices"}
+
+
+def table(columns, rows) -> str:
+    rows = [tuple(map(str, row)) for row in rows]
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+
+    def line(row):
+        return "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+
+    return "\n".join([line(columns), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
+
+
+# --- compare ---------------------------------------------------------------------------------------------------------
+
+def block(layers=3, experts=8, width=448, hidden=128, heads=4):
+    """K2's proportions (width 3.5 times an expert's hidden size), arrays that optax can express: no column splits."""
+    def spec(shape, axes, rows, cols):
+        return ParamSpec(shape, tuple(axes.split()), 0.02, "muon", (HFTensor("-"),),
+                         matrix=Matrix(tuple(rows.split()), (cols,)))
+
+    L, E, D, F, H = layers, experts, width, hidden, heads
+    return {
+        "experts_gate_up": spec((L, E, D, 2, F), "layers experts embed gate_up hidden", "embed", "hidden"),
+        "experts_down": spec((L, E, F, D), "layers experts hidden embed", "hidden", "embed"),
+        "shared_gate_up": spec((L, D, 2, F), "layers embed gate_up hidden", "embed", "hidden"),
+        "shared_down": spec((L, F, D), "layers hidden embed", "hidden", "embed"),
+        "q_a": spec((L, D, 96), "layers embed q_latent", "embed", "q_latent"),
+        "q_b": spec((L, 96, H, 48), "layers q_latent heads qk", "q_latent", "qk"),
+        "o": spec((L, H, 32, D), "layers heads v embed", "heads v", "embed"),
+        "dense_down": spec((512, D), "hidden embed", "hidden", "embed"),
+        "dense_gate_up": spec((D, 2, 512), "embed gate_up hidden", "embed", "hidden"),
+    }
+
+
+def placed(specs, mesh):
+    """Experts over expert * fsdp, everything else over fsdp * expert along the model width."""
+    def cut(spec):
+        if is_expert(spec):
+            return P(None, ("expert", "fsdp"))
+        return P(*(("fsdp", "expert") if axis == "embed" else None for axis in spec.axes))
+    return {path: NamedSharding(mesh, cut(spec)) for path, spec in specs.items()}
+
+
+def peer(specs, coeffs) -> optax.GradientTransformation:
+    """optax.contrib.muon with the same matrices, scale, decay and coefficients."""
+    numbers = {path: optax.contrib.MuonDimensionNumbers(tuple(map(s.axis, s.matrix.rows)),
+                                                        tuple(map(s.axis, s.matrix.cols)))
+               for path, s in specs.items()}
+    return optax.contrib.muon(2e-4, ns_coeffs=coeffs, ns_steps=len(coeffs), weight_decay=0.1, nesterov=True,
+                              consistent_rms=0.2, muon_weight_dimension_numbers=numbers)
+
+
+def program(optimizer, specs, mesh, places, state_places=None):
+    """(compiled step with donated state and weights, seconds to compile, its arguments)."""
+    make = jax.jit(lambda: {path: jax.random.normal(jax.random.key(i), s.shape) for i, (path, s) in
+                            enumerate(specs.items())}, out_shardings=places)
+
+    def step(grads, state, params):
+        updates, state = optimizer.update(grads, state, params)
+        return state, jax.tree.map(jnp.add, params, updates)
+
+    shapes = jax.eval_shape(optimizer.init, jax.eval_shape(make))
+    by_path = state_shardings(shapes, mesh, places)
+    state = jax.jit(optimizer.init, out_shardings=by_path)(make())
+    start = time.perf_counter()
+    jitted = jax.jit(step, donate_argnums=(1, 2), out_shardings=(by_path, places))
+    compiled = jitted.lower(make(), state, make()).compile()
+    return compiled, time.perf_counter() - start, (make(), state, make())
+
+
+def compare() -> dict:
+    """Wall and processor time are the fastest of ROUNDS alternating rounds (other work on the machine can only add);
+    memory is the compiler's temporary size per device; bytes received and FLOPs per device are counted in the compiled
+    program, loops included."""
+    specs, out = block(), []
+    for devices, shape in ((1, (1, 1)), (8, (2, 4))):
+        mesh = jax.make_mesh(shape, ("fsdp", "expert"), devices=jax.devices()[:devices],
+                             axis_types=(AxisType.Auto,) * 2)
+        places = placed(specs, mesh)
+        for name, steps in PRESETS:
+            coeffs = coefficients(name, steps)
+            cfg = OptimConfig(newton_schulz=name, newton_schulz_steps=steps, qk_clip_tau=None, schedule="constant",
+                              warmup_steps=0)
+            sides = {"ours": build_optimizer(specs, cfg, 1000, mesh=mesh, shardings=places),
+                     "optax": peer(specs, coeffs)}
+            built = {side: program(opt, specs, mesh, places) for side, opt in sides.items()}
+            seconds, busy = {side: [] for side in sides}, {side: [] for side in sides}
+            for _ in range(ROUNDS):
+                for side, (compiled, compile_s, (grads, state, params)) in built.items():
+                    start, used = time.perf_counter(), time.process_time()
+                    state, params = jax.block_until_ready(compiled(grads, state, params))
+                    seconds[side].append(time.perf_counter() - start)
+                    busy[side].append(time.process_time() - used)
+                    built[side] = compiled, compile_s, (grads, state, params)
+            row = {"devices": devices, "preset": f"{name} x{steps}"}
+            for side, (compiled, compile_s, _) in built.items():
+                counted = census(compiled.as_text(), devices)
+                row[side] = {"seconds": min(seconds[side]), "median": statistics.median(seconds[side]),
+                             "processor_seconds": min(busy[side]), "compile": compile_s,
+                             "temp": compiled.memory_analysis().temp_size_in_bytes, "received": counted.received,
+                             "collectives": counted.kinds(), "flops": counted.flops}
+            out.append(row)
+            print(f"{devices} devices, {row['preset']}: done", file=sys.stderr)
+    def ratio(row, key):
+        return f"{row['optax'][key] / row['ours'][key]:.2f}"
+
+    rows = [(r["devices"], r["preset"],
+             f"{1e3 * r['ours']['seconds']:.0f} / {1e3 * r['optax']['seconds']:.0f}", ratio(r, "seconds"),
+             f"{1e3 * r['ours']['processor_seconds']:.0f} / {1e3 * r['optax']['processor_seconds']:.0f}",
+             ratio(r, "processor_seconds"),
+             f"{r['ours']['temp'] / 2**20:.1f} / {r['optax']['temp'] / 2**20:.1f}", ratio(r, "temp"),
+             f"{r['ours']['received'] / 2**20:.2f} / {r['optax']['received'] / 2**20:.2f}",
+             f"{r['ours']['flops'] / 1e9:.2f} / {r['optax']['flops'] / 1e9:.2f}", ratio(r, "flops")) for r in out]
+    columns = ("devices", "preset", "ms ours / optax", "ratio", "CPU ms", "ratio", "temp MiB", "ratio", "MiB received", "GFLOP/device",
+               "ratio")
+    return {"rows": out, "table": table(columns, rows)}
+
+
+# --- scale -----------------------------------------------------------------------------------------------------------
+
+SCALES = ((128, dict(data=1, fsdp=16, expert=8)), (256, dict(data=2, fsdp=16, expert=8)),
+          (384, dict(data=1, fsdp=6, expert=64)), (1024, dict(data=8, fsdp=16, expert=8)))
+CUTS = {"experts": (("expert", "fsdp"),), "embed": (("fsdp", "expert"), ("expert",)), "heads": (("fsdp",), ("expert",))}
+
+
+def cut(spec: ParamSpec, mesh: AbstractMesh) -> NamedSharding:
+    """Experts over expert * fsdp; every other array over both along the model width where that divides, head-wise
+    projections over one of them along the heads."""
+    entries, used = [], set()
+    for axis, size in zip(spec.axes, spec.shape, strict=True):
+        choices = CUTS.get(axis, ()) if (axis == "experts") == is_expert(spec) else ()
+        fits = [names for names in choices
+                if size % math.prod(mesh.shape[a] for a in names) == 0 and not used & set(names)]
+        entries.append(fits[0] if fits else None)
+        used |= set(fits[0]) if fits else set()
+    return NamedSharding(mesh, P(*entries))
+
+
+def scale() -> dict:
+    """K2's own preset and shapes; nothing is compiled. Useful GB: what the exchanged matrices weigh, out and back,
+    without the zeros that fill a group up to the number of devices."""
+    run = preset("kimi_k2")
+    specs = param_specs(run.model)
+    out, detail = [], ""
+    for chip in ("tpu", "gpu"):
+        for chips, sizes in SCALES:
+            mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+            places = {path: cut(spec, mesh) for path, spec in specs.items()}
+            plan = plan_of(specs, run.optim, chip, mesh=mesh, shardings=places)
+            device = sum(g.flops_per_device for g in plan)
+            useful = sum(2 * sum(m.count_per_device for m in g.members) * g.elements * 2 / g.shards
+                         for g in plan if g.shards > 1)
+            out.append({"chip": chip, "chips": chips, "mesh": sizes, "total_flops": total_flops(plan),
+                        "flops_per_device": device, "bytes_per_device": sum(g.bytes_per_device(2) for g in plan),
+                        "useful_bytes_per_device": useful,
+                        "over_ideal": device * chips / sizes["data"] / total_flops(plan),
+                        "largest_memory": max(g.memory_per_device(2) for g in plan)})
+            if (chip, chips) == ("tpu", 256):
+                detail = table(COLUMNS, plan_rows(plan, 2))
+    plain = sum(count * standard_flops(m, n, run.optim.newton_schulz_steps)
+                for row in routing_table(specs, run.optim) for count, m, n in row.matrices)
+    rows = [(r["chip"], r["chips"], "x".join(f"{k}{v}" for k, v in r["mesh"].items()), f"{r['total_flops'] / 1e15:.1f}",
+             f"{r['flops_per_device'] / 1e12:.0f}", f"{r['over_ideal']:.2f}", f"{r['bytes_per_device'] / 1e9:.2f}",
+             f"{r['useful_bytes_per_device'] / 1e9:.2f}", f"{r['largest_memory'] / 2**30:.1f}") for r in out]
+    columns = ("chip", "chips", "mesh", "PFLOP/step", "TFLOP/device", "over ideal", "GB/device", "useful GB",
+               "GiB temp")
+    text = (f"{table(columns, rows)}\n\nplain form: {plain / 1e15:.1f} PFLOP per step\n\n"
+            f"256 TPU chips in detail:\n{detail}")
+    return {"rows": out, "plain_flops": plain, "table": text}
+
+
+# --- share -----------------------------------------------------------------------------------------------------------
+
+def share_of(name: str, matrices: str) -> dict:
+    """Fastest of five alternating rounds of gradients and update, compiled apart, on one device."""
+    run = preset(name)
+    specs = param_specs(run.model)
+    opt = build_optimizer(specs, dataclasses.replace(run.optim, matrices=matrices), run.train.steps)
+    params = {p: 0.02 * jax.random.normal(jax.random.key(i), s.shape) for i, (p, s) in enumerate(specs.items())}
+    shape = (run.train.batch_size, run.train.seq_len)
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, 256)
+    batch = {"tokens": tokens, "targets": tokens, "segments": jnp.ones(shape, jnp.int32),
+             "positions": jnp.broadcast_to(jnp.arange(shape[1]), shape), "weights": jnp.ones(shape)}
+    backend = jax.default_backend()
+    step_cfg = StepConfig(run, "float32" if backend == "cpu" else "bfloat16", backend)
+    backward = jax.jit(lambda p: gradients(p, batch, jnp.ones(()), step_cfg)[1:])
+    grads, aux = backward(params)
+    state = opt.init(params)
+    update = jax.jit(lambda g, s, p: opt.update(g, s, p, max_logits=aux.attention.max_logit,
+                                                expert_counts=aux.moe.expert_counts))
+    jax.block_until_ready(update(grads, state, params))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(backward(params))
+        middle = time.perf_counter()
+        jax.block_until_ready(update(grads, state, params))
+        times.append((middle - start, time.perf_counter() - middle))
+    gradient, step = (min(column) for column in zip(*times, strict=True))
+    return {"preset": name, "matrices": matrices, "tokens": tokens.size, "gradient": gradient, "update": step,
+            "share": step / (gradient + step)}
+
+
+def share() -> dict:
+    """The optimizer's part of a step for two presets, with Muon and with AdamW on every matrix."""
+    out = [share_of(name, matrices) for name in ("tiny", "laptop") for matrices in ("muon", "adamw")]
+    rows = [(r["preset"], r["matrices"], r["tokens"], f"{1e3 * r['gradient']:.0f}", f"{1e3 * r['update']:.0f}",
+             f"{100 * r['share']:.1f} %") for r in out]
+    columns = ("preset", "matrices", "tokens/step", "gradient ms", "update ms", "share")
+    return {"rows": out, "table": table(columns, rows)}
+
+
+def main() -> None:
+    verbs = {"compare": compare, "scale": scale, "share": share}
+    chosen = [arg for arg in sys.argv[1:] if arg != "--write"]
+    if len(chosen) != 1 or chosen[0] not in verbs:
+        sys.exit(f"usage: python -m bench.muon {{{','.join(verbs)}}} [--write]")
+    result = {"date": time.strftime("%Y-%m-%d"), **versions(), **verbs[chosen[0]]()}
+    print(", ".join(f"{k} {result[k]}" for k in ("date", "device", "jax", "optax")))
+    print(result["table"])
+    if "--write" in sys.argv:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"muon_{chosen[0]}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
