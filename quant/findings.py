@@ -34,6 +34,15 @@ class Report:
     def add(self, severity: Severity, check: str, message: str) -> None:
         self.findings.append(Finding(severity, check, message))
 
+    def error(self, check: str, message: str) -> None:
+        self.add("error", check, message)
+
+    def warn(self, check: str, message: str) -> None:
+        self.add("warning", check, message)
+
+    def note(self, check: str, message: str) -> None:
+        self.add("note", check, message)
+
     def of(self, severity: Severity) -> list[Finding]:
         return [f for f in self.findings if f.severity == severity]
 

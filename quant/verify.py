@@ -17,7 +17,7 @@ import numpy as np
 
 from configs.param_spec import Specs
 from configs.schema import ModelConfig, QuantConfig
-from quant import verify_evidence, verify_files, verify_values
+from quant import verify_config, verify_evidence, verify_files, verify_values
 from quant.findings import Report
 from quant.layout import all_slots
 from quant.packed import Packed, projections
@@ -35,7 +35,7 @@ def verify(directory: str | Path, *, reference: WeightSource | None = None, spec
     progress  called with (tensors checked, tensors in all)
     """
     directory, report = Path(directory), Report()
-    config = verify_files.load_config(directory, report)
+    config = verify_files.load_json(directory / "config.json", report)
     problems: list[str] = []
     try:
         checkpoint = Checkpoint(directory, problems)
@@ -46,7 +46,7 @@ def verify(directory: str | Path, *, reference: WeightSource | None = None, spec
         report.add("error", "files", problem)
     verify_files.check_index(checkpoint, report)
     if config is not None:
-        verify_files.check_config(config, report)
+        verify_config.check_config(config, report)
         verify_files.check_tensors(checkpoint, config, report)
     packed = projections(checkpoint)
     verify_values.check_values(checkpoint, packed, report, progress)
