@@ -38,8 +38,8 @@ class Draw:
 def addresses(draw: Draw, count: int) -> list[str]:
     """Consecutive labels from a random start of the (cyclic) alphabet, of as many letters as `count` needs.
 
-    Step and operand carry the same label, so the next operand is found by looking up a label, not by counting. Starts
-    are random so that every transition is seen in short chains too.
+    Step and operand carry the same label, so the next operand can be found by looking up a label, without counting.
+    Starts are random so that every transition is seen in short chains too.
     """
     width = 1
     while 26**width < count:
