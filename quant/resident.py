@@ -49,6 +49,15 @@ class Int4Weight:
     def __len__(self) -> int:
         return len(self.codes)
 
+    def reshape(self, *shape: int) -> Int4Weight:
+        """Merge or split axes after the grouped one; those before and the grouped one stay."""
+        at = self.ndim + self.axis
+        codes = self.codes.reshape(shape)
+        if codes.shape[: at + 1] != self.shape[: at + 1]:
+            raise ValueError(f"{self.shape} cannot become {codes.shape}: groups lie along axis {at}")
+        scales = self.scales.reshape(*self.scales.shape[: at + 1], *codes.shape[at + 1 :])
+        return Int4Weight(codes, scales, at - codes.ndim, self.group)
+
     def astype(self, dtype) -> Float[Array, "..."]:
         """The weights, bf16(code * scale), in `dtype`."""
         return grid.dequantize(self.codes, self.scales.astype(jnp.float32), self.axis, self.group).astype(dtype)
@@ -73,10 +82,9 @@ def resident(served: dict[str, Array], specs: Specs, quant: QuantConfig) -> dict
 
 
 def int4_rows(x: Float[Array, "M D"], w: Int4Weight, block_expert: Int[Array, "M/b"]) -> Float[Array, "M F"]:
-    """Block i of `x` times the matrix of expert block_expert[i], for a weight [E, D, ...]: the grouped product of
+    """Block i of `x` times the matrix of expert block_expert[i], for a weight [E, D, F]: the grouped product of
     model/grouped_matmul.py, where only the codes of the experts in use are read and unpacked."""
     dense = w[block_expert].astype(x.dtype)
-    dense = dense.reshape(*dense.shape[:2], -1)
     blocks = x.reshape(len(block_expert), -1, x.shape[-1])
     return jnp.einsum("nbd,ndf->nbf", blocks, dense).reshape(len(x), -1)
 

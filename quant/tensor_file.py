@@ -77,6 +77,22 @@ class Writer:
             raise ValueError(f"{self.path.name} is incomplete: {next(iter(self._missing))} was announced, not written")
 
 
+def _entry(path: Path, name: str, row: dict, values_start: int) -> Entry:
+    """One checked row of a header."""
+    try:
+        dtype, shape, (start, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
+        counts = (*shape, start, end)
+    except (KeyError, TypeError, ValueError):
+        raise DamagedFile(f"{path.name}: the header's row of {name} is unreadable; the file was damaged") from None
+    if not all(isinstance(n, int) and n >= 0 for n in counts):
+        raise DamagedFile(f"{path.name}: the header's row of {name} holds no sizes; the file was damaged")
+    if dtype not in DTYPES:
+        raise DamagedFile(f"{path.name}: {name} has dtype {dtype}, which is not read here")
+    if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise DamagedFile(f"{path.name}: {name} holds {end - start} bytes, not those of {dtype} {list(shape)}")
+    return Entry(dtype, shape, values_start + start, end - start)
+
+
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a file; raises DamagedFile where header and file disagree."""
     size = path.stat().st_size
@@ -90,18 +106,10 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise DamagedFile(
                 f"{path.name} has an unreadable header; it is no safetensors file, or was damaged"
             ) from None
+    if not isinstance(header, dict):
+        raise DamagedFile(f"{path.name} has an unreadable header; it is no safetensors file, or was damaged")
     header.pop("__metadata__", None)
-    entries = {}
-    for name, row in header.items():
-        start, end = row["data_offsets"]
-        shape = tuple(row["shape"])
-        if row["dtype"] not in DTYPES:
-            raise DamagedFile(f"{path.name}: {name} has dtype {row['dtype']}, which is not read here")
-        if end - start != math.prod(shape) * DTYPES[row["dtype"]].itemsize:
-            raise DamagedFile(
-                f"{path.name}: {name} holds {end - start} bytes, not those of {row['dtype']} {list(shape)}"
-            )
-        entries[name] = Entry(row["dtype"], shape, 8 + length + start, end - start)
+    entries = {name: _entry(path, name, row, 8 + length) for name, row in header.items()}
     need = max((e.start + e.size for e in entries.values()), default=8 + length)
     if size != need:
         raise DamagedFile(f"{path.name} has {size} bytes, but its header announces {need}; copy the file again")

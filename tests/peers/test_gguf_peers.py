@@ -1,9 +1,9 @@
 """The GGUF export read back by the gguf package, and run by llama.cpp where its library is installed."""
 
-import os
-
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from configs.schema import ConfigError, ModelConfig
 from data.tokenizer import ByteTokenizer
@@ -69,19 +69,17 @@ def test_existing_files_and_plain_directories_are_refused(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "there.gguf"]
 
 
-def llama_logits(file, tokens, beta_fast=None):
+def llama(file, **more):
     llama_cpp = pytest.importorskip("llama_cpp")
-    model = llama_cpp.Llama(
-        str(file),
-        n_ctx=64,
-        n_batch=64,
-        logits_all=True,
-        verbose=bool(os.environ.get("LLAMA_VERBOSE")),
-        n_threads=1,
-        flash_attn=False,
-    )
-    model.eval(tokens)
-    return np.array(model.scores[:len(tokens)])
+    return llama_cpp.Llama(str(file), n_ctx=64, n_batch=64, n_threads=1, verbose=False, **more)
+
+
+def test_llama_cpp_splits_text_into_the_same_tokens(tmp_path):
+    pytest.importorskip("llama_cpp")
+    write_gguf(hf_directory(tmp_path / "hf", SMALL), tmp_path / "model.gguf")
+    model, text = llama(tmp_path / "model.gguf"), "h\u00e9llo  3 + 4\n\n\u2713"
+    assert model.tokenize(text.encode(), add_bos=False) == ByteTokenizer().encode(text)
+    assert model.tokenize(b"a<|im_end|>", add_bos=False, special=True) == [97, 258]
 
 
 @pytest.mark.parametrize("model", [SMALL, YARN, GROUPED], ids=["plain", "yarn", "groups"])
@@ -89,8 +87,6 @@ def test_llama_cpp_computes_the_same_function(tmp_path, model):
     """Against transformers in float32 on the dequantised weights. llama.cpp rounds activations to 8 bits before a Q4_0
     product: a KL of some 1e-4, where a wrong router or rope gives more than 0.1."""
     pytest.importorskip("llama_cpp")
-    import torch
-    from transformers import AutoModelForCausalLM
     directory = hf_directory(tmp_path / "hf", model)
     write_gguf(directory, tmp_path / "model.gguf")
     tokens = [int(t) for t in np.random.default_rng(0).integers(0, 256, 48)]
@@ -98,7 +94,9 @@ def test_llama_cpp_computes_the_same_function(tmp_path, model):
     torch.nn.Module.to(twin, torch.float32)
     with torch.no_grad():
         want = torch.log_softmax(twin(torch.tensor([tokens])).logits[0], -1)
-    got = torch.log_softmax(torch.tensor(llama_logits(tmp_path / "model.gguf", tokens), dtype=torch.float32), -1)
+    engine = llama(tmp_path / "model.gguf", logits_all=True, flash_attn=False)
+    engine.eval(tokens)
+    got = torch.log_softmax(torch.tensor(np.array(engine.scores[:len(tokens)]), dtype=torch.float32), -1)
     kl = (want.exp() * (want - got)).sum(-1)
     assert want.exp().max(-1).values.mean() > 2 / model.vocab_size  # not a uniform model
     assert kl.mean() < 2e-3, (kl.mean(), kl.max())

@@ -325,3 +325,20 @@ def test_a_wrapped_language_model_is_checked_under_its_prefix(copy):
     assert verify(copy).ok, str(verify(copy))
     save_file({name: t for name, t in tensors.items() if not name.endswith("model.norm.weight")}, file)
     assert any("language_model.model.norm.weight is missing" in message for message in errors(copy))
+
+
+def test_random_damage_is_reported_and_never_crashes(copy):
+    """Two characters at a time, in headers and JSON files."""
+    rng = np.random.default_rng(0)
+    shard = "model-00001-of-000001.safetensors"
+    for name in ("config.json", INDEX, FILE, shard):
+        intact = (copy / name).read_bytes()
+        reach = 8 + int.from_bytes(intact[:8], "little") if name == shard else len(intact)
+        for _ in range(10):
+            data = bytearray(intact)
+            for at in rng.integers(0, reach, 2):
+                data[at] = rng.integers(32, 127)
+            (copy / name).write_bytes(data)
+            verify(copy)
+        (copy / name).write_bytes(intact)
+    assert verify(copy).ok

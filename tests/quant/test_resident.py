@@ -48,7 +48,10 @@ def test_grouped_product_equals_the_dense_one_bit_for_bit():
     want = jax.jit(lambda x, w: jnp.einsum("nbd,ndf->nbf", x.reshape(3, 8, 64), w[block_expert]).reshape(24, -1))(
         x, dense
     )
-    np.testing.assert_array_equal(jax.jit(int4_rows)(x, to_int4(PARAMS[GATE_UP][0], -3, 32), block_expert), want)
+    packed = to_int4(PARAMS[GATE_UP][0], -3, 32).reshape(4, 64, -1)
+    np.testing.assert_array_equal(jax.jit(int4_rows)(x, packed, block_expert), want)
+    with pytest.raises(ValueError, match="groups lie along axis 1"):
+        packed.reshape(4, 32, -1)
 
 
 def test_layers_can_be_scanned():
