@@ -86,6 +86,8 @@ def _same_names(text: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         if key not in text and key not in OPTIONAL:
             raise ConfigError(f"config.json lacks {key}, without which the network is not defined")
         values[key] = text.get(key, OPTIONAL.get(key))
+        if not isinstance(values[key], (int, float, list, type(None))):
+            raise ConfigError(f"config.json: {key} is {values[key]!r}, which is no number")
     if isinstance(values["eos_token_id"], list):
         notes.append(f"of the stop tokens {values['eos_token_id']} the first is kept")
         values["eos_token_id"] = values["eos_token_id"][0]

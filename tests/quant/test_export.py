@@ -1,6 +1,7 @@
 """An export re-read: by the safetensors library, by verify, and against the training forward under jit."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -141,3 +142,13 @@ def test_a_failed_export_leaves_nothing(tmp_path):
     with pytest.raises(OSError):
         export_model(Broken(WEIGHTS), SPECS, MODEL, INT4, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("masters", [np.float32, ml_dtypes.bfloat16])
+def test_every_pair_of_master_and_served_dtype_is_proven(tmp_path, dtype, masters):
+    model = replace(MODEL, dtype=dtype)
+    weights = InMemory({path: jnp.asarray(w.astype(masters)) for path, w in WEIGHTS.items()})
+    export_model(weights, SPECS, model, INT4, tmp_path / "out")
+    report = verify(tmp_path / "out", reference=weights, specs=SPECS)
+    assert report.ok and ", 0 differ" in str(report), str(report)
