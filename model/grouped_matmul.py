@@ -19,17 +19,23 @@ from jaxtyping import Array, Float, Int
 
 @dataclass(frozen=True)
 class GroupedMatmul:
-    """rows(x [M, D], w [E, D, F], block_expert [M/b]) -> [M, F]; weights(x [M, D], y [M, F], block_expert, E) -> [E, D, F]
-    in float32. The gradient of the rows is `rows` with the weights transposed."""
+    """rows(x [M, I], w, block_expert [M/b], transposed) -> [M, O], in x's dtype: row by its expert's weights, which are
+    w [E, I, O], or w [E, O, I] where `transposed`.
+    weights(x [M, D], y [M, F], block_expert, E) -> [E, D, F] float32: sum of outer products over each expert's rows.
+    """
 
     rows: Callable
     weights: Callable
 
 
-def _reference_rows(x, w, block_expert):
-    expert_of_row = jnp.repeat(block_expert, len(x) // len(block_expert))
-    one_hot = jax.nn.one_hot(expert_of_row, len(w), dtype=x.dtype)
-    return jnp.einsum("me,md,edf->mf", one_hot, x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+def _blocks(x, block_expert):
+    return x.reshape(len(block_expert), -1, x.shape[-1])
+
+
+def _reference_rows(x, w, block_expert, transposed):
+    one_hot = jax.nn.one_hot(jnp.repeat(block_expert, len(x) // len(block_expert)), len(w), dtype=x.dtype)
+    product = "me,mi,eoi->mo" if transposed else "me,mi,eio->mo"
+    return jnp.einsum(product, one_hot, x, w, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def _reference_weights(x, y, block_expert, num_experts):
@@ -37,52 +43,79 @@ def _reference_weights(x, y, block_expert, num_experts):
     return jnp.einsum("me,md,mf->edf", one_hot, x, y, preferred_element_type=jnp.float32)
 
 
-def _blocked_rows(x, w, block_expert):
-    blocks = x.reshape(len(block_expert), -1, x.shape[-1])
-    return jnp.einsum("nbd,ndf->nbf", blocks, w[block_expert]).reshape(len(x), -1)
+def _batched_rows(x, w, block_expert, transposed):
+    product = "nbi,noi->nbo" if transposed else "nbi,nio->nbo"
+    out = jnp.einsum(product, _blocks(x, block_expert), w[block_expert], preferred_element_type=jnp.float32)
+    return out.astype(x.dtype).reshape(len(x), -1)
 
 
-def _blocked_weights(x, y, block_expert, num_experts):
-    n = len(block_expert)
-    per_block = jnp.einsum("nbd,nbf->ndf", x.reshape(n, -1, x.shape[-1]), y.reshape(n, -1, y.shape[-1]),
+def _batched_weights(x, y, block_expert, num_experts):
+    per_block = jnp.einsum("nbd,nbf->ndf", _blocks(x, block_expert), _blocks(y, block_expert),
                            preferred_element_type=jnp.float32)
     return jax.ops.segment_sum(per_block, block_expert, num_experts, indices_are_sorted=True)
 
 
+def _scanned_rows(x, w, block_expert, transposed):
+    product = "bi,oi->bo" if transposed else "bi,io->bo"
+
+    def one(block):
+        rows, expert = block
+        return jnp.einsum(product, rows, w[expert], preferred_element_type=jnp.float32).astype(x.dtype)
+
+    return jax.lax.map(one, (_blocks(x, block_expert), block_expert)).reshape(len(x), -1)
+
+
+def _scanned_weights(x, y, block_expert, num_experts):
+    # A block's rows on two axes, both summed over: XLA's CPU backend then transposes and takes its bfloat16 kernel.
+    # With one axis it converts to float32 first, five times slower.
+    def halves(blocks):
+        return blocks.reshape(len(block_expert), 2, -1, blocks.shape[-1])
+
+    def add(total, block):
+        rows, grads, expert = block
+        part = jnp.einsum("abd,abf->df", rows, grads, preferred_element_type=jnp.float32)
+        return total.at[expert].add(part), None
+
+    start = jnp.zeros((num_experts, x.shape[-1], y.shape[-1]), jnp.float32)
+    return jax.lax.scan(add, start, (halves(x), halves(y), block_expert))[0]
+
+
 IMPLEMENTATIONS = {
     "reference": GroupedMatmul(_reference_rows, _reference_weights),
-    "blocked": GroupedMatmul(_blocked_rows, _blocked_weights),
+    "batched": GroupedMatmul(_batched_rows, _batched_weights),
+    "scanned": GroupedMatmul(_scanned_rows, _scanned_weights),
 }
-"""reference: dense over all experts, the definition. blocked: one batched product over blocks with gathered weights."""
+"""reference: dense over all experts, the definition. batched: one batched product over blocks with gathered weights.
+scanned: block after block with weights and sums in place; on a CPU every product still fills all cores, and nothing is
+gathered (bench/grouped_matmul.py)."""
 
 
 def implementation(platform: str) -> str:
     """Which entry the platform uses."""
-    return "blocked"
+    return "scanned" if platform == "cpu" else "batched"
 
 
-def block_rows(platform: str, rows: int, num_experts: int) -> int:
-    """Rows per block: small enough that padding each expert to whole blocks wastes little, large enough to fill the
-    matrix units. On a CPU 32 to 64 is best (docs/performance.md)."""
-    largest = 64 if platform == "cpu" else 128
-    mean = max(rows // num_experts, 1)
-    return max(8, min(largest, 1 << (mean // 2).bit_length()))
+def block_rows(rows: int, num_experts: int) -> int:
+    """Rows per block: at most 128, where matrix units are full, and at most a quarter of an expert's mean rows, which
+    keeps the padding of each expert to whole blocks under about an eighth."""
+    quarter = max(rows // num_experts // 4, 1)
+    return min(max(1 << (quarter.bit_length() - 1), 8), 128)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(x: Float[Array, "M D"], w: Float[Array, "E D F"], block_expert: Int[Array, "M/b"], name: str
                    ) -> Float[Array, "M F"]:
     """Block i of `x` times w[block_expert[i]]; `block_expert` ascends, `name` is a key of IMPLEMENTATIONS."""
-    return IMPLEMENTATIONS[name].rows(x, w, block_expert)
+    return IMPLEMENTATIONS[name].rows(x, w, block_expert, False)
 
 
 def _forward(x, w, block_expert, name):
-    return IMPLEMENTATIONS[name].rows(x, w, block_expert), (x, w, block_expert)
+    return IMPLEMENTATIONS[name].rows(x, w, block_expert, False), (x, w, block_expert)
 
 
 def _backward(name, saved, y):
     x, w, block_expert = saved
-    dx = IMPLEMENTATIONS[name].rows(y, jnp.swapaxes(w, 1, 2), block_expert)
+    dx = IMPLEMENTATIONS[name].rows(y, w, block_expert, True)
     dw = IMPLEMENTATIONS[name].weights(x, y, block_expert, len(w)).astype(w.dtype)
     return dx, dw, None
 

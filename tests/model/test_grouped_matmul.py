@@ -1,0 +1,88 @@
+"""Dispatch: every (token, expert) pair has exactly one slot. Grouped products: every implementation against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import dispatch
+from model.grouped_matmul import IMPLEMENTATIONS, block_rows, grouped_matmul, implementation
+
+E, D, F = 6, 24, 40
+
+
+def chosen(kind, N=50, K=2, seed=0):
+    """[N, K] distinct experts per token: spread, all on two experts (others empty), or skewed."""
+    rng = np.random.default_rng(seed)
+    if kind == "two":
+        return np.tile([4, 1], (N, 1))
+    p = np.ones(E) if kind == "spread" else 0.5 ** np.arange(E)
+    return np.stack([rng.choice(E, K, replace=False, p=p / p.sum()) for _ in range(N)])
+
+
+@pytest.mark.parametrize("kind", ["spread", "two", "skewed"])
+@pytest.mark.parametrize("N, block", [(50, 8), (64, 16), (1, 8)])
+def test_every_pair_has_one_slot_of_its_expert(kind, N, block):
+    experts = chosen(kind, N)
+    to = dispatch.plan(jnp.asarray(experts), E, block)
+    slot_of, token_of = np.asarray(to.slot_of), np.asarray(to.token_of)
+    assert len(np.unique(slot_of)) == experts.size, "two pairs share a slot"
+    np.testing.assert_array_equal(token_of[slot_of], np.broadcast_to(np.arange(N)[:, None], slot_of.shape))
+    np.testing.assert_array_equal(np.asarray(to.block_expert)[slot_of // block], experts)
+    assert np.sum(token_of < N) == experts.size, "a padding slot holds a token"
+    assert np.all(np.diff(np.asarray(to.block_expert)) >= 0)
+
+
+def test_copies_and_sums_are_adjoint():
+    """<to_slots(x), y> = <x, from_slots(y)>, and each is the other's gradient."""
+    to = dispatch.plan(jnp.asarray(chosen("skewed")), E, 8)
+    x = jax.random.normal(jax.random.key(0), (50, D))
+    y = jax.random.normal(jax.random.key(1), (len(to.token_of), D))
+    assert jnp.vdot(dispatch.to_slots(x, to), y) == pytest.approx(float(jnp.vdot(x, dispatch.from_slots(y, to))), rel=1e-5)
+    dx = jax.grad(lambda x: jnp.vdot(dispatch.to_slots(x, to), y))(x)
+    np.testing.assert_array_equal(dx, dispatch.from_slots(y, to))
+    dy = jax.grad(lambda y: jnp.vdot(x, dispatch.from_slots(y, to)))(y)
+    np.testing.assert_array_equal(dy, dispatch.to_slots(x, to))
+
+
+@pytest.mark.parametrize("kind", ["spread", "two"])
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-6), (jnp.bfloat16, 8e-3)])  # one rounding of the result
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_three_products(name, dtype, tolerance, kind):
+    """Forward, gradient of the rows, gradient of the weights (zero for experts without rows)."""
+    to = dispatch.plan(jnp.asarray(chosen(kind)), E, 8)
+    keys = jax.random.split(jax.random.key(2), 3)
+    tokens, w = jax.random.normal(keys[0], (50, D), dtype), jax.random.normal(keys[1], (E, D, F), dtype)
+    x = dispatch.to_slots(tokens, to)
+    g = jax.random.normal(keys[2], (len(x), F), dtype)
+    out, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, to.block_expert, name), x, w)
+    dx, dw = pull(g)
+
+    x64, w64, g64 = (np.asarray(a, np.float64) for a in (x, w, g))
+    of_row = np.repeat(np.asarray(to.block_expert), 8)
+    want_dw = np.zeros_like(w64)
+    for row, e in enumerate(of_row):
+        want_dw[e] += np.outer(x64[row], g64[row])
+    for mine, want in ((out, np.einsum("md,mdf->mf", x64, w64[of_row])), (dx, np.einsum("mf,mdf->md", g64, w64[of_row])),
+                       (dw, want_dw)):
+        assert mine.dtype == dtype
+        assert np.abs(np.asarray(mine, np.float64) - want).max() <= tolerance * np.abs(want).max()
+    if kind == "two":
+        assert not np.asarray(dw, np.float32)[[0, 2, 3, 5]].any()
+
+
+def test_weight_sums_stay_in_float32():
+    """2,048 bfloat16 ones per entry: a bfloat16 running sum would stop at 256."""
+    ones = jnp.ones((2048, 8), jnp.bfloat16)
+    for name in IMPLEMENTATIONS:
+        total = IMPLEMENTATIONS[name].weights(ones, ones, jnp.zeros(256, jnp.int32), 1)
+        np.testing.assert_array_equal(total, np.full((1, 8, 8), 2048.0))
+
+
+@pytest.mark.parametrize("rows, experts, block", [(1, 16, 8), (256, 16, 8), (16384, 64, 64), (32768, 16, 128)])
+def test_block_rows(rows, experts, block):
+    assert block_rows(rows, experts) == block
+
+
+def test_every_platform_has_an_implementation():
+    assert {implementation(p) for p in ("cpu", "gpu", "tpu")} <= set(IMPLEMENTATIONS)
