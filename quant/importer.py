@@ -15,9 +15,11 @@ import numpy as np
 
 from configs.param_spec import Specs
 from configs.schema import ConfigError
+from quant.findings import Report
 from quant.layout import Slot, all_slots
 from quant.packed import PARTS, projections
 from quant.tensor_file import Checkpoint
+from quant.verify_files import check_index
 from quant.verify_values import grid_of, is_fixed_point
 
 READABLE = ("BF16", "F32")
@@ -48,6 +50,10 @@ class Imported:
             prefix,
             for_training,
         )
+        index = Report()
+        check_index(self.checkpoint, index)
+        for finding in index.of("error"):
+            raise ConfigError(finding.message)
         self._packed = projections(self.checkpoint)
         self._slots: dict[tuple[str, tuple[int, ...]], list[Slot]] = defaultdict(list)
         used: set[str] = set()

@@ -1,6 +1,7 @@
 """Directories read back: the same arrays, the same bytes when exported again, one sentence when they are wrong."""
 
 import json
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -92,6 +93,21 @@ def test_wrong_tensors_are_named(tmp_path, change, message):
     directory = export(tmp_path / "wrong")
     rewrite(directory, change)
     with pytest.raises(ConfigError, match=message):
+        Imported(directory, SPECS)
+
+
+def test_a_missing_shard_and_a_missing_index_entry_are_named(exported, tmp_path):
+    directory = shutil.copytree(exported, tmp_path / "copy")
+    shard = sorted(directory.glob("*.safetensors"))[1]
+    shutil.move(shard, tmp_path / "away")
+    with pytest.raises(ConfigError, match=rf"should lie in {shard.name}, which does not exist"):
+        Imported(directory, SPECS)
+    shutil.move(tmp_path / "away", shard)
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"].pop("model.norm.weight")
+    index.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"model.norm.weight is in model-\d+-of-\d+.safetensors but not in the index"):
         Imported(directory, SPECS)
 
 
