@@ -79,10 +79,11 @@ class Data:
         self.plan_hash = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
-        """The global batch of a step, or a host's contiguous `rows` of it. ConfigError if nothing in it is trained."""
-        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)[rows]
-        batch = assemble([self._train.row(r) for r in numbers], self.seq_len, self.tokenizer.pad_id)
-        if not batch["weights"].sum() > 0:
+        """The global batch of a step, or a host's contiguous `rows` of it. ConfigError if no token of the global batch
+        is trained; a part of it may hold none."""
+        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
+        batch = assemble([self._train.row(r) for r in numbers[rows]], self.seq_len, self.tokenizer.pad_id)
+        if not batch["weights"].any() and not any(p.weights.any() for r in numbers for p in self._train.row(r)):
             raise ConfigError(f"step {step}: no token of rows {numbers.start} to {numbers.stop - 1} is trained; "
                               f"check the loss weights of the data")
         return batch

@@ -95,6 +95,15 @@ def test_rows_without_a_trained_token(tmp_path):
         open_path(tmp_path / "b.array_record").batch(0)
 
 
+def test_a_host_may_have_nothing_to_train_on(tmp_path):
+    rows = [TokenRow(np.full(65, i), np.full(65, float(i == 1))) for i in range(2)]
+    write_array_record(tmp_path / "a.array_record", rows)
+    cfg = RunConfig(data=DataConfig(paths=(str(tmp_path / "a.array_record"),), validation_fraction=0.0),
+                    train=TrainConfig(batch_size=2, seq_len=64))
+    data = open_data(cfg, load_tokenizer("bytes"))
+    assert sorted(data.batch(0, rows=slice(r, r + 1))["weights"].sum() for r in (0, 1)) == [0, 64]
+
+
 def test_nothing_to_predict(tmp_path):
     np.save(tmp_path / "a.npy", np.array([5]))
     with pytest.raises(ConfigError, match="nothing to predict"):
