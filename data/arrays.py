@@ -37,6 +37,15 @@ def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
                           f"was it made with another tokenizer?")
 
 
+def check_weights(row: TokenRow) -> str | None:
+    """Why ids and weights do not belong together, or None."""
+    if row.ids.ndim != 1 or row.weights is not None and row.weights.shape != row.ids.shape:
+        return "needs a 1-D array of ids and weights of the same length"
+    if row.weights is not None and not (np.isfinite(row.weights) & (row.weights >= 0)).all():
+        return "has a weight that is negative or not finite"
+    return None
+
+
 def read_npy(path: Path, vocab_size: int, bos_id: int) -> list[TokenRow]:
     """Documents of a .npy file, as views of the memory-mapped array."""
     try:
@@ -73,9 +82,9 @@ def read_array_record(path: Path, vocab_size: int) -> list[TokenRow]:
         except (ValueError, EOFError) as error:
             raise ConfigError(f"{path} record {number} is not an array as numpy.save writes it: {error}") from None
         check_ids(ids, vocab_size, f"{path} record {number}")
-        if ids.ndim != 1 or weights is not None and weights.shape != ids.shape:
-            raise ConfigError(f"{path} record {number} needs a 1-D array of ids and weights of the same length")
         rows.append(TokenRow(ids, weights))
+        if reason := check_weights(rows[-1]):
+            raise ConfigError(f"{path} record {number} {reason}")
     return rows
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from configs.schema import ConfigError, DataConfig
-from data.arrays import TokenRow, check_ids, read_array_record, read_npy
+from data.arrays import TokenRow, check_ids, check_weights, read_array_record, read_npy
 from data.chat import Account, Talk, refuse
 from data.messages import RowError, conversation
 from data.tokenizer import Tokenizer
@@ -161,8 +161,8 @@ def token_row(row: dict[str, Any], where: str, tokenizer: Tokenizer) -> TokenRow
     except (ValueError, TypeError):
         raise RowError("has ids or weights that are no list of numbers") from None
     check_ids(ids, tokenizer.vocab_size, where)
-    if ids.ndim != 1 or weights is not None and weights.shape != ids.shape:
-        raise RowError("needs ids, and weights of the same length")
+    if reason := check_weights(TokenRow(ids, weights)):
+        raise RowError(reason)
     if weights is not None and not weights[1:].any():
         raise RowError("trains no token: all weights behind the first are 0")
     return TokenRow(ids, weights)

@@ -115,6 +115,7 @@ def test_files_that_are_none(tmp_path):
         (tmp_path / name).write_bytes(b"not an array at all" * 9999)
         with pytest.raises(ConfigError, match=f"{name} is not a readable"):
             open_path(tmp_path / name)
-    with pytest.raises(ConfigError, match="weights of the same length"):
-        (tmp_path / "c.jsonl").write_text('{"ids": [1, 2], "weights": [1]}')
-        open_path(tmp_path / "c.jsonl")
+    for weights, words in (("[1]", "weights of the same length"), ("[1, -1]", "negative"), ("[1, NaN]", "not finite")):
+        (tmp_path / "c.jsonl").write_text(f'{{"ids": [1, 2], "weights": {weights}}}')
+        with pytest.raises(ConfigError, match=f"line 1 .*{words}"):
+            open_path(tmp_path / "c.jsonl")
