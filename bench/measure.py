@@ -1,0 +1,50 @@
+"""Side-by-side timing: candidates take turns, the best of several rounds counts, and results name their machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def in_turns(candidates: dict[str, Callable[[], Any]], rounds: int = 5) -> dict[str, dict[str, float]]:
+    """Best wall and CPU milliseconds of each compiled call. CPU time counts all threads: it is the measure to trust on
+    a machine that others use at the same time."""
+    best = {name: {"wall_ms": float("inf"), "cpu_ms": float("inf")} for name in candidates}
+    for call in candidates.values():
+        jax.block_until_ready(call())
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            jax.block_until_ready(call())
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            best[name] = {"wall_ms": round(min(best[name]["wall_ms"], wall * 1e3), 3),
+                          "cpu_ms": round(min(best[name]["cpu_ms"], cpu * 1e3), 3)}
+    return best
+
+
+def machine() -> dict[str, Any]:
+    """Date, hardware and versions."""
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                  if line.startswith("model name")), platform.processor()) if os.path.exists("/proc/cpuinfo") else ""
+    device = jax.devices()[0]
+    return {"date": datetime.now(UTC).date().isoformat(), "jax": jax.__version__, "python": platform.python_version(),
+            "device": device.device_kind if device.platform != "cpu" else model, "cores": os.cpu_count(),
+            "load": round(os.getloadavg()[0], 1)}
+
+
+def write(name: str, rows: list[dict[str, Any]]) -> Path:
+    """bench/results/NAME-PLATFORM-jaxVERSION.json."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}-{jax.default_backend()}-jax{jax.__version__}.json"
+    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    return path
