@@ -101,7 +101,7 @@ def test_a_fork_shares_its_first_steps(trained, tmp_path):
     fork = str(tmp_path / "fork")
     fields = [f"{k}={v}" for k, v in FORK.items()]
     assert launch.main(["train", "--run", fork, "--train.fork-from", f"{trained.path}@grid", "--quant.grid", "none",
-                        *fields]) == EXIT_DONE
+                        "--data.task-length", "2", "3", *fields]) == EXIT_DONE
     steps = [r["step"] for r in RunDir(fork).read_metrics() if r["kind"] == "step"]
     assert steps == list(range(5, 13))
 

@@ -1,0 +1,101 @@
+"""The step against what it must equal: accumulation, the mesh, rematerialisation, and the grid change nothing but cost."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.schema import MeshConfig
+from data.pipeline import open_data
+from model.transformer import param_specs
+from quant.served import grid_amount
+from tests.train.conftest import small
+from train.mesh import batch_sharding, make_mesh, param_sharding, param_shardings
+from train.session import open_session
+from train.state import initial_value
+from train.step import StepConfig, gradients
+
+RELATIVE = 2e-5
+"""float32 sums in another order: 500 tokens, three layers."""
+
+
+def measure(cfg, devices=None):
+    """(loss, gradients, aux) of the first batch with weights that do not depend on the mesh."""
+    specs = param_specs(cfg.model)
+    mesh = make_mesh(cfg.mesh, devices)
+    shardings = param_shardings(specs, mesh)
+    keys = jax.random.split(jax.random.key(0), len(specs))
+    params = {path: jax.device_put(initial_value(spec, keys[i], "float32"), shardings[path])
+              for i, (path, spec) in enumerate(specs.items())}
+    session = open_session(dataclasses.replace(cfg, mesh=MeshConfig()))
+    batch = jax.device_put(open_data(cfg, session.tokenizer).batch(0), batch_sharding(mesh))
+    step = StepConfig(cfg, "float32", "cpu")
+    return jax.device_get(jax.jit(lambda p, b: gradients(p, b, jnp.float32(1), step))(params, batch))
+
+
+@pytest.fixture(scope="module")
+def single():
+    return measure(small(), jax.devices()[:1])
+
+
+def with_(cfg, section, **fields):
+    return dataclasses.replace(cfg, **{section: dataclasses.replace(getattr(cfg, section), **fields)})
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: with_(c, "train", accumulate=4),
+    lambda c: with_(c, "train", remat="layer"),
+    lambda c: with_(c, "mesh", fsdp=2, expert=4),
+    lambda c: with_(with_(c, "mesh", data=2, fsdp=2, tensor=2), "train", accumulate=2),
+], ids=["accumulate 4", "remat", "fsdp x expert", "data x fsdp x tensor, accumulate 2"])
+def test_cost_changes_numbers_do_not(single, change):
+    cfg = change(small())
+    devices = jax.devices() if cfg.mesh != MeshConfig() else jax.devices()[:1]
+    loss, grads, aux = measure(cfg, devices)
+    np.testing.assert_allclose(loss, single[0], rtol=RELATIVE)
+    for path, grad in grads.items():
+        scale = np.abs(single[1][path]).max()
+        np.testing.assert_allclose(grad, single[1][path], atol=RELATIVE * scale + 1e-9, err_msg=path)
+    np.testing.assert_array_equal(aux.moe.expert_counts, single[2].moe.expert_counts)
+    np.testing.assert_allclose(aux.attention.max_logit, single[2].attention.max_logit, rtol=RELATIVE)
+
+
+def test_maximum_logits_are_maxima_and_counts_are_sums(single):
+    """Four microbatches: never averaged, never summed, never mixed between layers."""
+    cfg = small()
+    _, _, aux = single
+    assert aux.attention.max_logit.shape == (cfg.model.num_hidden_layers, cfg.model.num_attention_heads)
+    tokens = open_data(cfg, open_session(cfg).tokenizer).batch(0)["segments"] > 0
+    np.testing.assert_array_equal(aux.moe.expert_counts.sum(-1), tokens.sum() * cfg.model.num_experts_per_tok)
+
+
+def test_a_step_with_a_non_finite_gradient_changes_nothing():
+    from train.loop import build
+    from train.state import TrainState, initial_state
+    session = open_session(small())
+    machine = build(session)
+    state = initial_state(session.cfg, session.specs, machine.optimizer, session.mesh)
+    before = jax.device_get(state.params)
+    batch = open_data(session.cfg, session.tokenizer).batch(0)
+    batch["weights"] = np.where(batch["weights"] > 0, np.float32(np.inf), 0)
+    state, metrics = machine.train_step(state, jax.device_put(batch, batch_sharding(session.mesh)))
+    assert isinstance(state, TrainState) and int(state.step) == 1 and int(metrics["skipped_steps"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.params))
+
+
+@pytest.mark.parametrize("start, ramp, expected", [(0, 0, [1, 1, 1]), (2, 0, [0, 0, 1, 1]), (1, 3, [0, .25, .5, .75, 1, 1])])
+def test_the_grid_switches_on_when_told(start, ramp, expected):
+    quant = dataclasses.replace(small().quant, start_step=start, ramp_steps=ramp)
+    np.testing.assert_array_equal([grid_amount(quant, jnp.int32(i)) for i in range(len(expected))], expected)
+    assert grid_amount(dataclasses.replace(quant, grid="none"), jnp.int32(99)) == 0
+
+
+def test_experts_take_both_axes_and_nothing_is_split_twice():
+    specs = param_specs(small().model)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=4))
+    assert param_sharding(specs["moe.mlp.experts_gate_up"], mesh).spec[1] == ("expert", "fsdp")
+    for spec in specs.values():
+        used = [axis for entry in param_sharding(spec, mesh).spec if entry for axis in entry]
+        assert len(used) == len(set(used))
