@@ -60,22 +60,17 @@ def check_values(checkpoint: Checkpoint, packed: dict[str, Packed], report: Repo
 def _check_projection(checkpoint: Checkpoint, p: Packed, report: Report) -> tuple[str, bool]:
     codes, scales = p.codes(checkpoint), p.scales(checkpoint).astype(np.float32)
     if not np.isfinite(scales).all():
-        report.add("error", "scales", f"{p.stem} has {(~np.isfinite(scales)).sum()} scales that are not finite numbers")
+        report.error("scales", f"{p.stem} has {(~np.isfinite(scales)).sum()} scales that are not finite numbers")
         return "other", False
     live = codes.reshape(*scales.shape, -1).any(-1)
     if (scales[live] == 0).any():
-        report.add(
-            "error", "scales", f"{p.stem} has {(scales[live] == 0).sum()} scales of zero over codes that are not"
-        )
+        report.error("scales", f"{p.stem} has {(scales[live] == 0).sum()} scales of zero over codes that are not")
     if (scales < 0).any():
-        report.add(
-            "warning", "scales", f"{p.stem} has {(scales < 0).sum()} negative scales: legal, but untested in engines"
-        )
+        report.warn("scales", f"{p.stem} has {(scales < 0).sum()} negative scales: legal, but untested in engines")
     if not live.any():
-        report.add("warning", "codes", f"all codes of {p.stem} are zero: the projection does nothing")
-    fixed = bool(scales.astype(ml_dtypes.bfloat16).astype(np.float32).tobytes() == scales.tobytes()) and is_fixed_point(
-        codes, scales
-    )
+        report.warn("codes", f"all codes of {p.stem} are zero: the projection does nothing")
+    as_bf16 = scales.astype(ml_dtypes.bfloat16).astype(np.float32)
+    fixed = bool((as_bf16 == scales).all()) and is_fixed_point(codes, scales)
     return grid_of(codes, scales), fixed
 
 
@@ -86,22 +81,16 @@ def _check_plain(checkpoint: Checkpoint, name: str, report: Report) -> None:
     values = values.astype(np.float32)
     bad = int((~np.isfinite(values)).sum())
     if bad:
-        report.add("error", "values", f"{name} has {bad} values that are not finite numbers")
+        report.error("values", f"{name} has {bad} values that are not finite numbers")
     elif not values.any() and not name.endswith("e_score_correction_bias"):
-        report.add("warning", "values", f"{name} is all zeros")
+        report.warn("values", f"{name} is all zeros")
 
 
 def _conclude(grids: Counter, moved: int, total: int, report: Report) -> None:
     names = {"kimi7": "absmax/7, codes of [-7, 7]", "ct75": "absmax/7.5, codes of [-8, 7]", "other": "no absmax grid"}
-    report.add("note", "grid", "; ".join(f"{n} projections on {names[k]}" for k, n in grids.most_common()))
+    report.note("grid", "; ".join(f"{n} projections on {names[k]}" for k, n in grids.most_common()))
     if grids["kimi7"] and len(grids) > 1:
-        report.add(
-            "warning", "grid", f"{total - grids['kimi7']} of {total} projections are not on the grid of the others"
-        )
+        report.warn("grid", f"{total - grids['kimi7']} of {total} projections are not on the grid of the others")
     if moved:
-        report.add(
-            "note",
-            "fixed point",
-            f"{moved} of {total} projections change when quantised again: serving is fine, continued "
-            "training on the grid needs the original masters",
-        )
+        report.note("fixed point", f"{moved} of {total} projections change when quantised again: serving is fine, "
+                    "continued training on the grid needs the original masters")
