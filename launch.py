@@ -103,6 +103,22 @@ class Verify:
 
 
 @dataclass(frozen=True)
+class Distort:
+    """What INT4 costs: every post-training baseline of a run's weights, and other weights, against bf16."""
+
+    source: tyro.conf.Positional[str] = str(RUN)
+    """RUN or RUN@STEP whose masters are the reference."""
+    arms: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Further arms, NAME=WEIGHTS as in eval."""
+    calibration_batches: int = 8
+    """Training batches that the calibrated baselines see."""
+
+    def __call__(self) -> int:
+        from eval.distortion import distortion_report
+        return distortion_report(self.source, self.arms, self.calibration_batches)
+
+
+@dataclass(frozen=True)
 class Report:
     """Draw report.md and its plots from metrics.jsonl and evals.jsonl."""
 
@@ -152,7 +168,7 @@ def plan(arguments: list[str]) -> int:
 
 
 WITH_CONFIG = {"train": train, "plan": plan, "data": data, "import": import_}
-VERBS = {"eval": Eval, "generate": Generate, "export": Export, "verify": Verify, "report": Report}
+VERBS = {"eval": Eval, "generate": Generate, "export": Export, "verify": Verify, "distort": Distort, "report": Report}
 
 
 def _take(arguments: list[str], flag: str, default: str) -> tuple[str, list[str]]:
@@ -198,7 +214,8 @@ def main(argv: list[str]) -> int:
         if verb not in verbs:
             import difflib
             nearest = difflib.get_close_matches(verb, verbs, 1)
-            raise ConfigError(f"there is no verb {verb!r}" + (f"; did you mean {nearest[0]}?" if nearest else f"; there are: {', '.join(verbs)}"))
+            hint = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(verbs)}"
+            raise ConfigError(f"there is no verb {verb!r}; {hint}")
         from train.compat import start_jax
         start_jax()
         if verb in WITH_CONFIG:

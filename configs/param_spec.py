@@ -7,8 +7,9 @@ the checkpoint layout, and import/export. No reader matches names, regular expre
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Mapping
+from typing import Literal
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 from configs.deepseek_v3 import deepseek_v3
 from configs.kimi_k2 import kimi_k2, kimi_k2_thinking

@@ -6,17 +6,18 @@ YaRN is used, beta_fast 32. `routed_scaling_factor` is model/router.py:gate_scal
 
 from __future__ import annotations
 
-from configs.schema import ModelConfig, OptimConfig, QuantConfig, RunConfig, TrainConfig
+from configs.schema import DataConfig, ModelConfig, OptimConfig, QuantConfig, RunConfig, TrainConfig
 
 
 def tiny() -> RunConfig:
-    """2.1 M parameters: learns the built-in chain task on two CPU cores in minutes. The first 70 % of its steps are bf16,
+    """2.1 M parameters: learns the built-in chain task on two CPU cores in minutes. Three quarters of its steps are bf16,
     the rest on the grid, as in K2 Thinking's post-training. A short rope_theta: its contexts are short."""
     return RunConfig(
         model=ModelConfig(num_hidden_layers=3, num_experts_per_tok=2, routed_scaling_factor=1.412, rope_theta=1000.0),
         optim=OptimConfig(lr=5e-3),
-        quant=QuantConfig(start_step=315),
-        train=TrainConfig(steps=450, batch_size=16, seq_len=128, log_every=25, checkpoint_every=150))
+        quant=QuantConfig(start_step=338),
+        data=DataConfig(task_length=(1, 6)),
+        train=TrainConfig(steps=450, batch_size=24, seq_len=96, log_every=25, checkpoint_every=150))
 
 
 def laptop() -> RunConfig:

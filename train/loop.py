@@ -5,18 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs.param_spec import Specs
 from configs.schema import ConfigError, RunConfig
 from data.pipeline import Data, open_data
 from model.counts import train_flops_per_token
 from optim.build import build_optimizer
 from optim.schedules import learning_rate
+from quant.coverage import coverage, require_whole_groups
 from quant.error import grid_error
+from quant.metrics import code_flow, start_history
 from train.checkpoint import Checkpoints
 from train.compat import interpreter
 from train.console import Bar, clock, console, human
@@ -45,6 +49,8 @@ def build(session: Session) -> Machine:
     """Optimizer and compiled step for a session."""
     cfg = session.cfg
     shardings = param_shardings(session.specs, session.mesh)
+    coverage(session.specs, cfg.quant)
+    require_whole_groups(session.specs, shardings, cfg.quant)
     optimizer = build_optimizer(session.specs, cfg.optim, cfg.train.steps, mesh=session.mesh, shardings=shardings)
     schedule = learning_rate(cfg.optim, cfg.train.steps)
     step = make_train_step(StepConfig(cfg, session.compute_dtype, session.platform), session.specs, optimizer, schedule)
@@ -152,6 +158,7 @@ def run_steps(machine: Machine, data: Data, state: TrainState, step: int, checkp
     cfg, sharding = machine.session.cfg, batch_sharding(machine.session.mesh)
     evaluator = Evaluator(machine.session, data)
     recorder = Recorder(machine, run, step + 1, started)
+    codes = GridWatch(machine.session.specs, cfg.quant.group_size)
     sample_every = max(cfg.train.log_every, cfg.train.steps // 20)
     with Bar(f"training {run.path}", cfg.train.steps - step) as bar:
         for batch in data.iterate(step):
@@ -162,9 +169,10 @@ def run_steps(machine: Machine, data: Data, state: TrainState, step: int, checkp
             if step % sample_every == 0:
                 recorder.measure_optimizer(state)
             if step == recorder.first_step or step % cfg.train.log_every == 0 or last:
-                recorder.report(grid_error(state.params, machine.session.specs, cfg.quant.group_size))
+                recorder.report(codes.report(step, state.params))
             if last or (cfg.train.eval_every and step % cfg.train.eval_every == 0):
-                recorder.evaluated(step, evaluator(state.params, amount=float(metrics["grid_amount"]), batches=cfg.train.eval_batches))
+                amount = float(metrics["grid_amount"])
+                recorder.evaluated(step, evaluator(state.params, amount=amount, batches=cfg.train.eval_batches))
             if last or stop.requested or step in checkpoints.landmarks or step % cfg.train.checkpoint_every == 0:
                 checkpoints.save(step, state)
                 recorder.restart_clock()
@@ -173,6 +181,32 @@ def run_steps(machine: Machine, data: Data, state: TrainState, step: int, checkp
                 break
     recorder.close()
     return state, step
+
+
+class GridWatch:
+    """Distance of the masters from the grid, and how codes move between two reports.
+
+    Movement is followed in the first MoE layer only: it needs two bytes per weight. Two reports that are many steps
+    apart miss codes that moved and came back in between, so the share is per report, with the steps beside it.
+    """
+
+    def __init__(self, specs: Specs, group: int):
+        self.specs, self.group = specs, group
+        self.history, self.at = None, 0
+        self._start = jax.jit(partial(start_history, specs=specs, group=group))
+        self._flow = jax.jit(partial(code_flow, specs=specs, group=group), donate_argnums=0)
+
+    def report(self, step: int, params: dict[str, Any]) -> dict[str, Any]:
+        """grid_error and codes_at_edge; from the second report on, quant/flipped, quant/oscillating, quant/steps."""
+        out = grid_error(params, self.specs, self.group)
+        layer = {path: params[path][:1] for path, spec in self.specs.items() if spec.on_grid}
+        if self.history is None:
+            self.history = self._start(layer)
+        else:
+            self.history, moved = self._flow(self.history, layer)
+            out |= moved | {"quant/steps": step - self.at}
+        self.at = step
+        return out
 
 
 class Recorder:

@@ -37,7 +37,7 @@ class MetricsFile:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a")
+        self._file = open(path, "a")  # noqa: SIM115  (held open for the run, closed by close)
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
             self._file.write("\n")  # a kill cut the last line in half
 

@@ -9,11 +9,11 @@ import threading
 import jax
 import numpy as np
 import pytest
-from train.checkpoint import CheckpointError, Checkpoints, fingerprint
 
 from configs.schema import ConfigError
 from optim.build import build_optimizer
 from tests.train.conftest import small
+from train.checkpoint import CheckpointError, Checkpoints, fingerprint
 from train.loop import train
 from train.run_dir import RunDir
 from train.session import load_params, open_session
