@@ -6,7 +6,24 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray, UInt32
+
+
+def _noise(shape: tuple[int, ...], key: PRNGKeyArray) -> UInt32[Array, "..."]:
+    """32 random bits per element, a hash of its indices and the key.
+
+    Rounding needs no more than well mixed bits, and this is plain arithmetic on iotas: XLA fuses it into the sum it is
+    used in and any sharding cuts it, while `jax.random.bits` keeps an array of the weights' size in memory. Mixer:
+    C. Wellons, "Prospecting for hash functions" (lowbias32).
+    """
+    h = jnp.broadcast_to(jax.random.bits(key, (), jnp.uint32), shape)
+    for axis in range(len(shape)):
+        h = h + (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) + 1) * np.uint32(0x9E3779B9)
+        h = (h ^ (h >> 16)) * np.uint32(0x7FEB352D)
+        h = (h ^ (h >> 15)) * np.uint32(0x846CA68B)
+        h = h ^ (h >> 16)
+    return h
 
 
 def stochastic_round(x: Float[Array, "..."], key: PRNGKeyArray) -> Array:
@@ -17,8 +34,8 @@ def stochastic_round(x: Float[Array, "..."], key: PRNGKeyArray) -> Array:
     so are infinities and NaN.
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-    rounded = jax.lax.bitcast_convert_type(((bits + noise) >> 16).astype(jnp.uint16), jnp.bfloat16)
+    rounded = jax.lax.bitcast_convert_type(((bits + (_noise(x.shape, key) >> 16)) >> 16).astype(jnp.uint16),
+                                           jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
@@ -43,9 +44,14 @@ def scale_by_momentum(decay: float, nesterov: bool, dtype=jnp.float32) -> optax.
 
     def update(grads, state, params=None):
         grads = {path: g.astype(jnp.float32) for path, g in grads.items()}
-        new = {path: decay * state.momentum[path].astype(jnp.float32) + (1 - decay) * g for path, g in grads.items()}
-        ahead = {path: decay * new[path] + (1 - decay) * g for path, g in grads.items()} if nesterov else new
-        return ahead, MomentumState({path: m.astype(dtype) for path, m in new.items()})
+        new = {path: (decay * state.momentum[path].astype(jnp.float32) + (1 - decay) * g).astype(dtype)
+               for path, g in grads.items()}
+        # Without the barrier XLA computes both results from the old momentum, and then has to copy it: the new one
+        # is written over the old one.
+        new = lax.optimization_barrier(new)
+        stored = {path: m.astype(jnp.float32) for path, m in new.items()}
+        ahead = {path: decay * stored[path] + (1 - decay) * g for path, g in grads.items()} if nesterov else stored
+        return ahead, MomentumState(new)
 
     return optax.GradientTransformation(init, update)
 

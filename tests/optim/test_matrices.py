@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def fused():
     grads = arrays(specs, 3)
     opt = build_optimizer(specs, CFG, 10)
     params = arrays(specs, 4)
-    updates, _ = opt.update(grads, opt.init(params), params)
+    updates, _ = jax.jit(opt.update)(grads, opt.init(params), params)
     return specs, grads, updates
 
 

@@ -201,7 +201,7 @@ def test_temporary_memory_is_bounded(monkeypatch):
     bound = sum(g.memory_per_device(4) for g in plan)
     assert memory.temp_size_in_bytes <= bound
     assert memory.alias_size_in_bytes >= memory.output_size_in_bytes - updates - 4096  # donation took effect
-    assert bound < 2 * updates + 6 * 2**20
+    assert bound <= updates + 6 * 2**20  # one copy of the matrices and the workspace of a chunk
 
 
 def test_plans_fail_with_a_sentence():
