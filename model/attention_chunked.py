@@ -18,6 +18,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from model.project import outer_sum
+
 MASKED = -1e30
 """Logit of a key that may not be seen; finite, so that a fully masked (padding) row gives numbers, not NaN."""
 
@@ -30,7 +32,7 @@ def chunked(q: Float[Array, "B S H k"], k: Float[Array, "B S H k"], v: Float[Arr
     Documents must be contiguous. A tile is B * H * chunk**2 floats; `max_logit` carries no gradient.
     """
     S = q.shape[1]
-    chunk = min(chunk, S)
+    chunk = min(chunk, S + S % 2)
     pad = -S % chunk
     q, k, v = (jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q, k, v))
     out, max_logit = _attend(q, k, v, jnp.pad(segments, ((0, 0), (0, pad))), scale, chunk)
@@ -100,10 +102,9 @@ def _backward(q, k, v, segments, out, lse, g, scale: float, chunk: int):
             weights = jnp.exp(_tile(q, k, segments, i, j, scale, chunk) - lse_i[..., None])
             dweights = jnp.einsum("BHSv,BHTv->BHST", g_i, _part(v, j, chunk), preferred_element_type=jnp.float32)
             dlogits = (weights * (dweights - delta_i[..., None]) * scale).astype(q.dtype)
-            product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-            dq += product("BHST,BHTd->BHSd", dlogits, _part(k, j, chunk))
-            dk = _add_part(dk, product("BHST,BHSd->BHTd", dlogits, q_i), j, chunk)
-            dv = _add_part(dv, product("BHST,BHSv->BHTv", weights.astype(v.dtype), g_i), j, chunk)
+            dq += jnp.einsum("BHST,BHTd->BHSd", dlogits, _part(k, j, chunk), preferred_element_type=jnp.float32)
+            dk = _add_part(dk, outer_sum(dlogits, q_i), j, chunk)
+            dv = _add_part(dv, outer_sum(weights.astype(v.dtype), g_i), j, chunk)
             return dq, dk, dv
 
         dq, dk, dv = lax.fori_loop(first[i], i + 1, keys, (jnp.zeros(q_i.shape, jnp.float32), *grads))

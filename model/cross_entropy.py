@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from model.project import outer_sum
+
 TILE = 2048
 """Tokens and vocabulary entries of one tile: 16 MiB of float32 logits. A tile's products read and write about
 8 * D * 2 * TILE bytes for 6 * D * TILE**2 operations: far above the ratio where memory, not arithmetic, is the limit."""
@@ -98,7 +100,7 @@ def _tiles_backward(width, saved, gradients):
             dlogits = (softmax * (g_nll + g_lse)[:, None] - jnp.where(hit, g_nll[:, None], 0.0)).astype(hidden_CD.dtype)
             dhidden += jnp.dot(dlogits, weights.T, preferred_element_type=jnp.float32)
             part = lax.dynamic_slice_in_dim(dhead, start, width, axis=1)
-            part += jnp.dot(hidden_CD.T, dlogits, preferred_element_type=jnp.float32)
+            part += outer_sum(hidden_CD, dlogits)
             return dhidden, lax.dynamic_update_slice_in_dim(dhead, part, start, axis=1)
 
         zero = jnp.zeros(hidden_CD.shape, jnp.float32)

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from model.project import outer_sum
+
 
 @dataclass(frozen=True)
 class GroupedMatmul:
@@ -50,8 +52,7 @@ def _batched_rows(x, w, block_expert, transposed):
 
 
 def _batched_weights(x, y, block_expert, num_experts):
-    per_block = jnp.einsum("nbd,nbf->ndf", _blocks(x, block_expert), _blocks(y, block_expert),
-                           preferred_element_type=jnp.float32)
+    per_block = outer_sum(_blocks(x, block_expert), _blocks(y, block_expert))
     return jax.ops.segment_sum(per_block, block_expert, num_experts, indices_are_sorted=True)
 
 
@@ -66,18 +67,12 @@ def _scanned_rows(x, w, block_expert, transposed):
 
 
 def _scanned_weights(x, y, block_expert, num_experts):
-    # A block's rows on two axes, both summed over: XLA's CPU backend then transposes and takes its bfloat16 kernel.
-    # With one axis it converts to float32 first, five times slower.
-    def halves(blocks):
-        return blocks.reshape(len(block_expert), 2, -1, blocks.shape[-1])
-
     def add(total, block):
         rows, grads, expert = block
-        part = jnp.einsum("abd,abf->df", rows, grads, preferred_element_type=jnp.float32)
-        return total.at[expert].add(part), None
+        return total.at[expert].add(outer_sum(rows, grads)), None
 
     start = jnp.zeros((num_experts, x.shape[-1], y.shape[-1]), jnp.float32)
-    return jax.lax.scan(add, start, (halves(x), halves(y), block_expert))[0]
+    return jax.lax.scan(add, start, (_blocks(x, block_expert), _blocks(y, block_expert), block_expert))[0]
 
 
 IMPLEMENTATIONS = {

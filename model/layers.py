@@ -11,6 +11,7 @@ from configs.param_spec import HFTensor, Matrix
 from configs.schema import ModelConfig
 from model.call import Call
 from model.declare import Declare
+from model.project import project
 
 
 class RMSNorm(nnx.Module):
@@ -47,6 +48,7 @@ class FeedForward(nnx.Module):
         self.down = declare(f"{prefix}down", (F, D), ("hidden", "embed"), init=std, update="muon",
                             matrix=Matrix(("hidden",), ("embed",)), hf="down_proj.weight")
 
-    def __call__(self, x: Float[Array, "... D"], call: Call) -> Float[Array, "... D"]:
+    def __call__(self, x: Float[Array, "B S D"], call: Call) -> Float[Array, "B S D"]:
         gate_up = call.weight(self.gate_up)
-        return swiglu(x @ gate_up.reshape(gate_up.shape[0], -1)) @ call.weight(self.down)
+        hidden = swiglu(project("BSD,DF->BSF", x, gate_up.reshape(gate_up.shape[0], -1)))
+        return project("BSF,FD->BSD", hidden, call.weight(self.down))

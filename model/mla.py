@@ -14,6 +14,7 @@ from model import attention, rope
 from model.call import Call, LayerAux
 from model.declare import Declare
 from model.layers import RMSNorm
+from model.project import project
 
 LATENT_EPS = 1e-6
 """Of the two latent norms: every released model uses it, whatever rms_norm_eps says."""
@@ -49,14 +50,15 @@ class MLA(nnx.Module):
     def queries(self, x_BSD: Array, call: Call) -> tuple[Float[Array, "B S H nope"], Float[Array, "B S H rope"]]:
         """Unrotated and rotated parts."""
         if self.cfg.q_lora_rank is not None:
-            x_BSD = self.q_a_norm(x_BSD @ call.weight(self.q_a), call)
-        q = jnp.einsum("BSR,RHd->BSHd", x_BSD, call.weight(self.q))
+            x_BSD = self.q_a_norm(project("BSD,DR->BSR", x_BSD, call.weight(self.q_a)), call)
+        q = project("BSR,RHd->BSHd", x_BSD, call.weight(self.q))
         q_nope, q_rope = jnp.split(q, [self.cfg.qk_nope_head_dim], axis=-1)
         return q_nope, rope.rotate(q_rope, *rope.rotation(self.cfg, call.positions))
 
     def latents(self, x_BSD: Array, call: Call) -> Float[Array, "B S R+rope"]:
         """What decoding caches per token: the normed key/value latent, then the rotated shared key."""
-        latent, k_rope = jnp.split(x_BSD @ call.weight(self.kv_a), [self.cfg.kv_lora_rank], axis=-1)
+        latent, k_rope = jnp.split(project("BSD,DR->BSR", x_BSD, call.weight(self.kv_a)),
+                                   [self.cfg.kv_lora_rank], axis=-1)
         k_rope = rope.rotate(k_rope, *rope.rotation(self.cfg, call.positions))
         return checkpoint_name(jnp.concatenate([self.kv_a_norm(latent, call), k_rope], axis=-1), "kv_latent")
 
@@ -66,11 +68,11 @@ class MLA(nnx.Module):
         q = jnp.concatenate(self.queries(x_BSD, call), axis=-1)
         cached = self.latents(x_BSD, call)
         latent, k_rope = jnp.split(cached, [cfg.kv_lora_rank], axis=-1)
-        kv = jnp.einsum("BSR,RHd->BSHd", latent, call.weight(self.kv_b))
+        kv = project("BSR,RHd->BSHd", latent, call.weight(self.kv_b))
         k_nope, v = jnp.split(kv, [cfg.qk_nope_head_dim], axis=-1)
         k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))], -1)
         out, max_logit = attention.causal(q, k, v, call.segments, rope.softmax_scale(cfg), call.platform)
-        return jnp.einsum("BSHv,HvD->BSD", out, call.weight(self.o)), LayerAux(max_logit), cached
+        return project("BSHv,HvD->BSD", out, call.weight(self.o)), LayerAux(max_logit), cached
 
     def decode(self, x_B1D: Array, cache_BTR: Float[Array, "B T R+rope"], at_B: Int[Array, "B"], call: Call
                ) -> tuple[Array, Float[Array, "B T R+rope"]]:
@@ -91,4 +93,4 @@ class MLA(nnx.Module):
         weights = jax.nn.softmax(logits, axis=-1).astype(latent.dtype)
         context = jnp.einsum("BHST,BTR->BSHR", weights, latent)
         out = jnp.einsum("BSHR,RHv->BSHv", context, v_up)
-        return jnp.einsum("BSHv,HvD->BSD", out, call.weight(self.o)), cache_BTR
+        return project("BSHv,HvD->BSD", out, call.weight(self.o)), cache_BTR

@@ -1,0 +1,48 @@
+"""Products written in the order that every backend does well, XLA's CPU backend included.
+
+That backend has fast kernels (bfloat16 ones five to thirty times faster than its fallback) for products whose left
+operand is summed over its last axis; for sums over two axes at once it transposes and then uses them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(axes: str, x: Array, w: Array) -> Array:
+    """einsum(axes, x, w), `axes` such as "BSR,RHd->BSHd"; every axis of x is either kept or summed with w's.
+
+    The gradients are those of einsum. Autodiff would form the weight's as (g, x) and transpose the result; on a CPU
+    it is 20 times slower in bfloat16 and twice slower in float32 than (x, g). It is summed in float32.
+    """
+    return jnp.einsum(axes, x, w)
+
+
+def _forward(axes, x, w):
+    return jnp.einsum(axes, x, w), (x, w)
+
+
+def _backward(axes, saved, g):
+    x, w = saved
+    inputs, out = axes.split("->")
+    of_x, of_w = inputs.split(",")
+    dx = jnp.einsum(f"{out},{of_w}->{of_x}", g, w)
+    dw = jnp.einsum(f"{of_x},{out}->{of_w}", x, g, preferred_element_type=jnp.float32)
+    return dx, dw.astype(w.dtype)
+
+
+project.defvjp(_forward, _backward)
+
+
+def outer_sum(x: Float[Array, "*batch N A"], y: Float[Array, "*batch N B"]) -> Float[Array, "*batch A B"]:
+    """sum_n x[n, a] * y[n, b] in float32, with N as two axes where it is even, for the reason above."""
+    n = x.shape[-2]
+    if n % 2:
+        return jnp.einsum("...na,...nb->...ab", x, y, preferred_element_type=jnp.float32)
+    x, y = (z.reshape(*z.shape[:-2], 2, n // 2, z.shape[-1]) for z in (x, y))
+    return jnp.einsum("...hna,...hnb->...ab", x, y, preferred_element_type=jnp.float32)
