@@ -11,12 +11,12 @@ from jaxtyping import Array
 from optim.gram import cheaper, gram_flops, gram_newton_schulz, guarded, segments_for
 from optim.newton_schulz import Coefficients, newton_schulz, standard_flops
 
-GRAM_DTYPE = {"cpu": "float32", "gpu": "float16", "cuda": "float16", "rocm": "float16", "tpu": "bfloat16"}
-"""Operands of the Gram form. After the division by the norm all values are small, so float16's range suffices and its
-three extra bits allow fewer restarts; a TPU multiplies no float16."""
+GRAM_DTYPE = {"cpu": "float32", "gpu": "float16"}
+"""Operands of the Gram form, bfloat16 elsewhere. After the division by the norm all values are small, so float16's range
+suffices and its three extra bits allow fewer restarts; a TPU multiplies no float16."""
 
-BLOCKED_FROM = {"cpu": 1 << 62, "gpu": 1024, "cuda": 1024, "rocm": 1024, "tpu": 1024}
-"""Smallest m whose symmetric products are computed by halves; below it the pieces are too small to be worth it."""
+BLOCKED_FROM = 1024
+"""Smallest m whose symmetric products are computed by halves on an accelerator; smaller pieces are not worth it."""
 
 BLOCKS = 4
 
@@ -63,8 +63,8 @@ def carrier_dtype(platform: str):
 def choose_form(m: int, n: int, coeffs: Coefficients, platform: str) -> Form:
     """The cheapest safe form for an m x n matrix."""
     small = min(m, n)
-    blocks = BLOCKS if small >= BLOCKED_FROM[platform] and small % (128 * BLOCKS) == 0 else 1
-    dtype = GRAM_DTYPE[platform]
+    blocks = BLOCKS if platform != "cpu" and small >= BLOCKED_FROM and small % (128 * BLOCKS) == 0 else 1
+    dtype = GRAM_DTYPE.get(platform, "bfloat16")
     segments = segments_for(len(coeffs), dtype)
     if cheaper(m, n, segments, blocks):
         return Form(coeffs, segments, dtype, blocks)

@@ -87,3 +87,11 @@ def shardings(specs, mesh, cuts=CUTS):
             entries.append(names or None)
         out[path] = NamedSharding(mesh, P(*entries))
     return out
+
+
+def experts_of_k2():
+    """Shapes only: 60 layers of 384 experts of 7168 x 2048."""
+    return {"gate_up": spec((60, 384, 7168, 2, 2048), "layers experts embed gate_up expert_hidden",
+                            matrix=matrix("embed", "expert_hidden")),
+            "down": spec((60, 384, 2048, 7168), "layers experts expert_hidden embed",
+                         matrix=matrix("expert_hidden", "embed"))}
