@@ -261,8 +261,9 @@ class TrainConfig:
     """Of the initial weights."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations and matmul inputs; auto takes what this machine multiplies fastest."""
-    remat: Literal["none", "layer", "names"] = "none"
-    """What the backward pass recomputes: nothing, whole layers, or all but the named tensors of model/remat.py."""
+    remat: Literal["none", "layer", "names", "offload"] = "none"
+    """What the backward pass recomputes: nothing, whole layers, or all but the named tensors of model/remat.py, which
+    offload keeps in the host's memory."""
     z_loss: float = 0.0
     """Weight of the squared log-sum-exp of the logits."""
     balance_loss: float = 0.0

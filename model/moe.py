@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from configs.param_spec import Matrix
@@ -44,7 +45,7 @@ class MoE(nnx.Module):
         """Sum over each token's experts of gate * expert(x). The gate is applied before the down projection, which
         is linear: the K outputs then only need adding, and need not be kept for the gate's gradient."""
         E, D = self.cfg.n_routed_experts, x_ND.shape[-1]
-        to = dispatch.plan(experts_NK, E, block_rows(experts_NK.size, E))
+        to = checkpoint_name(dispatch.plan(experts_NK, E, block_rows(experts_NK.size, E)), "routing")
         name = implementation(call.platform)
         rows = dispatch.to_slots(x_ND, to)
         gate_up = grouped_matmul(rows, call.weight(self.gate_up).reshape(E, D, -1), to.block_expert, name)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from configs.param_spec import Matrix
@@ -42,7 +43,7 @@ class Router(nnx.Module):
         choice = jax.lax.stop_gradient(scores + self.bias[...])
         if cfg.n_group > 1:
             choice = self._limit_groups(choice)
-        experts = jax.lax.top_k(choice, cfg.num_experts_per_tok)[1]
+        experts = checkpoint_name(jax.lax.top_k(choice, cfg.num_experts_per_tok)[1], "routing")
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if cfg.norm_topk_prob:
             weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
