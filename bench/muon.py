@@ -41,7 +41,7 @@ from train.step import StepConfig, gradients  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 PRESETS = (("keller", 5), ("quintic", 5), ("polar_express", 6), ("deepseek_v4", 10))
-ROUNDS = 9
+ROUNDS = 7
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ and Auto and Explicit meshes compile to the same program.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +114,6 @@ def _whole_matrices(x: Array, group: Group) -> Array:
 
 def _exchange(group: Group, arrays: list[Array], mesh: Mesh) -> list[Array]:
     packed = [_pack(x, member, group, mesh) for x, member in zip(arrays, group.members)]
-    counts = [p.shape[0] for p in packed]
     stack = jnp.concatenate(packed) if len(packed) > 1 else packed[0]
     pad = -stack.shape[0] % group.shards
     if pad:
@@ -123,7 +122,7 @@ def _exchange(group: Group, arrays: list[Array], mesh: Mesh) -> list[Array]:
     whole = _join(lax.all_to_all(pieces, group.axes, 0, 0), group, mesh)
     whole = _whole_matrices(whole, group)
     back = lax.all_to_all(_cut(whole, group, mesh), group.axes, 0, 0)
-    return _separate(back.reshape(stack.shape), counts, group, arrays)
+    return _separate(back.reshape(stack.shape), zip(arrays, group.members))
 
 
 def _gather(group: Group, arrays: list[Array], mesh: Mesh) -> list[Array]:
@@ -142,25 +141,29 @@ def _two_dimensional(group: Group, arrays: list[Array], mesh: Mesh) -> list[Arra
     x = lax.all_to_all(stack, over, 2, 1, tiled=True) if over else stack
     x = newton_schulz_cut(x, group.coeffs, group.axes, x.dtype)
     x = lax.all_to_all(x, over, 1, 2, tiled=True) if over else x
-    return _separate(x, [p.shape[0] for p in packed], group, arrays)
+    return _separate(x, zip(arrays, group.members))
 
 
-def _separate(stack: Array, counts: list[int], group: Group, arrays: list[Array]) -> list[Array]:
+def _separate(stack: Array, members: Iterable[tuple[Array, Member]]) -> list[Array]:
+    """The results of a stack, back in the shapes of the arrays it was made of."""
     out, start = [], 0
-    for x, member, count in zip(arrays, group.members, counts):
+    for x, member in members:
+        count = x.size // math.prod(stack.shape[1:])
         out.append(_unpack(stack[start:start + count], member, x.shape))
         start += count
     return out
 
 
 def _local(group: Group, arrays: list[Array]) -> list[Array]:
-    """Small groups are stacked into one batch; arrays that fill a chunk by themselves are not copied for that."""
-    total = sum(x.size * x.dtype.itemsize for x in arrays)
-    if len(arrays) == 1 or total > plan_file.CHUNK_BYTES:
-        return [_where_it_lies(x, member.layout, group) for x, member in zip(arrays, group.members)]
-    packed = [_pack(x, member, group, None) for x, member in zip(arrays, group.members)]
-    whole = _whole_matrices(jnp.concatenate(packed), group)
-    return _separate(whole, [p.shape[0] for p in packed], group, arrays)
+    """Small arrays are stacked into one batch; a larger one keeps the device busy by itself and is not copied."""
+    pairs = list(zip(arrays, group.members))
+    small = [pair for pair in pairs if pair[0].size * pair[0].dtype.itemsize <= plan_file.STACK_BYTES]
+    done = {}
+    if len(small) > 1:
+        whole = _whole_matrices(jnp.concatenate([_pack(x, member, group, None) for x, member in small]), group)
+        done = {member.path: y for (_, member), y in zip(small, _separate(whole, small))}
+    return [done[member.path] if member.path in done else _where_it_lies(x, member.layout, group)
+            for x, member in pairs]
 
 
 def orthogonalize_tree(tree: Mapping[str, Array], plan: tuple[Group, ...], *, mesh: Mesh | None = None,

@@ -34,6 +34,9 @@ Factor = tuple[int, tuple[str, ...]]
 CHUNK_BYTES = 128 * 2**20
 """Matrices worked on at a time on one device; a single larger slice of the leading axis is worked on whole."""
 
+STACK_BYTES = 2**20
+"""Arrays up to this size are stacked with others of their group where they lie; more would only be copied."""
+
 CHUNK_COPIES = 6
 """Arrays of a chunk's size that the iteration keeps at once, in its products and their transposes."""
 
