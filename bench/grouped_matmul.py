@@ -56,7 +56,8 @@ def main() -> None:
         for dtype in (jnp.float32, jnp.bfloat16):
             rows.append(row(name, dtype))
             print(f"{name:15} {rows[-1]['dtype']:8} CPU time over dense: {rows[-1]['ratio']}", flush=True)
-    print(f"this platform uses {implementation(jax.default_backend())!r}; wrote {measure.write('grouped_matmul', rows).name}")
+    path = measure.write("grouped_matmul", rows)
+    print(f"this platform uses {implementation(jax.default_backend())!r}; wrote {path.name}")
 
 
 if __name__ == "__main__":

@@ -226,9 +226,9 @@ def test_gradients(case, tmp_path):
     value, ours = jax.jit(jax.value_and_grad(loss))(params)
     ours = {path: np.asarray(g) for path, g in ours.items()}
     twin = transformers_twin(cfg, params, tmp_path)
-    logits = twin(torch.tensor(tokens, dtype=torch.long), attention_mask=torch.tensor(segments, dtype=torch.long)).logits
-    nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), torch.tensor(tokens[:, 1:], dtype=torch.long).flatten(),
-                                            reduction="none")
+    long = torch.tensor(tokens, dtype=torch.long)
+    logits = twin(long, attention_mask=torch.tensor(segments, dtype=torch.long)).logits
+    nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), long[:, 1:].flatten(), reduction="none")
     total = (nll * torch.tensor(valid).flatten()).sum() / valid.sum()
     total.backward()
     assert float(value) == pytest.approx(total.item(), rel=1e-5)
@@ -251,8 +251,8 @@ def test_greedy_generation(tmp_path):
     cfg = config_of(GRADIENT_CASES[0])
     params = weights_of(cfg, GRADIENT_CASES[0], seed=3)
     prompts = [np.random.default_rng(n).integers(3, cfg.vocab_size, n).tolist() for n in (3, 21, 9)]
-    ours = generate_batch(cfg, params, prompts, max_new_tokens=12, stop_ids=(), serving=EXACT, amount=0, dtype="float32",
-                          platform="cpu")
+    ours = generate_batch(cfg, params, prompts, max_new_tokens=12, stop_ids=(), serving=EXACT, amount=0,
+                          dtype="float32", platform="cpu")
     twin = transformers_twin(cfg, params, tmp_path)
     for prompt, mine in zip(prompts, ours):
         theirs = twin.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
