@@ -54,9 +54,11 @@ def covering(grid: dict[str, tuple]) -> list[dict]:
     missing = {((a, i), (b, j)) for a, b in itertools.combinations(names, 2)
                for i in range(len(grid[a])) for j in range(len(grid[b]))}
     cases = []
+
+    def new_pairs(case):
+        return missing & set(itertools.combinations(case.items(), 2))
+
     while missing:
-        def new_pairs(case):
-            return missing & set(itertools.combinations(case.items(), 2))
         candidates = [{n: int(rng.integers(len(grid[n]))) for n in names} for _ in range(200)]
         # Start every fourth candidate from a pair that is still missing, so that the search always ends.
         for k, candidate in enumerate(candidates[::4]):
