@@ -49,9 +49,11 @@ class Generate:
     """Answer a prompt, token by token."""
 
     prompt: tyro.conf.Positional[str] = ""
-    """A user message; without one, a held-out problem of the run's task."""
+    """A user message; without one, a held-out problem of the task."""
     weights: str = str(RUN)
     """RUN[@STEP][:bf16|int4] or an exported directory."""
+    task: str = "chain"
+    """Built-in task that asks when there is no prompt."""
     raw: bool = False
     """Continue the text as it stands, without chat frame (for models trained on plain text)."""
     max_new_tokens: int = 256
@@ -68,7 +70,7 @@ class Generate:
     def __call__(self) -> int:
         from eval.chat import generate
         return generate(self.weights, self.prompt, raw=self.raw, max_new_tokens=self.max_new_tokens,
-                        temperature=self.temperature, top_p=self.top_p, min_p=self.min_p, seed=self.seed)
+                        temperature=self.temperature, top_p=self.top_p, min_p=self.min_p, seed=self.seed, task=self.task)
 
 
 @dataclass(frozen=True)

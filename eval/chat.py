@@ -15,8 +15,8 @@ from train.weights import load_weights
 
 
 def generate(source: str, text: str, *, raw: bool, max_new_tokens: int, temperature: float, top_p: float, min_p: float,
-             seed: int) -> int:
-    """Print the reply to `text` (or, without one, to a held-out problem of the run's task) and what it cost."""
+             seed: int, task: str) -> int:
+    """Print the reply to `text` (or, without one, to a held-out problem of a built-in task) and what it cost."""
     weights = load_weights(source)
     tokenizer, problem = weights.tokenizer, None
     if raw:
@@ -25,7 +25,7 @@ def generate(source: str, text: str, *, raw: bool, max_new_tokens: int, temperat
         prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
     else:
         if not text:
-            problem = make_problem("chain", seed=0, index=random.randrange(1 << 30), length=6)
+            problem = make_problem(task, seed=0, index=random.randrange(1 << 30), length=5)
             text = problem.question[-1]["content"]
         prompt = KimiRenderer(tokenizer).prompt([{"role": "user", "content": text}])
     console.print(f"[bold]{text}[/]" if raw else f"[bold]user[/]  {text}", end="" if raw else "\n", markup=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from configs.schema import ConfigError
+from configs.schema import ConfigError, DataConfig
+from data.episodes import Episode, run_episodes
 from data.pipeline import open_data
 from data.render import KimiRenderer
 from data.tasks import Problem, check, make_problem, right_steps
@@ -40,7 +41,7 @@ def evaluate_arms(run_path: Path, arms: tuple[str, ...], lengths: tuple[int, ...
     for name, weights in loaded:
         row = {"arm": name, "weights": weights.name, **evaluator.of_served(weights)}
         if not cfg.data.paths:
-            row |= task_results(weights, cfg.data.task, cfg.data.seed, lengths, problems, name)
+            row |= task_results(weights, cfg.data, lengths, problems, name)
         rows.append(row)
     console.print(_table(rows, lengths if not cfg.data.paths else ()))
     with open(run.path / "evals.jsonl", "a") as file:
@@ -49,32 +50,34 @@ def evaluate_arms(run_path: Path, arms: tuple[str, ...], lengths: tuple[int, ...
     return 0
 
 
-def task_results(weights: Weights, task: str, seed: int, lengths: tuple[int, ...], problems: int, name: str) -> dict:
-    """Share of exact answers and of right steps by chain length, on problems that training never draws."""
-    renderer = KimiRenderer(weights.tokenizer)
+def task_results(weights: Weights, data: DataConfig, lengths: tuple[int, ...], problems: int, name: str) -> dict:
+    """Share of exact answers and of right steps by length, on problems that training never draws, each in a live
+    conversation with its tools or its user; and the generated tokens of an answer, by what they are."""
+    renderer = KimiRenderer(weights.tokenizer, data.system)
     exact, steps, tokens = {}, {}, {}
     with Bar(f"evaluating {name}", len(lengths) * problems, "problem") as bar:
         for length in lengths:
-            batch = [make_problem(task, seed, index, length) for index in range(problems)]
-            right = line_share = generated = 0.0
+            right = share = generated = 0.0
             for at in range(0, problems, BATCH):
-                some = batch[at:at + BATCH]
-                for problem, reply in zip(some, answers(weights, renderer, some), strict=True):
-                    text = weights.tokenizer.decode(reply)
-                    right += check(problem, text)
-                    line_share += right_steps(problem, text) / len(problem.steps)
-                    generated += len(reply)
+                some = [make_problem(data.task, data.seed, i, length) for i in range(at, min(at + BATCH, problems))]
+                for problem, episode in zip(some, answered(weights, renderer, some, data.mode), strict=True):
+                    right += episode.stopped == "done" and check(problem, episode.messages)
+                    share += right_steps(problem, episode.messages) / len(problem.steps)
+                    generated += episode.bill.thinking + episode.bill.answer + episode.bill.tool
                 bar.advance(len(some))
-            exact[length], steps[length] = right / problems, line_share / problems
-            tokens[length] = generated / problems
+            exact[length], steps[length], tokens[length] = right / problems, share / problems, generated / problems
     return {"problems": problems, "exact": exact, "right_steps": steps, "tokens_per_answer": tokens}
 
 
-def answers(weights: Weights, renderer: KimiRenderer, problems: list[Problem]) -> list[list[int]]:
-    """Greedy replies; the limit is half again what a right reply needs, so that a lost model may ramble a little."""
-    prompts = [renderer.prompt(p.question) for p in problems]
-    needed = max(len(renderer.rows(p.messages)[0].ids) - len(prompt) for p, prompt in zip(problems, prompts, strict=True))
-    return weights.generate(prompts, max_new_tokens=needed * 3 // 2)
+def answered(weights: Weights, renderer: KimiRenderer, problems: list[Problem], mode: str) -> list[Episode]:
+    """Episodes played to their ends with greedy replies. A reply may be half again as long as all that a right
+    conversation generates, and there may be twice as many replies, so that a lost model can ramble a little."""
+    episodes = [problem.episode() for problem in problems]
+    rows = [row for problem in problems for row in renderer.rows(problem.messages, problem.tools, mode)]
+    limit = max(row.trained for row in rows) * 3 // 2
+    replies = max(sum(m["role"] == "assistant" for m in problem.messages) for problem in problems)
+    run_episodes(lambda prompts: weights.generate(prompts, limit), renderer, episodes, 2 * replies, mode)
+    return episodes
 
 
 def interval(share: float, n: int) -> tuple[float, float]:

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = 170  # tables in files and pipes keep their lines
 
 
 def human(number: float) -> str:

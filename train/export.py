@@ -36,12 +36,22 @@ def export_run(source: str, out: Path | None, form: str) -> int:
             bar.total = total
             bar.advance(done - bar.done)
 
-        summary = export_model(InMemory(params), session.specs, cfg.model, quant, out, tokenizer=session.tokenizer,
+        summary = export_model(InMemory(params), session.specs, cfg.model, quant, out, tokenizer=_TokenizerFiles(session),
                                report=_measured(run, step), probe=probe, progress=progress)
     console.print(f"wrote {out}: {human(summary.weights)} weights of step {step} in {summary.bytes / 1e6:.2f} MB "
                   f"({summary.bits_per_weight:.2f} bits per weight), {summary.files} file(s), {summary.tensors} tensors")
     console.print(f"check it with: python launch.py verify {out} --run {run.path}@{step}")
     return 0
+
+
+class _TokenizerFiles:
+    """The run's tokenizer with the run's system message in its chat template."""
+
+    def __init__(self, session: Session):
+        self.session = session
+
+    def save(self, directory: Path) -> None:
+        self.session.tokenizer.save(directory, system=self.session.cfg.data.system)
 
 
 def _export_gguf(run: RunDir, source: str, out: Path) -> int:

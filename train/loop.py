@@ -14,9 +14,9 @@ import numpy as np
 
 from configs.param_spec import Specs
 from configs.schema import ConfigError, RunConfig
-from data.pipeline import Data, open_data
+from data.pipeline import Data, batch_hash, open_data
 from model.counts import train_flops_per_token
-from optim.build import build_optimizer
+from optim.build import build_optimizer, check_state
 from optim.schedules import learning_rate
 from quant.coverage import coverage, require_whole_groups
 from quant.error import grid_error
@@ -127,6 +127,7 @@ def starting_state(machine: Machine, checkpoints: Checkpoints, run: RunDir) -> t
         for sentence in restored.damaged:
             console.print(f"[yellow]{sentence}[/]; going back to step {restored.step}")
         checkpoints.set_aside(newer_than=restored.step)
+        check_state(restored.state.optimizer, session.specs, cfg.optim)
         console.print(f"resuming {run.path} from step {restored.step} (fingerprints of all arrays agree)")
         return restored.state, restored.step
     if cfg.train.fork_from:
@@ -160,12 +161,14 @@ def run_steps(machine: Machine, data: Data, state: TrainState, step: int, checkp
     recorder = Recorder(machine, run, step + 1, started)
     codes = GridWatch(machine.session.specs, cfg.quant.group_size)
     sample_every = max(cfg.train.log_every, cfg.train.steps // 20)
+    history = last_data_hash(run, step)
     with Bar(f"training {run.path}", cfg.train.steps - step) as bar:
         for batch in data.iterate(step):
+            history = batch_hash(batch, history)
             state, metrics = machine.train_step(state, jax.device_put(batch, sharding))
             step += 1
             last = step >= cfg.train.steps
-            recorder.record(step, metrics)
+            recorder.record(step, {**metrics, "data_hash": history})
             if step % sample_every == 0:
                 recorder.measure_optimizer(state)
             if step == recorder.first_step or step % cfg.train.log_every == 0 or last:
@@ -181,6 +184,12 @@ def run_steps(machine: Machine, data: Data, state: TrainState, step: int, checkp
                 break
     recorder.close()
     return state, step
+
+
+def last_data_hash(run: RunDir, step: int) -> str:
+    """The rolling hash of all batches up to a step, from metrics.jsonl: two runs with equal hashes saw equal data."""
+    rows = [r for r in run.read_metrics() if r["kind"] == "step" and r["step"] == step]
+    return rows[-1].get("data_hash", "") if rows else ""
 
 
 class GridWatch:
@@ -262,7 +271,7 @@ class Recorder:
         self._settle()
         step, metrics = self.pending
         self.pending = None
-        values = jax.device_get(metrics)
+        values = jax.device_get(metrics)  # text passes through
         rate = float(values["tokens"]) / values["seconds"]
         row = {"loss": values.pop("loss"), "tokens_per_second": rate,
                "mfu": rate * self.flops_per_token / self.peak if self.peak else "n/a", **values}

@@ -21,11 +21,11 @@ ROW_AXES = ("data", "fsdp", "expert")
 
 RULES: dict[str, tuple[tuple[str, ...], ...]] = {
     "experts": (("expert", "fsdp"), ("expert",)),
-    "heads": (("tensor",),),
+    "heads": (("tensor",), ("fsdp",), ("expert",)),
     "hidden": (("tensor",),),
     "expert_hidden": (("tensor",),),
     "vocab": (("tensor",),),
-    "embed": (("fsdp",),),
+    "embed": (("fsdp", "expert"), ("fsdp",), ("expert",)),
 }
 """Logical axis -> mesh axes, best first; the first choice that divides and is still free in the array is taken.
 Experts take fsdp too where they divide: their Newton-Schulz then needs no communication. Axes not named here are

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+from jax.sharding import AbstractMesh, AxisType
 from rich.table import Table
 
 from configs.schema import RunConfig
 from model.counts import cache_bytes_per_token, parameters, served_bytes, state_bytes, train_flops_per_token
 from model.transformer import param_specs
+from optim.build import plan_of
+from optim.plan import COLUMNS, plan_rows, total_flops
 from optim.routing import routing_table
 from train.console import console, human
+from train.mesh import param_shardings
 from train.run_dir import config_hash
+
+
+def planned_mesh(cfg: RunConfig) -> AbstractMesh:
+    """The config's mesh without devices; mesh.data 0 counts as 1."""
+    sizes = {axis: max(size, 1) for axis, size in dataclasses.asdict(cfg.mesh).items()}
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def show_plan(name: str, cfg: RunConfig) -> int:
@@ -23,6 +35,15 @@ def show_plan(name: str, cfg: RunConfig) -> int:
         matrices = ", ".join(f"{count} of {rows} x {cols}" for count, rows, cols in routes[path].matrices)
         served = "int4" if spec.on_grid and cfg.quant.grid != "none" else spec.served or cfg.model.dtype
         table.add_row(path, " x ".join(map(str, spec.shape)), " ".join(spec.axes), routes[path].rule, matrices, served)
+    console.print(table)
+
+    mesh = planned_mesh(cfg)
+    groups = plan_of(specs, cfg.optim, "tpu", mesh=mesh, shardings=param_shardings(specs, mesh))
+    table = Table(title=f"Newton-Schulz on the mesh {dict(mesh.shape)}: {human(total_flops(groups))}FLOP per step in all")
+    for column in COLUMNS:
+        table.add_column(column, overflow="fold")
+    for row in plan_rows(groups, itemsize=2):
+        table.add_row(*row)
     console.print(table)
 
     counts, state = parameters(cfg.model, specs), state_bytes(specs, cfg.optim)

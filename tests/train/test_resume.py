@@ -28,8 +28,9 @@ def final_state(run: RunDir):
     return Checkpoints(run.checkpoints).restore(state_shardings(cfg, session.specs, optimizer, session.mesh))
 
 
-def losses(run: RunDir) -> dict[int, float]:
-    return {r["step"]: r["loss"] for r in run.read_metrics() if r["kind"] == "step"}
+def losses(run: RunDir) -> dict[int, tuple[float, str]]:
+    """Loss and rolling data hash of every step."""
+    return {r["step"]: (r["loss"], r["data_hash"]) for r in run.read_metrics() if r["kind"] == "step"}
 
 
 def test_resuming_is_bit_exact(trained, tmp_path, monkeypatch):

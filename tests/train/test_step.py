@@ -9,6 +9,7 @@ import pytest
 
 from configs.schema import MeshConfig
 from data.pipeline import open_data
+from data.tokenizer import load_tokenizer
 from model.transformer import param_specs
 from quant.served import grid_amount
 from tests.train.conftest import small
@@ -29,8 +30,7 @@ def measure(cfg, devices=None):
     keys = jax.random.split(jax.random.key(0), len(specs))
     params = {path: jax.device_put(initial_value(spec, keys[i], "float32"), shardings[path])
               for i, (path, spec) in enumerate(specs.items())}
-    session = open_session(dataclasses.replace(cfg, mesh=MeshConfig()))
-    batch = jax.device_put(open_data(cfg, session.tokenizer).batch(0), batch_sharding(mesh))
+    batch = jax.device_put(open_data(cfg, load_tokenizer("bytes")).batch(0), batch_sharding(mesh))
     step = StepConfig(cfg, "float32", "cpu")
     return jax.device_get(jax.jit(lambda p, b: gradients(p, b, jnp.float32(1), step))(params, batch))
 
