@@ -97,5 +97,6 @@ def test_experts_take_both_axes_and_nothing_is_split_twice():
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=4))
     assert param_sharding(specs["moe.mlp.experts_gate_up"], mesh).spec[1] == ("expert", "fsdp")
     for spec in specs.values():
-        used = [axis for entry in param_sharding(spec, mesh).spec if entry for axis in entry]
+        entries = [(e,) if isinstance(e, str) else e for e in param_sharding(spec, mesh).spec if e]
+        used = [axis for entry in entries for axis in entry]
         assert len(used) == len(set(used))
