@@ -39,7 +39,8 @@ class MLA(nnx.Module):
             self.q = declare("q_b", (Q, H, nope + rot), ("q_latent", "heads", "qk_dim"), init=std, update="muon",
                              matrix=Matrix(("q_latent",), ("qk_dim",)), clip_powers=clip_q, hf="q_b_proj.weight")
         self.kv_a = declare("kv_a", (D, R + rot), ("embed", "kv_latent"), init=std, update="muon",
-                            matrix=Matrix(("embed",), ("kv_latent",), (R, rot), split_by_choice=True), hf="kv_a_proj_with_mqa.weight")
+                            matrix=Matrix(("embed",), ("kv_latent",), (R, rot), split_by_choice=True),
+                            hf="kv_a_proj_with_mqa.weight")
         self.kv_a_norm = RMSNorm(declare, "kv_a_norm", R, "kv_norm", LATENT_EPS, "kv_a_layernorm")
         self.kv_b = declare("kv_b", (R, H, nope + v), ("kv_norm", "heads", "kv_dim"), init=std, update="muon",
                             matrix=Matrix(("kv_norm",), ("kv_dim",), (nope, v)), clip_powers=((nope, 0.5), (v, 0.0)),

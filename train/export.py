@@ -5,17 +5,25 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from configs.schema import ConfigError
+from configs.schema import ConfigError, ModelConfig, QuantConfig
+from data.pipeline import open_data
+from model.call import Call
+from model.served_params import SERVED, serve
+from model.transformer import bind
 from quant.evidence import Probe
 from quant.export import export_model
 from quant.gguf_export import write_gguf
+from quant.served import Serving
 from quant.source import InMemory
 from quant.verify import verify
 from train.console import Bar, console, human
 from train.run_dir import RunDir
 from train.session import Session, load_params, open_session, parse_source
+from train.weights import load_export
 
 
 def export_run(source: str, out: Path | None, form: str) -> int:
@@ -68,32 +76,21 @@ def _export_gguf(run: RunDir, source: str, out: Path) -> int:
     return 0
 
 
-def _probe(session: Session, params, quant) -> Probe:
-    """Log-probabilities of a few held-out rows under exactly the exported weights, in float32."""
-
-    from data.pipeline import open_data
-    from model.served_params import serve
-    from quant.served import Serving
-
+def _probe(session: Session, params, quant: QuantConfig) -> Probe:
+    """Log-probabilities of a few rows under exactly the exported weights, in float32."""
     rows = open_data(session.cfg, session.tokenizer).batch(0)["tokens"][:2, :32]
     serving = Serving(session.cfg.model.dtype, quant.grid, quant.group_size)
     served = serve(params, session.specs, serving, 1.0, "float32")
     return Probe.of(np.asarray(rows), forward_logits(session.cfg.model, served, rows, session.platform))
 
 
-def forward_logits(model, served, rows: np.ndarray, platform: str) -> np.ndarray:
-    """[N, S] tokens -> [N, S, V] float32 logits of served weights."""
-    import jax
-    import jax.numpy as jnp
-
-    from model.call import Call
-    from model.served_params import SERVED
-    from model.transformer import bind
-
+def forward_logits(model: ModelConfig, served: dict[str, jax.Array], rows: np.ndarray, platform: str,
+                   dtype: str = "float32") -> np.ndarray:
+    """[N, S] tokens -> [N, S, V] float32 logits of served weights, computing in `dtype`."""
     @jax.jit
     def forward(params, tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        call = Call(positions, jnp.ones_like(tokens), jnp.float32(0), SERVED, "float32", platform)
+        call = Call(positions, jnp.ones_like(tokens), jnp.float32(0), SERVED, dtype, platform)
         network = bind(model, params)
         return network.logits(network(tokens, call)[0], call)
 
@@ -133,8 +130,6 @@ def verify_directory(directory: Path, source: str | None) -> int:
 
 def _logits_of(directory: Path):
     """The directory's forward pass, for the recorded probe; None where our network cannot read it."""
-    from train.weights import load_export
-
     def logits(rows: np.ndarray) -> np.ndarray:
         weights = load_export(directory, dtype="float32")
         return forward_logits(weights.model, weights.params, rows, weights.platform)

@@ -42,8 +42,8 @@ class Weights:
                               platform=self.platform, **sampling)
 
 
-def load_weights(source: str) -> Weights:
-    """RUN[@STEP][:bf16|int4|ptq] or an exported directory.
+def load_weights(source: str, dtype: str | None = None) -> Weights:
+    """RUN[@STEP][:bf16|int4|ptq] or an exported directory; `dtype` to compute in, default the run's or the fastest.
 
     bf16   the masters rounded to bf16. int4: the masters on the grid, which is what is exported (the default of a run
            trained on the grid). ptq: the same arithmetic on masters that were not trained for it
@@ -52,17 +52,17 @@ def load_weights(source: str) -> Weights:
     where, kind = match[1], match[2]
     directory = Path(where.partition("@")[0])
     if (directory / "checkpoints").is_dir():
-        return _from_run(source, where, kind)
+        return _from_run(source, where, kind, dtype)
     if (directory / "model.safetensors.index.json").exists():
         if kind:
             raise ConfigError(f"{source}: an exported directory holds its weights in one form, leave out :{kind}")
-        return load_export(directory)
+        return load_export(directory, dtype)
     raise ConfigError(f"{where} is neither a run directory (no checkpoints/) nor an exported one (no safetensors index)")
 
 
-def _from_run(source: str, where: str, kind: str | None) -> Weights:
+def _from_run(source: str, where: str, kind: str | None, dtype: str | None) -> Weights:
     run, step = parse_source(where)
-    session = open_session(run.load_config(), run.load_facts().get("compute_dtype"))
+    session = open_session(run.load_config(), dtype or run.load_facts().get("compute_dtype"))
     cfg = session.cfg
     params, _ = load_params(session, run, step)
     kind = kind or ("int4" if cfg.quant.grid != "none" else "bf16")

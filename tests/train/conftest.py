@@ -14,7 +14,7 @@ def small(**train_fields):
     cfg = preset("tiny")
     model = dataclasses.replace(cfg.model, num_hidden_layers=3, hidden_size=64, moe_intermediate_size=32, q_lora_rank=32,
                                 intermediate_size=64, kv_lora_rank=32, n_routed_experts=8, num_experts_per_tok=2)
-    fields = dict(steps=12, batch_size=8, seq_len=64, log_every=4, checkpoint_every=4, eval_batches=1,
+    fields = dict(steps=20, batch_size=8, seq_len=64, log_every=4, checkpoint_every=5, eval_batches=1,
                   compute_dtype="float32") | train_fields
     return dataclasses.replace(cfg, model=model, data=dataclasses.replace(cfg.data, task_length=(2, 3)),
                                quant=dataclasses.replace(cfg.quant, start_step=4),
@@ -23,7 +23,7 @@ def small(**train_fields):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A finished run of 12 steps."""
+    """A finished run of 20 steps."""
     run = RunDir(tmp_path_factory.mktemp("run") / "small")
     assert train(small(), run) == 0
     return run

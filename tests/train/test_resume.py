@@ -34,7 +34,7 @@ def losses(run: RunDir) -> dict[int, tuple[float, str]]:
 
 
 def test_resuming_is_bit_exact(trained, tmp_path, monkeypatch):
-    """12 steps at once and 5 + resume + 7 end in the same bits: weights, momenta, counters, and every loss on the way."""
+    """20 steps at once and 10 + resume + 10 end in the same bits: weights, momenta, counters, and every loss on the way."""
     run = RunDir(tmp_path / "run")
     seen = []
     real = Checkpoints.save
@@ -44,25 +44,25 @@ def test_resuming_is_bit_exact(trained, tmp_path, monkeypatch):
         real(self, step, state)
 
     monkeypatch.setattr(Checkpoints, "save", interrupt)
-    stop_at_five(monkeypatch)
+    stop_at_ten(monkeypatch)
     assert train(small(), run) == EXIT_STOPPED
-    assert seen[-1] == 5, "the step under way was finished and saved"
+    assert seen[-1] == 10, "the step under way was finished and saved"
     monkeypatch.undo()
     assert train(small(), run) == 0
     whole, parts = final_state(trained), final_state(run)
-    assert whole.step == parts.step == 12
+    assert whole.step == parts.step == 20
     jax.tree.map(np.testing.assert_array_equal, whole.state, parts.state)
     assert losses(trained) == losses(run)
 
 
-def stop_at_five(monkeypatch):
-    """A SIGTERM that arrives during step 5, through the real handler."""
-    from train.loop import Recorder
+def stop_at_ten(monkeypatch):
+    """A SIGTERM that arrives during step 10, through the real handler."""
+    from train.recorder import Recorder
     real = Recorder.record
 
     def record(self, step, metrics):
         real(self, step, metrics)
-        if step == 5:
+        if step == 10:
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Recorder, "record", record)

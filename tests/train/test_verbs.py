@@ -51,12 +51,12 @@ def test_both_spellings_of_a_field():
 
 def test_metrics_hold_what_the_report_shows(trained):
     rows = [r for r in trained.read_metrics() if r["kind"] == "step"]
-    assert [r["step"] for r in rows] == list(range(1, 13))
+    assert [r["step"] for r in rows] == list(range(1, 21))
     for row in rows:
         assert row["dropped_tokens"] == 0 and row["skipped_steps"] == 0 and row["mfu"] == "n/a"
         assert {"loss", "lr", "tokens_per_second", "seconds", "max_logit", "load_entropy", "load_max_over_mean",
                 "grad_norm/experts", "update_rms/experts", "update_rms/adamw"} <= row.keys()
-    assert [r["grid_amount"] for r in rows] == [0.0] * 4 + [1.0] * 8
+    assert [r["grid_amount"] for r in rows] == [0.0] * 4 + [1.0] * 16
     assert "grid_error" in rows[-1] and len(rows[-1]["expert_load"]) == 2
 
 
@@ -103,12 +103,12 @@ def test_a_fork_shares_its_first_steps(trained, tmp_path):
     assert launch.main(["train", "--run", fork, "--train.fork-from", f"{trained.path}@grid", "--quant.grid", "none",
                         "--data.task-length", "2", "3", *fields]) == EXIT_DONE
     steps = [r["step"] for r in RunDir(fork).read_metrics() if r["kind"] == "step"]
-    assert steps == list(range(5, 13))
+    assert steps == list(range(5, 21))
 
 
 FORK = {"model.num_hidden_layers": 3, "model.hidden_size": 64, "model.moe_intermediate_size": 32, "model.q_lora_rank": 32,
         "model.intermediate_size": 64, "model.kv_lora_rank": 32, "model.n_routed_experts": 8,
-        "model.num_experts_per_tok": 2, "train.steps": 12, "train.batch_size": 8, "train.seq_len": 64,
+        "model.num_experts_per_tok": 2, "train.steps": 20, "train.batch_size": 8, "train.seq_len": 64,
         "train.compute_dtype": "float32", "train.eval_batches": 1}
 """tests/train/conftest.py:small, as a user would type it."""
 

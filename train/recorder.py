@@ -1,0 +1,128 @@
+"""What is measured while a run trains, and when it is written down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from configs.param_spec import Specs
+from model.counts import train_flops_per_token
+from quant.error import grid_error
+from quant.metrics import code_flow, start_history
+from train.console import console, human
+from train.metrics import MetricsFile, peak_flops
+from train.run_dir import RunDir
+from train.session import Session
+from train.state import TrainState
+
+
+class GridWatch:
+    """Distance of the masters from the grid, and how codes move between two reports.
+
+    Movement is followed in the first MoE layer only: it needs two bytes per weight. Two reports that are many steps
+    apart miss codes that moved and came back in between, so the share is per report, with the steps beside it.
+    """
+
+    def __init__(self, specs: Specs, group: int):
+        self.specs, self.group = specs, group
+        self.history, self.at = None, 0
+        self._start = jax.jit(partial(start_history, specs=specs, group=group))
+        self._flow = jax.jit(partial(code_flow, specs=specs, group=group), donate_argnums=0)
+
+    def report(self, step: int, params: dict[str, Any]) -> dict[str, Any]:
+        """grid_error and codes_at_edge; from the second report on, quant/flipped, quant/oscillating, quant/steps."""
+        out = grid_error(params, self.specs, self.group)
+        layer = {path: params[path][:1] for path, spec in self.specs.items() if spec.on_grid}
+        if self.history is None:
+            self.history = self._start(layer)
+        else:
+            self.history, moved = self._flow(self.history, layer)
+            out |= moved | {"quant/steps": step - self.at}
+        self.at = step
+        return out
+
+
+class Recorder:
+    """Writes a step's metrics while the next one already computes, and prints a line every log_every steps."""
+
+    def __init__(self, session: Session, run: RunDir, first_step: int, started: float):
+        self.session = session
+        self.first_step, self.started = first_step, started
+        self.file = MetricsFile(run.metrics)
+        cfg = self.session.cfg
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self.peak = peak * jax.device_count() if peak else None
+        self.flops_per_token = train_flops_per_token(cfg.model, self.session.specs, cfg.train.seq_len)
+        self.pending: tuple[int, dict[str, Any]] | None = None
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """What happened since the last step is not the next one's time."""
+        self._settle()
+        self.clock = time.perf_counter()
+
+    def record(self, step: int, metrics: dict[str, Any]) -> None:
+        """A step was started; the one before it is finished, written and forgotten."""
+        self._write()
+        self.pending = (step, metrics)
+
+    def measure_optimizer(self, time_update: Callable[[TrainState], float], state: TrainState) -> None:
+        """Time the update by itself."""
+        self._settle()
+        self.pending[1]["optimizer_seconds"] = time_update(state)
+        self.clock = time.perf_counter()
+
+    def report(self, extra: dict[str, Any]) -> None:
+        """Write and print the step that was just started, with measurements that are not taken every step."""
+        self._settle()
+        step, metrics = self.pending
+        self.pending = (step, {**metrics, **jax.device_get(extra)})
+        row = self._write()
+        self._print(step, row)
+        self.clock = time.perf_counter()
+
+    def _settle(self) -> None:
+        """Wait for the pending step and note how long it took."""
+        if self.pending and "seconds" not in self.pending[1]:
+            jax.block_until_ready(self.pending[1]["loss"])
+            now = time.perf_counter()
+            self.pending[1]["seconds"] = now - self.clock
+            self.clock = now
+
+    def _write(self) -> dict[str, Any]:
+        if self.pending is None:
+            return {}
+        self._settle()
+        step, metrics = self.pending
+        self.pending = None
+        values = jax.device_get(metrics)  # text passes through
+        rate = float(values["tokens"]) / values["seconds"]
+        row = {"loss": values.pop("loss"), "tokens_per_second": rate,
+               "mfu": rate * self.flops_per_token / self.peak if self.peak else "n/a", **values}
+        if step == self.first_step:
+            row["seconds_to_first_step"] = time.monotonic() - self.started
+        if "grid_error" not in row:
+            row.pop("expert_load")  # large; kept where a line is printed
+        self.file.write("step", step, row)
+        return row
+
+    def _print(self, step: int, row: dict[str, Any]) -> None:
+        first = f"  (first step after {row['seconds_to_first_step']:.0f} s)" if "seconds_to_first_step" in row else ""
+        console.print(f"step {step:>5}/{self.session.cfg.train.steps}  loss {float(row['loss']):.4f}  "
+                      f"{human(row['tokens_per_second'])} tok/s  load max/mean "
+                      f"{float(np.max(row['load_max_over_mean'])):.2f}  max logit {float(row['max_logit']):.1f}  "
+                      f"grid error {float(row['grid_error']):.3f}{first}")
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        self.file.write("eval", step, values)
+        console.print("  held out: " + "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in values.items()))
+        self.clock = time.perf_counter()
+
+    def close(self) -> None:
+        self._write()
+        self.file.close()
