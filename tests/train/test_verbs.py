@@ -85,6 +85,29 @@ def test_export_verify_eval_generate_report(trained, capsys):
             assert (trained.path / line.split("(")[1].rstrip(")")).stat().st_size > 5000
 
 
+def test_import_brings_back_what_export_wrote(trained, tmp_path, capsys):
+    """INT4 out, in, out: the same bytes, and the imported run computes the same logits. An existing run is refused."""
+    first, run, second = tmp_path / "first", str(tmp_path / "run"), tmp_path / "second"
+    assert launch.main(["export", str(trained.path), "--out", str(first)]) == EXIT_DONE
+    assert launch.main(["import", str(first), "--run", run, "--train.batch-size", "8"]) == EXIT_DONE
+    assert launch.main(["import", str(first), "--run", run]) == EXIT_USAGE
+    assert launch.main(["verify", str(first), "--run", run]) == EXIT_DONE
+    assert launch.main(["export", run, "--out", str(second)]) == EXIT_DONE
+    files = sorted(p.name for p in first.glob("*.safetensors"))
+    assert files and all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
+    assert "probe agree to 0" in capsys.readouterr().out
+
+
+def test_a_broken_import_writes_nothing(trained, tmp_path, capsys):
+    broken, run = tmp_path / "broken", tmp_path / "run"
+    assert launch.main(["export", str(trained.path), "--out", str(broken)]) == EXIT_DONE
+    file = next(broken.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert launch.main(["import", str(broken), "--run", str(run)]) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert file.name in error and error.count("\n") == 1 and not run.exists()
+
+
 def test_damage_to_an_export_is_found(trained, tmp_path, capsys):
     out = tmp_path / "export"
     assert launch.main(["export", str(trained.path), "--out", str(out)]) == EXIT_DONE
