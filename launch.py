@@ -223,7 +223,7 @@ def main(argv: list[str]) -> int:
         if verb in WITH_CONFIG:
             return WITH_CONFIG[verb](_dashed(arguments))
         return tyro.cli(VERBS[verb], args=arguments, prog=f"launch.py {verb}")()
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
 
