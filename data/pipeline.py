@@ -109,11 +109,6 @@ class Data:
         """UTF-8 bytes that the trained targets stand for: bits per byte = sum(weight * nll) / ln 2 / this."""
         return int(self.tokenizer.byte_lengths[batch["targets"]][batch["weights"] > 0].sum())
 
-    def bytes_per_token(self) -> float:
-        """Bytes per trained target over the first held-out batches."""
-        batches = self.validation(limit=8) or [self.batch(0)]
-        return sum(map(self.source_bytes, batches)) / sum(int((b["weights"] > 0).sum()) for b in batches)
-
     def describe(self) -> dict[str, Any]:
         """What is trained on, in numbers."""
         chat = self.account.summary() if self.account.conversations or self.account.rejected else {}

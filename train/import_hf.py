@@ -19,8 +19,7 @@ from train.mesh import param_shardings
 from train.run_dir import RunDir
 from train.session import open_session
 from train.state import TrainState, state_shardings
-
-TOKENIZERS = ("tokenizer.json", "tiktoken.model")
+from train.weights import tokenizer_file
 
 
 def import_directory(directory: Path, base: RunConfig, run: RunDir) -> int:
@@ -32,7 +31,7 @@ def import_directory(directory: Path, base: RunConfig, run: RunDir) -> int:
     if run.exists() or Checkpoints(run.checkpoints).steps():
         raise ConfigError(f"{run.path} exists; name a new directory with --run")
     found = read_config(directory)
-    tokenizer = next((str(directory / name) for name in TOKENIZERS if (directory / name).exists()), base.data.tokenizer)
+    tokenizer = tokenizer_file(directory) or base.data.tokenizer
     cfg = dataclasses.replace(base, model=found.model, quant=found.quant,
                               data=dataclasses.replace(base.data, tokenizer=tokenizer))
     session = open_session(cfg)

@@ -81,4 +81,16 @@ def load_export(directory: Path, dtype: str | None = None) -> Weights:
     dtype = dtype or fastest_dtype()
     params = {path: jnp.asarray(files.region(path)) for path in specs}
     served = serve(params, specs, Serving(config.model.dtype, "none"), 0.0, dtype)
-    return Weights(str(directory), config.model, served, load_tokenizer("bytes"), dtype, jax.default_backend())
+    return Weights(str(directory), config.model, served, _tokenizer(directory, config.model), dtype, jax.default_backend())
+
+
+def tokenizer_file(directory: Path) -> str | None:
+    """The tokenizer that lies beside a directory's weights, as `load_tokenizer` takes it."""
+    return next((str(directory / name) for name in ("tokenizer.json", "tiktoken.model") if (directory / name).exists()), None)
+
+
+def _tokenizer(directory: Path, model: ModelConfig) -> Tokenizer:
+    tokenizer = load_tokenizer(tokenizer_file(directory) or "bytes")
+    # Networks pad their vocabulary; an untrained one may well produce such an id, which then decodes as unknown.
+    tokenizer.vocab_size = max(tokenizer.vocab_size, model.vocab_size)
+    return tokenizer
