@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -41,25 +42,44 @@ class Account:
                 "duplication": self.rendered / max(1, self.rendered_once)}
 
 
-def without_oldest_exchange(messages: list[Message]) -> list[Message] | None:
-    """Leave out the first assistant message that calls tools, with its results; None if only the end is left."""
+def without_oldest_exchange(messages: Sequence[Message]) -> list[Message] | None:
+    """Leave out the first assistant message that calls tools, with its results; None if only the end is left.
+
+    The assistant message behind the gap is not trained: what it went on from is gone, so it would teach to invent.
+    """
     for start, message in enumerate(messages):
         if message.get("tool_calls"):
             end = start + 1
             while end < len(messages) and messages[end]["role"] == "tool":
                 end += 1
-            return [*messages[:start], *messages[end:]] if end < len(messages) else None
+            rest = list(messages[end:])
+            if rest and rest[0]["role"] == "assistant":
+                rest[0] = rest[0] | {"train": False}
+            return [*messages[:start], *rest] if rest else None
     return None
 
 
-def shortened(messages: list[Message], tools: list[dict], renderer: KimiRenderer, mode: Mode,
+def shorter_versions(messages: Sequence[Message]) -> list[list[Message]]:
+    """The conversation without its oldest tool exchange, without the oldest two, and so on."""
+    versions = []
+    while (messages := without_oldest_exchange(messages)) is not None:
+        versions.append(messages)
+    return versions
+
+
+def shortened(messages: Sequence[Message], tools: Sequence[dict], renderer: KimiRenderer, mode: Mode,
               seq_len: int) -> Rendered | None:
     """The row that ends with these messages, as few of the oldest tool exchanges left out as make it fit, or None."""
-    while (messages := without_oldest_exchange(messages)) is not None:
-        rows = renderer.rows(messages, tools, "preserved" if mode == "preserved" else "last_segment")
-        if rows and fits(rows[0], seq_len):
-            return rows[0]
-    return None
+    def row(version: Sequence[Message]) -> Rendered | None:
+        rows = renderer.rows(version, tools, "preserved" if mode == "preserved" else "last_segment")
+        return rows[0] if rows else None
+
+    def short_enough(version: Sequence[Message]) -> bool:
+        return (made := row(version)) is None or fits(made, seq_len)
+
+    versions = shorter_versions(messages)
+    first = bisect_left(versions, True, key=short_enough)
+    return row(versions[first]) if first < len(versions) else None
 
 
 def fits(row: Rendered, seq_len: int) -> bool:

@@ -6,10 +6,12 @@ live episode is the beginning of the row it was trained on (tests/data/test_epis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from data import tokenizer as tok
+from data.chat import shorter_versions
 from data.parse import parse_ids
 from data.render import KimiRenderer, Message, Mode
 
@@ -43,6 +45,8 @@ class Episode:
     messages: list[Message]
     environment: Environment
     declarations: Sequence[dict] = ()
+    shown: list[Message] = field(init=False)
+    """The messages that still stand in the model's context; see `next_prompt`."""
     bill: Bill = field(default_factory=Bill)
     replies: int = 0
     misnumbered: int = 0
@@ -51,6 +55,28 @@ class Episode:
     stopped: str = ""
     """Empty while it runs. done: the environment had nothing more to say. failure: a reply was cut off or its call
     unreadable. limit: too many replies."""
+
+    def __post_init__(self):
+        self.shown = list(self.messages)
+
+    def next_prompt(self, renderer: KimiRenderer, mode: Mode, context: int | None) -> list[int]:
+        """What the next reply is generated from. Where that is more than `context` tokens, the oldest whole tool exchanges
+        are left out (as data.too_long=shorten does with training rows) until it is half of that: seldom, because what
+        is left has to be read again."""
+        prompt = renderer.prompt(self.shown, self.declarations, mode)
+        if context is None or len(prompt) <= context:
+            return prompt
+        versions = shorter_versions(self.shown)
+        if not versions:
+            return prompt
+        first = bisect_left(versions[:-1], True, key=lambda version: len(renderer.prompt(version, self.declarations, mode))
+                            <= context // 2)
+        self.shown = versions[first]
+        return renderer.prompt(self.shown, self.declarations, mode)
+
+    def add(self, messages: Sequence[Message]) -> None:
+        self.messages += messages
+        self.shown += messages
 
     @property
     def answer(self) -> str:
@@ -68,33 +94,37 @@ class Episode:
             self.misnumbered += made["id"] != right
             made["id"] = right
             number += 1
-        self.messages.append(reply.message())
+        self.add([reply.message()])
         if reply.failures or not reply.finished:
             self.failures += reply.failures or ["the reply is not finished"]
             self.stopped = "failure"
             return
         following = self.environment(self.messages[-1])
-        self.messages += following
+        self.add(following)
         if not following:
             self.stopped = "done"
 
 
-def run_episodes(generate: Callable[[list[list[int]]], Sequence[Sequence[int]]], renderer: KimiRenderer,
+def run_episodes(generate: Callable[[dict[int, list[int]]], Mapping[int, Sequence[int]]], renderer: KimiRenderer,
                  episodes: Sequence[Episode], max_replies: int = 1000, mode: Mode = "interleaved",
+                 context: int | None = None,
                  watch: Callable[[Message], None] = lambda message: None) -> None:
     """Run episodes side by side to their ends; all that still run get one reply a round.
 
-    generate   prompts -> for each the ids of one reply, up to and including the stop token
+    generate   number of the episode -> its prompt; gives for each the ids of one reply, up to and including the stop
+               token. An episode keeps its number, and a prompt goes on where the last one and its reply ended (until
+               an answer blanks the thoughts before it), so the caller can keep a cache (model/generate.py:Decoder)
+    context    tokens of the longest prompt; see `Episode.next_prompt`
     watch      is shown every message as it arrives
     """
     for _ in range(max_replies):
-        live = [episode for episode in episodes if not episode.stopped]
+        live = {number: episode for number, episode in enumerate(episodes) if not episode.stopped}
         if not live:
             return
-        prompts = [renderer.prompt(episode.messages, episode.declarations, mode) for episode in live]
-        for episode, ids in zip(live, generate(prompts), strict=True):
+        replies = generate({number: episode.next_prompt(renderer, mode, context) for number, episode in live.items()})
+        for number, episode in live.items():
             known = len(episode.messages)
-            episode.take(list(ids), renderer)
+            episode.take(list(replies[number]), renderer)
             for message in episode.messages[known:]:
                 watch(message)
     for episode in episodes:

@@ -9,6 +9,7 @@ conversation, as Kimi's serving does; results follow their call.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,8 +110,13 @@ class _Reader:
             raise RowError(f"unknown role {given!r}; known are {', '.join(ROLES)}")
         if role != "tool" and self.waiting:
             raise RowError(f"comes before the result of call {next(iter(self.waiting))!r}")
-        body = self._call_body(message) if given == "function_call" else message
-        content = self._content(body)
+        if role == "tool" and (several := _tagged(message, RESPONSE_TAG)):
+            for response in several:
+                self._result(message, response)
+            return
+        body = self._call_body(message) if given == "function_call" else _calls_from_tags(message) if role == "assistant" \
+            else message
+        content = _as_text(body) if role == "tool" else self._content(body)
         if role == "assistant":
             self._assistant(body, content, joins=given == "function_call")
         elif role == "tool":
@@ -119,7 +125,7 @@ class _Reader:
             self._append(role, body, content)
 
     def _content(self, body: Message) -> str:
-        content = body.get("content", body.get("value"))
+        content = _given(body)
         if isinstance(content, list):
             if not all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
                        for part in content):
@@ -155,13 +161,13 @@ class _Reader:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise RowError("a tool call has no function name")
-        given = function.get("arguments") or {}
+        given = function.get("arguments") or function.get("parameters") or {}
         if not isinstance(given, (str, dict)):
             raise RowError(f"arguments of {function['name']} are not a JSON object: {str(given)[:60]}")
         text = arguments_text(given)
         try:
-            parsed = json.loads(text)
-        except json.JSONDecodeError:
+            parsed = json.loads(text, parse_constant=_no_constant)
+        except ValueError:
             raise RowError(f"arguments of {function['name']} are not JSON: {text[:60]}") from None
         if not isinstance(parsed, dict):
             raise RowError(f"arguments of {function['name']} are not a JSON object: {text[:60]}")
@@ -176,8 +182,9 @@ class _Reader:
 
     def _call_body(self, message: Message) -> Message:
         """A ShareGPT function_call: its value is one call, or a list of them, as JSON."""
+        value = _given(message)
         try:
-            value = json.loads(message.get("value", message.get("content")))
+            value = value if isinstance(value, (dict, list)) else json.loads(value)
         except (json.JSONDecodeError, TypeError):
             raise RowError("function_call is not JSON") from None
         calls = value if isinstance(value, list) else [value]
@@ -190,6 +197,46 @@ class _Reader:
                            else "is a tool result without a call before it")
         ours, name = self.waiting.pop(theirs)
         self._append("tool", body, content, tool_call_id=ours, name=_name(body, "name") or name)
+
+
+def _given(body: Message) -> Any:
+    """Content under OpenAI's or ShareGPT's name; a refusal is content too."""
+    content = body.get("content", body.get("value"))
+    return body["refusal"] if content is None and isinstance(body.get("refusal"), str) else content
+
+
+def _as_text(body: Message) -> str:
+    """Content of a tool result: text, text parts, or any other JSON value written out."""
+    content = _given(body)
+    parts = isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text"
+                                              and isinstance(part.get("text"), str) for part in content)
+    if content is None or parts or isinstance(content, str):
+        return text_of(content)
+    return json.dumps(content, ensure_ascii=False)
+
+
+CALL_TAG = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+RESPONSE_TAG = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
+"""How ShareGPT rows of Hermes' kind write calls and results inside the text of a turn."""
+
+
+def _tagged(message: Message, tag: re.Pattern) -> list[str]:
+    """What stands in the tags of a ShareGPT turn. Other formats have fields for it: there, tags are text."""
+    value = message.get("value") if "from" in message else None
+    return tag.findall(value) if isinstance(value, str) else []
+
+
+def _calls_from_tags(message: Message) -> Message:
+    """A ShareGPT turn with its tagged calls as tool_calls."""
+    try:
+        calls = [{"function": json.loads(text)} for text in _tagged(message, CALL_TAG)]
+    except json.JSONDecodeError:
+        raise RowError("a <tool_call> does not hold JSON") from None
+    return message | {"value": CALL_TAG.sub("", message["value"]).strip(), "tool_calls": calls} if calls else message
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _legacy_call(body: Message) -> list[dict]:

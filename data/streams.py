@@ -14,7 +14,8 @@ import numpy as np
 from configs.schema import ConfigError, DataConfig
 from data import plan
 from data.arrays import TokenRow
-from data.problem import Draw
+from data.chat import fits, shortened
+from data.problem import Draw, Problem
 from data.render import KimiRenderer, Rendered
 from data.tasks import Split, make_problem
 
@@ -141,12 +142,17 @@ class TaskStream:
         data = self.data
         length = Draw("length", self.split, data.seed, window, number).between(*data.task_length)
         problem = make_problem(data.task, data.seed, window << 32 | number, length, self.split)
-        rows = self.renderer.rows(problem.messages, problem.tools, data.mode)
-        longest = max(len(row.ids) for row in rows) - 1
-        if longest > self.seq_len:
-            raise ConfigError(f"a {data.task} problem of {length} steps takes {longest} tokens; raise "
-                              f"train.seq_len={self.seq_len} or lower data.task_length")
-        return rows
+        return [self._fitting(row, problem) for row in self.renderer.rows(problem.messages, problem.tools, data.mode)]
+
+    def _fitting(self, row: Rendered, problem: Problem) -> Rendered:
+        if fits(row, self.seq_len):
+            return row
+        short = self.data.too_long == "shorten" and shortened(problem.messages[:row.end], problem.tools, self.renderer,
+                                                              self.data.mode, self.seq_len)
+        if not short:
+            raise ConfigError(f"a {self.data.task} problem of {len(problem.steps)} steps takes {len(row.ids) - 1} tokens; "
+                              f"raise train.seq_len={self.seq_len} or lower data.task_length")
+        return short
 
     def _draw(self, window: int) -> list[list[Piece]]:
         drawn: list[Rendered] = []

@@ -86,7 +86,7 @@ class _Turns:
 
 TASKS: dict[str, tuple[Callable[[Draw, int], Problem], int]] = {
     "chain": (chain, 26**2), "permutation": (permutation, 26**2), "dict_sum": (dict_sum, 1000),
-    "pointer_chase": (pointer_chase, 500), "ledger": (ledger, 26**2),
+    "pointer_chase": (pointer_chase, 10_000), "ledger": (ledger, 26**2),
 }
 """Name -> (the generator, its longest problem in steps)."""
 

@@ -33,26 +33,29 @@ class _Script:
                        tuple(self.toolbox.declarations), lambda: Toolbox(self.make_tools()).results, call_arguments)
 
 
+KEY_LETTERS = 6
+"""Of a key. Copying is what the task teaches, and with two letters a key copying is too small a part of what is predicted:
+the tiny preset did not learn it in a million tokens, and learns six letters in a third of that."""
+
+
 def pointer_chase(draw: Draw, length: int) -> Problem:
-    """`ab` -> get(ab) gives `xc`, get(xc) gives ... gives `=7` -> answer `7`, after `length` calls.
+    """`lmpxqe` -> get(lmpxqe) gives `zkvbho`, get(zkvbho) gives ... gives `=7` -> answer `7`, after `length` calls.
 
     The store says where the chain ends, so nothing has to be counted and any length follows the same rule.
     """
-    keys: list[str] = []
+    keys: dict[str, None] = {}
     while len(keys) < length:
-        key = ascii_lowercase[draw.below(26)] + ascii_lowercase[draw.below(26)]
-        if key not in keys:
-            keys.append(key)
+        keys["".join(ascii_lowercase[draw.below(26)] for _ in range(KEY_LETTERS))] = None
     answer = str(draw.below(10))
-    store = dict(zip(keys, [*keys[1:], "=" + answer]))
+    first, *others = keys
+    store = dict(zip(keys, [*others, "=" + answer]))
 
     def get(key: str) -> str:
         if key not in store:
             raise LookupError(f"no {key}")
         return store[key]
 
-    script = _Script(keys[0], lambda: [tool(get)])
-    at = keys[0]
+    script, at = _Script(first, lambda: [tool(get)]), first
     while not at.startswith("="):
         (at,) = script.call(at, ("get", {"key": at}))
     return script.answer(at, answer)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import inspect
 import json
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -74,6 +76,39 @@ def tools_from_file(path: str | Path) -> list[Tool]:
     if not found:
         raise ConfigError(f"tools file {path} defines no public function")
     return found
+
+
+def tool_from_module(module: str, function: str) -> Tool:
+    """`function` of an importable module (the working directory is searched too)."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"--tools {module}:{function}: {error}") from None
+    if not callable(found):
+        raise ConfigError(f"--tools {module}:{function} is {type(found).__name__}, not a function")
+    return tool(found)
+
+
+def tools_by_name(names: Sequence[str]) -> list[Tool]:
+    """Tools as the command line names them: `calculator`, `key_value`, MODULE:FUNCTION, or a file FILE.py, whose public
+    functions all become tools. ConfigError for anything else, and for two tools of one name."""
+    made: list[Tool] = []
+    for name in names:
+        module, colon, function = name.partition(":")
+        if name in BUILT_IN:
+            made += BUILT_IN[name]()
+        elif name.endswith(".py"):
+            made += tools_from_file(name)
+        elif colon:
+            made.append(tool_from_module(module, function))
+        else:
+            raise ConfigError(f"--tools {name}: name {', '.join(BUILT_IN)}, MODULE:FUNCTION or FILE.py")
+    twice = {t.name for t in made if sum(other.name == t.name for other in made) > 1}
+    if twice:
+        raise ConfigError(f"--tools: there are two tools named {sorted(twice)[0]}")
+    return made
 
 
 def arguments_error(schema: dict[str, Any], arguments: dict[str, Any]) -> str | None:
@@ -202,3 +237,7 @@ def key_value(store: dict[str, str]) -> list[Tool]:
         return "ok"
 
     return [tool(get), tool(put)]
+
+
+BUILT_IN: dict[str, Callable[[], list[Tool]]] = {"calculator": lambda: [calculator()], "key_value": lambda: key_value({})}
+"""Tools that need no file."""

@@ -6,10 +6,13 @@ import random
 import pytest
 
 from configs.schema import ConfigError, DataConfig, RunConfig, TrainConfig
+from data.chat import shortened
 from data.messages import RowError, conversation
+from data.parse import parse_conversation
 from data.pipeline import open_data
 from data.preview import pieces
 from data.render import KimiRenderer
+from data.tasks import make_problem
 from data.tokenizer import load_tokenizer
 
 
@@ -77,6 +80,51 @@ def test_older_and_wider_forms():
     assert [m["content"] for m in conversation(row | {"messages": own}).messages][:2] == ["own", "q"]
 
 
+def test_hermes_tags_in_sharegpt():
+    """Two calls in one turn, two results in one turn; where there are fields for calls, tags are text."""
+    tag = '<tool_call>\n{"name": "%s", "arguments": {"a": {"ü": [1, null]}}}\n</tool_call>'
+    row = {"conversations": [
+        {"from": "system", "value": "s"}, {"from": "human", "value": "q"},
+        {"from": "gpt", "value": "<think>hm</think>on it\n" + tag % "add" + "\n" + tag % "mul"},
+        {"from": "tool", "value": "<tool_response>\n1\n</tool_response>\n<tool_response>{\"b\": 2}</tool_response>"},
+        {"from": "gpt", "value": "done"}]}
+    arguments = '{"a": {"ü": [1, null]}}'
+    assert conversation(row).messages == [
+        {"role": "system", "content": "s"}, {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "on it", "reasoning_content": "hm", "tool_calls": [
+            called("add", arguments, "functions.add:0"), called("mul", arguments, "functions.mul:1")]},
+        {"role": "tool", "content": "1", "tool_call_id": "functions.add:0", "name": "add"},
+        {"role": "tool", "content": '{"b": 2}', "tool_call_id": "functions.mul:1", "name": "mul"},
+        {"role": "assistant", "content": "done"}]
+    with pytest.raises(RowError, match="message 1: a <tool_call> does not hold JSON"):
+        conversation({"conversations": [{"from": "gpt", "value": "<tool_call>add(1)</tool_call>"}]})
+    text = conversation(openai({"role": "assistant", "content": tag % "add"})).messages[1]
+    assert text == {"role": "assistant", "content": tag % "add"}
+
+
+@pytest.mark.parametrize("content, text", [
+    ({"a": [1, "ü"]}, '{"a": [1, "ü"]}'), (["x", 2], '["x", 2]'), ([{"a": 1}], '[{"a": 1}]'), (3, "3"), (None, ""), ([], ""),
+    ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "ab"), ("<|im_end|>", "<|im_end|>")])
+def test_results_of_any_json_kind(content, text):
+    row = openai({"role": "assistant", "tool_calls": [called()]}, {"role": "tool", "tool_call_id": "call_x", "content": content})
+    assert conversation(row).messages[2]["content"] == text
+
+
+def test_shapes_that_datasets_really_have():
+    """Arguments under `parameters`, a refusal, several system messages, a developer, values that are objects already."""
+    other = {"id": "x", "function": {"name": "add", "parameters": {"a": 1}}}
+    assert conversation(openai({"role": "assistant", "tool_calls": [other]})).messages[1]["tool_calls"] == [
+        called(call_id="functions.add:0")]
+    assert conversation(openai({"role": "assistant", "content": None, "refusal": "no"})).messages[1]["content"] == "no"
+    system = [{"role": "developer", "content": "d"}, {"role": "system", "content": "s"}, {"role": "user", "content": "q"},
+              {"role": "system", "content": "t"}, ANSWER]
+    assert [m["role"] for m in conversation({"messages": system}).messages] == ["system", "system", "user", "system",
+                                                                               "assistant"]
+    row = {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": {"name": "add"}},
+                             {"from": "observation", "value": {"b": 1}}]}
+    assert conversation(row).messages[2]["content"] == '{"b": 1}'
+
+
 @pytest.mark.parametrize("nothing", ["", None, {}])
 def test_calls_without_arguments(nothing):
     talk = conversation(openai({"role": "assistant", "tool_calls": [called(arguments=nothing)]}))
@@ -107,6 +155,7 @@ ANSWER = {"role": "assistant", "content": "a"}
     (openai({"role": "assistant", "tool_calls": [called(), called()]}), "call id 'call_x' is used twice"),
     (openai({"role": "assistant", "tool_calls": [called()]}, ANSWER), "message 3: comes before the result of call"),
     (openai({"role": "assistant", "tool_calls": [called(arguments="{a: 1}")]}), "arguments of add are not JSON: {a"),
+    (openai({"role": "assistant", "tool_calls": [called(arguments='{"a": NaN}')]}), "arguments of add are not JSON"),
     (openai({"role": "assistant", "tool_calls": [called(arguments="[1]")]}), "arguments of add are not a JSON object"),
     (openai({"role": "assistant", "tool_calls": [{"id": "x"}]}), "no function name"),
     (openai({"role": "assistant", "content": "<think>a"}), "opens <think> and does not close"),
@@ -194,6 +243,21 @@ def test_too_long(tmp_path):
     assert (facts["chat_rows"], facts["shortened"], facts["rejected"]) == (4, 1, 0)
     text = shortened.tokenizer.decode(shortened._train.documents.piece(3, 0, 1 << 20).ids)
     assert text.count("<|tool_call_begin|>") == text.count("## Return of") == 2 and "question 0" in text
+
+
+def test_behind_a_gap_nothing_is_invented():
+    """The reply behind left-out exchanges went on from what is gone: it is shown, not trained. As few as possible go."""
+    renderer = KimiRenderer(load_tokenizer("bytes"))
+    problem = make_problem("pointer_chase", 0, 0, 12)
+    (whole,) = renderer.rows(problem.messages, problem.tools)
+    for seq_len in range(330, len(whole.ids) - 1, 50):
+        row = shortened(problem.messages, problem.tools, renderer, "interleaved", seq_len)
+        assert seq_len - 100 < len(row.ids) - 1 <= seq_len  # an exchange takes 97 tokens
+        messages, _ = parse_conversation(row.ids, renderer.tokenizer)
+        assert messages == [problem.messages[0], *problem.messages[1 - len(messages):]]
+        trained_from = len(renderer.prompt(messages[:3], problem.tools))
+        assert not any(row.weights[:trained_from]) and row.weights[trained_from]
+    assert shortened(problem.messages, problem.tools, renderer, "interleaved", 200) is None
 
 
 def test_nothing_left(tmp_path):

@@ -27,7 +27,7 @@ def playback(rows, prompts):
 
 def run(reply, episode, **settings):
     """One episode with a function from a prompt to a reply."""
-    run_episodes(lambda prompts: list(map(reply, prompts)), RENDERER, [episode], **settings)
+    run_episodes(lambda prompts: {0: reply(prompts[0])}, RENDERER, [episode], **settings)
     return episode
 
 
@@ -56,7 +56,7 @@ def test_episodes_run_side_by_side():
 
     def generate(prompts):
         sizes.append(len(prompts))
-        return list(map(playback(rows, []), prompts))
+        return {number: playback(rows, [])(prompt) for number, prompt in prompts.items()}
 
     episodes = [p.episode() for p in problems]
     run_episodes(generate, RENDERER, episodes, watch=shown.append)
@@ -102,7 +102,7 @@ def test_miscounted_calls_are_renumbered():
 
     def generate(prompt):
         ids = right(prompt)
-        at = 2 + len("mi") + 2 + len("functions.get:")  # two marks, the thought, two marks
+        at = 2 + len("abcdef") + 2 + len("functions.get:")  # two marks, the thought, two marks
         return [*ids[:at], ord("7"), *ids[at + 1:]] if len(ids) > at else ids  # every call is number 7
 
     episode = run(generate, problem.episode())
@@ -169,6 +169,6 @@ def test_bill_splits_thinking_answer_and_tool():
     (row,) = RENDERER.rows(problem.messages, problem.tools)
     bill = Bill()
     bill.add([i for i, w in zip(row.ids, row.weights) if w], RENDERER.tokenizer.special)
-    assert bill.thinking == (2 + 2) * 2  # two marks, a key or a value of two letters, twice
+    assert bill.thinking == 2 + 6 + 2 + 2  # two marks around a key of six letters, then around `=` and a digit
     assert bill.answer == 1 + 2  # the digit, two ends of message
-    assert bill.tool == row.trained - 11
+    assert bill.tool == row.trained - 15

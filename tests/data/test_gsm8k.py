@@ -66,9 +66,9 @@ def test_the_whole_training_set(tmp_path):
         (row,) = data.renderer.rows(made.messages, made.tools)
 
         def generate(prompts, ids=row.ids):
-            (prompt,) = prompts
+            prompt = prompts[0]
             assert ids[:len(prompt)] == prompt
-            return [ids[len(prompt):ids.index(data.tokenizer.eos_id, len(prompt)) + 1]]
+            return {0: ids[len(prompt):ids.index(data.tokenizer.eos_id, len(prompt)) + 1]}
 
         episode = made.episode()
         run_episodes(generate, data.renderer, [episode])

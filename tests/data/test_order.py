@@ -59,6 +59,21 @@ def test_workers(tmp_path, workers):
     assert hashes(data.iterate(2, workers=workers), 5) == hashes(map(data.batch, range(2, 7)), 5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("hosts", [1, 2, 4, 8])
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_every_number_of_hosts_and_workers(tmp_path, hosts, workers):
+    """The whole table, each cell restarted at two random steps."""
+    cfg = config(tmp_path, "mixture", (1.0, 3.0))
+    data, size = open_data(cfg, load_tokenizer("bytes")), BATCH // hosts
+    for start in np.random.default_rng([hosts, workers]).integers(0, 500, 2).tolist():
+        parts = [data.iterate(start, slice(h * size, (h + 1) * size), workers) for h in range(hosts)]
+        for step in range(start, start + 3):
+            arrived = [next(part) for part in parts]
+            whole = {name: np.concatenate([part[name] for part in arrived]) for name in arrived[0]}
+            assert batch_hash(whole) == batch_hash(data.batch(step))
+
+
 def test_threads_do_not_disturb_each_other(tmp_path):
     cfg = config(tmp_path, "text")
     data, steps = open_data(cfg, load_tokenizer("bytes")), range(60)  # about fifteen epochs

@@ -6,6 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
+import launch
 from configs.schema import DataConfig, RunConfig, TrainConfig
 from data.pipeline import open_data
 from data.preview import TRAINED, coloured, pieces, show
@@ -51,3 +52,16 @@ def test_everything_is_shown(tmp_path, kind):
     if kind != "task":
         assert "left out" in text and "a.jsonl line 2 has no assistant message" in text
     assert ("source 2: share" in text) == (kind == "mixture")
+
+
+def test_the_verb_builds_an_index_and_previews(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("plain text " * 400)
+    source, index = ["--data.paths", str(tmp_path / "a.txt")], tmp_path / "a.array_record"
+    assert launch.main(["data", "--preset", "tiny", *source, "--index", str(index)]) == 0
+    assert "wrote 1 documents" in capsys.readouterr().out
+    assert launch.main(["data", "--preset", "tiny", *source, "--index", str(index)]) == 2
+    assert launch.main(["data", "--preset", "tiny", *source, "--index", "a.bin"]) == 2
+    assert "exists; remove it" in (errors := capsys.readouterr().err) and "ending .array_record" in errors
+    more = ["--data.paths", str(index), str(index)]
+    assert launch.main(["data", "--preset", "tiny", *more]) == 0
+    assert "documents" in capsys.readouterr().out
