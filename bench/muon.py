@@ -35,7 +35,7 @@ from optim.build import build_optimizer, plan_of, state_shardings  # noqa: E402
 from optim.census import census  # noqa: E402
 from optim.matrices import is_expert  # noqa: E402
 from optim.newton_schulz import coefficients, standard_flops  # noqa: E402
-from optim.plan import COLUMNS, plan_rows, total_flops  # noqa: E402
+from optim.plan import COLUMNS, device_bytes, device_flops, plan_rows, total_flops  # noqa: E402
 from optim.routing import routing_table  # noqa: E402
 from train.step import StepConfig, gradients  # noqa: E402
 
@@ -198,11 +198,11 @@ def scale() -> dict:
             mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
             places = {path: cut(spec, mesh) for path, spec in specs.items()}
             plan = plan_of(specs, run.optim, chip, mesh=mesh, shardings=places)
-            device = sum(g.flops_per_device for g in plan)
+            device = device_flops(plan)
             useful = sum(2 * sum(m.count_per_device for m in g.members) * g.elements * 2 / g.shards
                          for g in plan if g.shards > 1)
             out.append({"chip": chip, "chips": chips, "mesh": sizes, "total_flops": total_flops(plan),
-                        "flops_per_device": device, "bytes_per_device": sum(g.bytes_per_device(2) for g in plan),
+                        "flops_per_device": device, "bytes_per_device": device_bytes(plan, 2),
                         "useful_bytes_per_device": useful,
                         "over_ideal": device * chips / sizes["data"] / total_flops(plan),
                         "largest_memory": max(g.memory_per_device(2) for g in plan)})
@@ -222,9 +222,10 @@ def scale() -> dict:
 
 # --- share -----------------------------------------------------------------------------------------------------------
 
-def share_of(name: str, matrices: str) -> dict:
-    """Fastest of five alternating rounds of gradients and update, compiled apart, on one device."""
+def share_of(name: str, matrices: str, rows: int, rounds: int) -> dict:
+    """Fastest of alternating rounds of gradients and update, compiled apart, on one device, with `rows` rows a step."""
     run = preset(name)
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, batch_size=rows))
     specs = param_specs(run.model)
     opt = build_optimizer(specs, dataclasses.replace(run.optim, matrices=matrices), run.train.steps)
     params = {p: 0.02 * jax.random.normal(jax.random.key(i), s.shape) for i, (p, s) in enumerate(specs.items())}
@@ -241,7 +242,7 @@ def share_of(name: str, matrices: str) -> dict:
                                                 expert_counts=aux.moe.expert_counts))
     jax.block_until_ready(update(grads, state, params))
     times = []
-    for _ in range(5):
+    for _ in range(rounds):
         start = time.perf_counter()
         jax.block_until_ready(backward(params))
         middle = time.perf_counter()
@@ -253,8 +254,13 @@ def share_of(name: str, matrices: str) -> dict:
 
 
 def share() -> dict:
-    """The optimizer's part of a step of the tiny preset, with Muon and with AdamW on every matrix."""
-    out = [share_of("tiny", matrices) for matrices in ("muon", "adamw")]
+    """The optimizer's part of a step, with Muon and with AdamW on every matrix: tiny as it is trained, and laptop (25 M
+    parameters, 32 experts) at a quarter of its rows, so that a round takes seconds. More rows make the share smaller."""
+    out = []
+    for name, rows, rounds in (("tiny", 24, 5), ("laptop", 8, 3)):
+        for matrices in ("muon", "adamw"):
+            out.append(share_of(name, matrices, rows, rounds))
+            print(f"{name}, {matrices}: done", file=sys.stderr)
     rows = [(r["preset"], r["matrices"], r["tokens"], f"{1e3 * r['gradient']:.0f}", f"{1e3 * r['update']:.0f}",
              f"{100 * r['share']:.1f} %") for r in out]
     columns = ("preset", "matrices", "tokens/step", "gradient ms", "update ms", "share")

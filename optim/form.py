@@ -65,7 +65,7 @@ def choose_form(m: int, n: int, coeffs: Coefficients, platform: str) -> Form:
     small = min(m, n)
     blocks = BLOCKS if platform != "cpu" and small >= BLOCKED_FROM and small % (128 * BLOCKS) == 0 else 1
     dtype = GRAM_DTYPE.get(platform, "bfloat16")
-    segments = segments_for(len(coeffs), dtype)
+    segments = segments_for(coeffs, dtype)
     if cheaper(m, n, segments, blocks):
         return Form(coeffs, segments, dtype, blocks)
     return Form(coeffs, None, jnp.dtype(carrier_dtype(platform)).name, 1)

@@ -19,8 +19,13 @@ from jaxtyping import Array, Float
 from optim.newton_schulz import Coefficients, matmul, newton_schulz, normalize, singular_value_band, standard_flops
 
 STEPS_PER_RESTART = {"float32": 3, "float16": 3, "bfloat16": 2}
-"""Longest segment after the first, which is always two: the first steps are the steepest. One more in bfloat16 lets
-singular values grow 8 % over the band of the keller set and to infinity with ten steps."""
+"""Longest segment after the first. One more in bfloat16 lets singular values grow 35 % over the band of the keller set
+and to infinity with ten steps."""
+
+GENTLE = 12.0
+"""A set whose first two slopes at zero multiply to at most this (keller: 11.9) takes three steps before its first restart,
+any other two: rounding noise in R grows by the square of each slope. With three, quintic (16.1) and polar_express (33)
+explode in bfloat16."""
 
 GUARD_SLACK = 1.1
 """A matrix whose RMS singular value exceeds the top of the band by this factor has exploded."""
@@ -75,11 +80,12 @@ def gram_flops(m: int, n: int, segments: tuple[int, ...], blocks: int = 1) -> in
     return round(sum(2 * m * m * n * (1 + share) + 2 * m**3 * share * (4 * length - 3) for length in segments))
 
 
-def segments_for(steps: int, dtype: str) -> tuple[int, ...]:
+def segments_for(coeffs: Coefficients, dtype: str) -> tuple[int, ...]:
     """Where to restart in a number format."""
-    length = STEPS_PER_RESTART[dtype]
-    rest = max(steps - 2, 0)
-    return tuple(s for s in (min(steps, 2), *([length] * (rest // length)), rest % length) if s)
+    steps, length = len(coeffs), STEPS_PER_RESTART[dtype]
+    first = 3 if math.prod(a for a, _, _ in coeffs[:2]) <= GENTLE else 2
+    rest = max(steps - first, 0)
+    return tuple(s for s in (min(steps, first), *([length] * (rest // length)), rest % length) if s)
 
 
 def guarded(x: Float[Array, "*B m n"], coeffs: Coefficients, segments: tuple[int, ...], dtype, fallback_dtype,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
@@ -19,7 +20,7 @@ from jaxtyping import Array
 from optim import plan as plan_file
 from optim.matrices import MatrixLayout
 from optim.newton_schulz import newton_schulz_cut
-from optim.plan import Group, Member, Strategy
+from optim.plan import Group, Member, Strategy, exchanges
 
 
 def _chunk(count: int, bytes_each: int) -> int:
@@ -112,17 +113,48 @@ def _whole_matrices(x: Array, group: Group) -> Array:
     return _where_it_lies(x, layout, group)
 
 
-def _exchange(group: Group, arrays: list[Array], mesh: Mesh) -> list[Array]:
-    packed = [_pack(x, member, group, mesh) for x, member in zip(arrays, group.members)]
-    stack = jnp.concatenate(packed) if len(packed) > 1 else packed[0]
-    pad = -stack.shape[0] % group.shards
-    if pad:
-        stack = jnp.concatenate([stack, jnp.zeros((pad, *stack.shape[1:]), stack.dtype)])
-    pieces = stack.reshape(group.shards, -1, *stack.shape[1:])
-    whole = _join(lax.all_to_all(pieces, group.axes, 0, 0), group, mesh)
-    whole = _whole_matrices(whole, group)
-    back = lax.all_to_all(_cut(whole, group, mesh), group.axes, 0, 0)
-    return _separate(back.reshape(stack.shape), zip(arrays, group.members))
+def _exchange(groups: list[Group], arrays: list[list[Array]], mesh: Mesh) -> list[list[Array]]:
+    """Pieces of all matrices to their owners, whole matrices orthogonalised there, and pieces back: two all-to-alls.
+
+    Row d of what a device sends goes to device d. The owners of a group are neighbours, each row is filled with zeros up
+    to what the fullest owner receives, and an owner works on its own group only.
+    """
+    first = groups[0]
+    stacks = [jnp.concatenate([_pack(x, member, group, mesh) for x, member in zip(xs, group.members)])
+              for group, xs in zip(groups, arrays)]
+    width = max(group.count_per_device * stack[0].size for group, stack in zip(groups, stacks))
+    rows = [_filled(stack, group.owners * group.count_per_device).reshape(group.owners, -1)
+            for group, stack in zip(groups, stacks)]
+    send = _filled(jnp.concatenate([_filled(row, width, axis=1) for row in rows]), first.shards)
+
+    def own(group: Group, stack: Array) -> Callable[[Array], Array]:
+        def work(received: Array) -> Array:
+            used = group.count_per_device * stack[0].size
+            pieces = received[:, :used].reshape(group.shards, group.count_per_device, *stack.shape[1:])
+            whole = _whole_matrices(_join(pieces, group, mesh), group)
+            return _filled(_cut(whole, group, mesh).reshape(group.shards, used), width, axis=1)
+        return work
+
+    branches = [own(group, stack) for group, stack in zip(groups, stacks)]
+    received = lax.all_to_all(send, first.axes, 0, 0)
+    if len(groups) == 1:
+        done = branches[0](received)
+    else:
+        idle = first.shards - sum(group.owners for group in groups)
+        of_place = np.repeat(np.arange(len(groups) + 1), [*(group.owners for group in groups), idle])
+        mine = jnp.asarray(of_place)[lax.axis_index(first.axes)]
+        done = lax.switch(mine, [*branches, lambda nothing: nothing], received)
+    back = lax.all_to_all(done, first.axes, 0, 0)
+    out = []
+    for group, stack, xs in zip(groups, stacks, arrays):
+        mine = back[group.first:group.first + group.owners, :group.count_per_device * stack[0].size]
+        out.append(_separate(mine.reshape(-1, *stack.shape[1:])[:len(stack)], zip(xs, group.members)))
+    return out
+
+
+def _filled(x: Array, size: int, axis: int = 0) -> Array:
+    """Zeros appended along an axis up to `size`."""
+    return jnp.pad(x, [(0, size - n if a == axis else 0) for a, n in enumerate(x.shape)])
 
 
 def _gather(group: Group, arrays: list[Array], mesh: Mesh) -> list[Array]:
@@ -172,17 +204,23 @@ def orthogonalize_tree(tree: Mapping[str, Array], plan: tuple[Group, ...], *, me
 
     def body(tree: dict[str, Array]) -> dict[str, Array]:
         out = {}
-        for group in plan:
-            arrays = [tree[member.path] for member in group.members]
-            if group.strategy is Strategy.LOCAL:
-                results = _local(group, arrays)
-            elif group.strategy is Strategy.TWO_DIMENSIONAL:
-                results = _two_dimensional(group, arrays, mesh)
-            elif group.strategy is Strategy.GATHER:
-                results = _gather(group, arrays, mesh)
-            else:
-                results = _exchange(group, arrays, mesh)
+
+        def done(group: Group, results: list[Array]) -> None:
             out.update({member.path: x for member, x in zip(group.members, results)})
+
+        def arrays(group: Group) -> list[Array]:
+            return [tree[member.path] for member in group.members]
+
+        for together in exchanges(plan):
+            for group, results in zip(together, _exchange(together, list(map(arrays, together)), mesh)):
+                done(group, results)
+        for group in plan:
+            if group.strategy is Strategy.LOCAL:
+                done(group, _local(group, arrays(group)))
+            elif group.strategy is Strategy.TWO_DIMENSIONAL:
+                done(group, _two_dimensional(group, arrays(group), mesh))
+            elif group.strategy is Strategy.GATHER:
+                done(group, _gather(group, arrays(group), mesh))
         return out
 
     if mesh is None or mesh.size == 1:

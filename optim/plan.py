@@ -2,8 +2,9 @@
 
 An array whose matrix axes are whole on every device is worked on where it lies (LOCAL; experts split over the expert
 axis are of this kind and move no byte). Where a mesh axis cuts rows or columns, pieces of many matrices are exchanged
-so that every device holds a few whole ones, and exchanged back (ALL_TO_ALL: two collectives per group, whatever the
-number of arrays in it). A few long matrices would leave most devices with zeros: their short side is made whole, the
+so that every device holds a few whole ones, and exchanged back (ALL_TO_ALL: two collectives, whatever the number of
+arrays; groups of different shapes share them, each with owners of its own, where that fills the devices better, see
+optim/packing.py). A few long matrices would leave most devices with zeros: their short side is made whole, the
 long side stays cut, and only squares of the short side are summed (TWO_DIMENSIONAL). A single matrix that is not long
 has nothing to exchange with: its pieces are gathered and every device does the same work (GATHER), which moves half
 of what two exchanges padded with zeros would.
@@ -26,6 +27,7 @@ from configs.schema import ConfigError
 from optim.form import Form, choose_form
 from optim.matrices import MatrixLayout
 from optim.newton_schulz import Coefficients
+from optim.packing import Load, owners, share_exchanges
 
 Factor = tuple[int, tuple[str, ...]]
 """Size of an array axis and the mesh axes that cut it, outermost first."""
@@ -76,6 +78,8 @@ class Group:
     forms        how each block is orthogonalised where it is whole
     axes         mesh axes that cut rows or columns, in mesh order
     shards       devices along those axes
+    exchange     of ALL_TO_ALL: groups of the same number travel together
+    first, owners  of ALL_TO_ALL: the places along `axes` of the devices that own its matrices meanwhile
     """
 
     strategy: Strategy
@@ -87,6 +91,9 @@ class Group:
     members: tuple[Member, ...]
     forms: tuple[Form, ...]
     coeffs: Coefficients
+    exchange: int = 0
+    first: int = 0
+    owners: int = 1
 
     @property
     def row_axes(self) -> tuple[str, ...]:
@@ -107,10 +114,14 @@ class Group:
         return sum(member.count for member in self.members) * len(self.splits)
 
     @property
+    def held(self) -> int:
+        """Stored matrices of which a device holds at least a piece."""
+        return sum(member.count_per_device for member in self.members)
+
+    @property
     def count_per_device(self) -> int:
-        """Stored matrices each device orthogonalises, padding included."""
-        held = sum(member.count_per_device for member in self.members)
-        return -(-held // self.shards) if self.strategy is Strategy.ALL_TO_ALL else held
+        """Stored matrices each device, or each owner, orthogonalises, padding included."""
+        return -(-self.held // self.owners) if self.strategy is Strategy.ALL_TO_ALL else self.held
 
     @property
     def elements(self) -> int:
@@ -213,9 +224,25 @@ def make_plan(specs: Specs, paths: list[str], coeffs: Coefficients, platform: st
         held = sum(member.count_per_device for member in members)
         strategy = Strategy.LOCAL if shards == 1 else Strategy.GATHER if held == 1 else Strategy.ALL_TO_ALL
         group = Group(strategy, rows, cols, splits, axes, shards, tuple(members), (), coeffs)
-        group = replace(group, forms=tuple(choose_form(m, n, coeffs, platform) for m, n in group.blocks))
+        group = replace(group, owners=shards, forms=tuple(choose_form(m, n, coeffs, platform) for m, n in group.blocks))
         groups.append(_two_dimensional_if_cheaper(group, 4 if platform == "cpu" else 2))
-    return tuple(groups)
+    return _with_owners(groups)
+
+
+def _with_owners(groups: list[Group]) -> tuple[Group, ...]:
+    """Exchanged groups over the same mesh axes put together, and the devices divided among them."""
+    out, number = list(groups), 0
+    for axes in {g.axes: None for g in groups if g.strategy is Strategy.ALL_TO_ALL}:
+        at = [i for i, g in enumerate(groups) if g.strategy is Strategy.ALL_TO_ALL and g.axes == axes]
+        loads = [Load(groups[i].held, groups[i].elements) for i in at]
+        devices = groups[at[0]].shards
+        for members in share_exchanges(loads, devices):
+            first = 0
+            for k, count in zip(members, owners([loads[k] for k in members], devices)):
+                out[at[k]] = replace(groups[at[k]], exchange=number, first=first, owners=count)
+                first += count
+            number += 1
+    return tuple(out)
 
 
 def _two_dimensional_if_cheaper(group: Group, itemsize: int) -> Group:
@@ -223,8 +250,7 @@ def _two_dimensional_if_cheaper(group: Group, itemsize: int) -> Group:
     if group.strategy is Strategy.LOCAL or len(group.rows) + len(group.cols) > 2 or len(group.splits) > 1:
         return group
     m, n = group.blocks[0]
-    held = sum(member.count_per_device for member in group.members)
-    if n < LONG * m or 2 * held > group.shards or (group.row_axes and (n // group.shards) * group.shards != n):
+    if n < LONG * m or 2 * group.held > group.shards or (group.row_axes and (n // group.shards) * group.shards != n):
         return group
     other = replace(group, strategy=Strategy.TWO_DIMENSIONAL)
     work, other_work = (g.flops_per_device + FLOPS_PER_BYTE * g.bytes_per_device(itemsize) for g in (group, other))
@@ -240,11 +266,34 @@ def plan_rows(plan: tuple[Group, ...], itemsize: int) -> list[tuple[str, ...]]:
     for group in plan:
         shapes = " + ".join(f"{m}x{n}" for m, n in group.blocks)
         where = group.strategy.value + (f" over {'*'.join(group.axes)}={group.shards}" if group.axes else "")
+        if group.strategy is Strategy.ALL_TO_ALL:
+            where += f", exchange {group.exchange}: {group.owners} own {group.count_per_device}"
         rows.append((f"{group.count} x {shapes}", ", ".join(member.path for member in group.members), where,
                      " / ".join(form.describe() for form in group.forms), str(group.count_per_device),
                      f"{group.flops_per_device:.3g}", f"{group.bytes_per_device(itemsize):.3g}",
                      f"{group.memory_per_device(itemsize):.3g}"))
     return rows
+
+
+def exchanges(plan: tuple[Group, ...]) -> list[list[Group]]:
+    """The groups of ALL_TO_ALL that travel together."""
+    together: dict[int, list[Group]] = defaultdict(list)
+    for group in plan:
+        if group.strategy is Strategy.ALL_TO_ALL:
+            together[group.exchange].append(group)
+    return list(together.values())
+
+
+def device_flops(plan: tuple[Group, ...]) -> int:
+    """Of the busiest device in one step: in an exchange a device owns matrices of one group."""
+    rest = sum(g.flops_per_device for g in plan if g.strategy is not Strategy.ALL_TO_ALL)
+    return rest + sum(max(g.flops_per_device for g in together) for together in exchanges(plan))
+
+
+def device_bytes(plan: tuple[Group, ...], itemsize: int) -> int:
+    """Received over the network by one device in one step; every device receives what the fullest owner does."""
+    rest = sum(g.bytes_per_device(itemsize) for g in plan if g.strategy is not Strategy.ALL_TO_ALL)
+    return rest + sum(max(g.bytes_per_device(itemsize) for g in together) for together in exchanges(plan))
 
 
 def total_flops(plan: tuple[Group, ...]) -> int:
