@@ -21,9 +21,10 @@ def row(name: str, dtype) -> dict:
     q, k = (jax.random.normal(key, (B, S, H, d), dtype) for key in keys[:2])
     value, g = (jax.random.normal(key, (B, S, H, v), dtype) for key in keys[2:])
     segments, chunk = jnp.ones((B, S), jnp.int32), CHUNK[jax.default_backend()]
+    at = jnp.arange(S)
     forward, backward = {}, {}
     for kind, attend in IMPLEMENTATIONS.items():
-        f = jax.jit(lambda q, k, v, attend=attend: attend(q, k, v, segments, 0.1, chunk)[0])
+        f = jax.jit(lambda q, k, v, attend=attend: attend(q, k, v, segments, at, 0.1, chunk)[0])
         pull = jax.jit(lambda q, k, v, g, f=f: jax.vjp(f, q, k, v)[1](g))
         forward[kind], backward[kind] = (lambda f=f: f(q, k, value)), (lambda pull=pull: pull(q, k, value, g))
     times = {"forward": measure.in_turns(forward), "backward": measure.in_turns(backward)}

@@ -264,6 +264,10 @@ class TrainConfig:
     remat: Literal["none", "layer", "names", "offload"] = "none"
     """What the backward pass recomputes: nothing, whole layers, or all but the named tensors of model/remat.py, which
     offload keeps in the host's memory."""
+    layers: Literal["scan", "unroll"] = "scan"
+    """The MoE layers as one loop, or written out: longer to compile, free for the compiler to overlap."""
+    transport: Literal["auto", "all_gather", "all_to_all", "ragged_all_to_all"] = "auto"
+    """How tokens reach experts on other devices of mesh.expert (model/transport.py); auto goes by the machine."""
     z_loss: float = 0.0
     """Weight of the squared log-sum-exp of the logits."""
     balance_loss: float = 0.0

@@ -1,6 +1,7 @@
 """Causal attention within packed documents, with the largest logit of every head.
 
-One registry, one signature: `(q, k, v, segments, scale, chunk) -> (out, max_logit)`. `reference` holds all logits at
+One registry, one signature: `(q, k, v, segments, at, scale, chunk) -> (out, max_logit)`. Keys are those of a whole row;
+queries may be some of its positions, `at`, ascending (a device's part of a long row). `reference` holds all logits at
 once and is the definition; `chunked` is linear in memory and skips what nobody may see. Documents are contiguous,
 numbered from 1; 0 is padding, whose outputs are finite and meaningless.
 """
@@ -18,19 +19,18 @@ CHUNK = {"cpu": 128, "gpu": 512, "tpu": 512}
 """Positions per chunk. On a CPU a tile of 128 x 128 stays in cache: bench/attention.py."""
 
 
-def visible_BST(segments_BS: Int[Array, "B S"]) -> Array:
+def visible_BST(segments_BT: Int[Array, "B T"], at_S: Int[Array, "S"]) -> Array:
     """Which keys a query sees: earlier or its own position, same document, no padding."""
-    S = segments_BS.shape[1]
-    same = (segments_BS[:, :, None] == segments_BS[:, None, :]) & (segments_BS[:, None, :] > 0)
-    return same & jnp.tri(S, dtype=bool)
+    same = (segments_BT[:, at_S, None] == segments_BT[:, None, :]) & (segments_BT[:, None, :] > 0)
+    return same & (at_S[:, None] >= jnp.arange(segments_BT.shape[1]))
 
 
-def reference(q: Float[Array, "B S H k"], k: Float[Array, "B S H k"], v: Float[Array, "B S H v"],
-              segments: Int[Array, "B S"], scale: float, chunk: int = 0
+def reference(q: Float[Array, "B S H k"], k: Float[Array, "B T H k"], v: Float[Array, "B T H v"],
+              segments: Int[Array, "B T"], at: Int[Array, "S"], scale: float, chunk: int = 0
               ) -> tuple[Float[Array, "B S H v"], Float[Array, "H"]]:
     """softmax(q k^T scale) v with all logits in memory (`chunk` is not used); max_logit carries no gradient."""
     logits = jnp.einsum("BSHd,BTHd->BHST", q, k, preferred_element_type=jnp.float32) * scale
-    logits = jnp.where(visible_BST(segments)[:, None], logits, MASKED)
+    logits = jnp.where(visible_BST(segments, at)[:, None], logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     out = checkpoint_name(jnp.einsum("BHST,BTHv->BSHv", weights, v), "attention_out")
     return out, jax.lax.stop_gradient(jnp.max(logits, axis=(0, 2, 3)))
@@ -44,7 +44,7 @@ def implementation(platform: str, seq_len: int) -> str:
     return "chunked" if seq_len > CHUNK[platform] else "reference"
 
 
-def causal(q, k, v, segments, scale: float, platform: str) -> tuple[Array, Array]:
+def causal(q, k, v, segments, at, scale: float, platform: str) -> tuple[Array, Array]:
     """Attention by the implementation of the platform the program is compiled for; shapes as `reference`."""
-    name = implementation(platform, q.shape[1])
-    return IMPLEMENTATIONS[name](q, k, v, segments, scale, CHUNK[platform])
+    name = implementation(platform, k.shape[1])
+    return IMPLEMENTATIONS[name](q, k, v, segments, at, scale, CHUNK[platform])

@@ -11,6 +11,7 @@ Inside this file arrays are [B, H, S, d]; n chunks of C positions.
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,51 +25,63 @@ MASKED = -1e30
 """Logit of a key that may not be seen; finite, so that a fully masked (padding) row gives numbers, not NaN."""
 
 
-def chunked(q: Float[Array, "B S H k"], k: Float[Array, "B S H k"], v: Float[Array, "B S H v"],
-            segments: Int[Array, "B S"], scale: float, chunk: int
+def chunked(q: Float[Array, "B S H k"], k: Float[Array, "B T H k"], v: Float[Array, "B T H v"],
+            segments: Int[Array, "B T"], at: Int[Array, "S"], scale: float, chunk: int
             ) -> tuple[Float[Array, "B S H v"], Float[Array, "H"]]:
     """Attention output and every head's largest visible logit, as `attention.reference`.
 
     Documents must be contiguous. A tile is B * H * chunk**2 floats; `max_logit` carries no gradient.
     """
-    S = q.shape[1]
+    S, T = q.shape[1], k.shape[1]
     chunk = min(chunk, S + S % 2)
-    pad = -S % chunk
-    q, k, v = (jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q, k, v))
-    out, max_logit = _attend(q, k, v, jnp.pad(segments, ((0, 0), (0, pad))), scale, chunk)
+
+    def whole_chunks(x):
+        return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, -x.shape[1] % chunk), (0, 0)))
+
+    at = jnp.pad(at, (0, -S % chunk), mode="edge")
+    segments = jnp.pad(segments, ((0, 0), (0, -T % chunk)))
+    places = Places(at, segments[:, at], segments)
+    out, max_logit = _attend(whole_chunks(q), whole_chunks(k), whole_chunks(v), places, scale, chunk)
     return jnp.swapaxes(out[:, :, :S], 1, 2), max_logit
 
 
-def _first_chunks(segments_BS: Array, chunk: int) -> Int[Array, "n"]:
-    """For each query chunk the first key chunk that any of its documents reaches back to."""
-    at = jnp.arange(segments_BS.shape[1])
-    new = jnp.pad(segments_BS[:, 1:] != segments_BS[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    start_BS = lax.cummax(jnp.where(new, at, 0), axis=1)
-    return jnp.min(start_BS[:, ::chunk], axis=0) // chunk
+class Places(NamedTuple):
+    """Of queries and keys: the queries' positions, ascending, and the documents of both."""
+
+    at: Int[Array, "S"]
+    queries: Int[Array, "B S"]
+    keys: Int[Array, "B T"]
+
+    def bounds(self, chunk: int) -> tuple[Int[Array, "n"], Int[Array, "n"]]:
+        """For each query chunk the first key chunk that any of its documents reaches back to, and the end: the chunk
+        behind its last query's."""
+        new = jnp.pad(self.keys[:, 1:] != self.keys[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+        start_BT = lax.cummax(jnp.where(new, jnp.arange(self.keys.shape[1]), 0), axis=1)
+        return jnp.min(start_BT[:, self.at[::chunk]], axis=0) // chunk, self.at[chunk - 1::chunk] // chunk + 1
 
 
 def _part(x: Array, i: Array, chunk: int, axis: int = 2) -> Array:
     return lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis)
 
 
-def _tile(q, k, segments, i, j, scale: float, chunk: int) -> Float[Array, "B H C C"]:
+def _tile(q, k, places: Places, i, j, scale: float, chunk: int) -> Float[Array, "B H C C"]:
     """Scaled logits of query chunk i against key chunk j, masked."""
     logits = jnp.einsum("BHSd,BHTd->BHST", _part(q, i, chunk), _part(k, j, chunk), preferred_element_type=jnp.float32)
-    query, key = _part(segments, i, chunk, 1), _part(segments, j, chunk, 1)
-    earlier = i * chunk + jnp.arange(chunk)[:, None] >= j * chunk + jnp.arange(chunk)
+    query, key = _part(places.queries, i, chunk, 1), _part(places.keys, j, chunk, 1)
+    earlier = _part(places.at, i, chunk, 0)[:, None] >= j * chunk + jnp.arange(chunk)
     visible = earlier & (query[:, :, None] == key[:, None, :]) & (key[:, None, :] > 0)
     return jnp.where(visible[:, None], logits * scale, MASKED)
 
 
-def _forward(q, k, v, segments, scale: float, chunk: int):
+def _forward(q, k, v, places: Places, scale: float, chunk: int):
     """Output, log-sum-exp and maximum of every query."""
     B, H, S, _ = q.shape
-    first = _first_chunks(segments, chunk)
+    first, end = places.bounds(chunk)
 
     def queries(i):
         def keys(j, carry):
             top, total, out = carry
-            logits = _tile(q, k, segments, i, j, scale, chunk)
+            logits = _tile(q, k, places, i, j, scale, chunk)
             new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
             weights, shrink = jnp.exp(logits - new_top[..., None]), jnp.exp(top - new_top)
             step = jnp.einsum("BHST,BHTv->BHSv", weights.astype(v.dtype), _part(v, j, chunk),
@@ -77,7 +90,7 @@ def _forward(q, k, v, segments, scale: float, chunk: int):
 
         start = (jnp.full((B, H, chunk), MASKED, jnp.float32), jnp.zeros((B, H, chunk), jnp.float32),
                  jnp.zeros((B, H, chunk, v.shape[-1]), jnp.float32))
-        top, total, out = lax.fori_loop(first[i], i + 1, keys, start)
+        top, total, out = lax.fori_loop(first[i], end[i], keys, start)
         return (out / total[..., None]).astype(v.dtype), top + jnp.log(total), top
 
     return tuple(_whole(x) for x in lax.map(queries, jnp.arange(S // chunk)))
@@ -89,9 +102,9 @@ def _whole(parts: Float[Array, "n B H C ..."]) -> Float[Array, "B H S ..."]:
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
-def _backward(q, k, v, segments, out, lse, g, scale: float, chunk: int):
+def _backward(q, k, v, places: Places, out, lse, g, scale: float, chunk: int):
     """dq, dk, dv: equations of arXiv 2205.14135, appendix B.4."""
-    first = _first_chunks(segments, chunk)
+    first, end = places.bounds(chunk)
     delta = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
     def queries(grads, i):
@@ -99,7 +112,7 @@ def _backward(q, k, v, segments, out, lse, g, scale: float, chunk: int):
 
         def keys(j, carry):
             dq, dk, dv = carry
-            weights = jnp.exp(_tile(q, k, segments, i, j, scale, chunk) - lse_i[..., None])
+            weights = jnp.exp(_tile(q, k, places, i, j, scale, chunk) - lse_i[..., None])
             dweights = jnp.einsum("BHSv,BHTv->BHST", g_i, _part(v, j, chunk), preferred_element_type=jnp.float32)
             dlogits = (weights * (dweights - delta_i[..., None]) * scale).astype(q.dtype)
             dq += jnp.einsum("BHST,BHTd->BHSd", dlogits, _part(k, j, chunk), preferred_element_type=jnp.float32)
@@ -107,7 +120,7 @@ def _backward(q, k, v, segments, out, lse, g, scale: float, chunk: int):
             dv = _add_part(dv, outer_sum(weights.astype(v.dtype), g_i), j, chunk)
             return dq, dk, dv
 
-        dq, dk, dv = lax.fori_loop(first[i], i + 1, keys, (jnp.zeros(q_i.shape, jnp.float32), *grads))
+        dq, dk, dv = lax.fori_loop(first[i], end[i], keys, (jnp.zeros(q_i.shape, jnp.float32), *grads))
         return (dk, dv), dq.astype(q.dtype)
 
     start = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
@@ -120,16 +133,16 @@ def _add_part(x: Array, part: Array, j: Array, chunk: int) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q, k, v, segments, scale: float, chunk: int):
-    out, _, top = _forward(q, k, v, segments, scale, chunk)
+def _attend(q, k, v, places: Places, scale: float, chunk: int):
+    out, _, top = _forward(q, k, v, places, scale, chunk)
     return out, jnp.max(top, axis=(0, 2))
 
 
-def _attend_forward(q, k, v, segments, scale, chunk):
-    out, lse, top = _forward(q, k, v, segments, scale, chunk)
+def _attend_forward(q, k, v, places, scale, chunk):
+    out, lse, top = _forward(q, k, v, places, scale, chunk)
     # Named, so that a remat policy that keeps them spares the backward pass a second forward pass.
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
-    return (out, jnp.max(top, axis=(0, 2))), (q, k, v, segments, out, lse)
+    return (out, jnp.max(top, axis=(0, 2))), (q, k, v, places, out, lse)
 
 
 def _attend_backward(scale, chunk, saved, gradients):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from model.shards import ONE_DEVICE, Shards
 from quant.served import Serving, as_served
 
 
@@ -23,6 +24,10 @@ class Call:
     amount      scalar, share of the grid in the expert weights (quant/served.py)
     serving     how weights are rounded; dtype: of activations and matmul inputs
     platform    of the mesh the program is compiled for; the registries choose implementations by it
+    remat       policy of model/remat.py
+    unroll      whether the MoE layers are written out instead of looped over
+    shards      what this device holds of every array, [B, S] included
+    transport   how tokens reach experts on other devices, an entry of model/transport.py
     """
 
     positions: Int[Array, "B S"]
@@ -32,13 +37,21 @@ class Call:
     dtype: str = field(default="float32", metadata={"static": True})
     platform: str = field(default="cpu", metadata={"static": True})
     remat: str = field(default="none", metadata={"static": True})
+    unroll: bool = field(default=False, metadata={"static": True})
+    shards: Shards = field(default=ONE_DEVICE, metadata={"static": True})
+    transport: str = field(default="auto", metadata={"static": True})
 
     def weight(self, param: nnx.Param) -> Array:
-        """A parameter as the forward pass sees it: on its served grid, in the compute dtype."""
-        return self.exact_weight(param).astype(self.dtype)
+        """A parameter as the forward pass sees it: on its served grid, in the compute dtype, gathered in that dtype from
+        the devices that store its parts. Heads, hidden widths and experts that this device works on stay parts."""
+        return self.shards.gather(self.part(param).astype(self.dtype), param.spec)
 
     def exact_weight(self, param: nnx.Param) -> Array:
         """The same in float32, for norms and the router."""
+        return self.shards.gather(self.part(param), param.spec)
+
+    def part(self, param: nnx.Param) -> Array:
+        """The same in float32, of the part that this device stores. Groups of the grid never cross parts."""
         return as_served(param[...], param.spec, self.serving, self.amount)
 
 
@@ -74,6 +87,16 @@ class ModelAux:
 
     attention: LayerAux
     moe: MoEAux
+
+
+def over_devices(aux, axes: tuple[str, ...]):
+    """An aux tree of this device's tokens to one of all devices' along these mesh axes, by the reducer of each field."""
+    across = {jnp.add: jax.lax.psum, jnp.maximum: jax.lax.pmax}
+
+    def field_of(f, x):
+        return across[f.metadata["reduce"]](x, axes) if "reduce" in f.metadata else over_devices(x, axes)
+
+    return type(aux)(**{f.name: field_of(f, getattr(aux, f.name)) for f in fields(aux)}) if axes else aux
 
 
 def combine(a, b):

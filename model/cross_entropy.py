@@ -1,8 +1,8 @@
-"""Cross-entropy over a large vocabulary without ever holding all logits.
+"""Cross-entropy over a large vocabulary without ever holding all logits, nor all of a head that is stored in parts.
 
-One registry, one signature: `(hidden, head, targets, tokens) -> (nll, lse)`. `reference` is the definition. `tiled`
-holds one tile of logits at a time, forward and backward, so its memory depends neither on the number of tokens nor
-on the vocabulary.
+One registry, one signature: `(hidden, head, targets, tokens, shards, over) -> (nll, lse)`. `reference` is the definition.
+`tiled` holds one tile of logits at a time, forward and backward, so its memory depends neither on the number of tokens
+nor on the vocabulary. `losses` is what a network calls.
 """
 
 from __future__ import annotations
@@ -11,106 +11,135 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from model.call import Call
 from model.project import outer_sum
+from model.shards import ONE_DEVICE, Shards
 
 TILE = 2048
 """Tokens and vocabulary entries of one tile: 16 MiB of float32 logits. A tile's products read and write about
 8 * D * 2 * TILE bytes for 6 * D * TILE**2 operations: far above the ratio where memory, not arithmetic, is the limit."""
 
 
-def reference(hidden_ND: Float[Array, "N D"], head_DV: Float[Array, "D V"], targets_N: Int[Array, "N"], tokens: int = 0
-              ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
-    """Negative log-likelihood of each target and the log-sum-exp of its logits, float32 (`tokens` is not used)."""
-    logits = jnp.dot(hidden_ND, head_DV.astype(hidden_ND.dtype), preferred_element_type=jnp.float32)
+def losses(hidden_BSD: Float[Array, "B S D"], head: nnx.Param, targets_BS: Int[Array, "B S"], call: Call
+           ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
+    """Negative log-likelihood and log-sum-exp of every token, float32.
+
+    Each device of the tensor axis knows a part of the vocabulary; they exchange three numbers per token.
+    """
+    shards, part, targets = call.shards, call.part(head), targets_BS.reshape(-1)
+    of_width, of_vocabulary = shards.stored(head.spec)
+    hidden = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
+    targets -= shards.index(*of_vocabulary) * part.shape[1]
+    nll, lse = chunked(hidden, part, targets, TILE, shards, of_width)
+    if not of_vocabulary:
+        return nll, lse
+    target_logit = shards.total(lse - nll, of_vocabulary)
+    top = shards.largest(lse, of_vocabulary)
+    lse = top + jnp.log(shards.total(jnp.exp(lse - top), of_vocabulary))
+    return lse - target_logit, lse
+
+
+def reference(hidden_ND: Float[Array, "N D"], head_DV: Float[Array, "D V"], targets_N: Int[Array, "N"], tokens: int = 0,
+              shards: Shards = ONE_DEVICE, over: tuple[str, ...] = ()) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
+    """Negative log-likelihood of each target and the log-sum-exp of its logits, float32 (`tokens` is not used).
+
+    A target outside [0, V) has the logit 0. `head_DV` holds the rows of D that this device stores; the devices along
+    the mesh axes `over` store the others.
+    """
+    head_DV = shards.gather_axis(head_DV.astype(hidden_ND.dtype), over, 0)
+    logits = jnp.dot(hidden_ND, head_DV, preferred_element_type=jnp.float32)
     lse = jax.nn.logsumexp(logits, axis=-1)
-    return lse - jnp.take_along_axis(logits, targets_N[:, None], axis=-1)[:, 0], lse
+    here = (targets_N >= 0) & (targets_N < logits.shape[1])
+    target = jnp.take_along_axis(logits, jnp.where(here, targets_N, 0)[:, None], axis=-1)[:, 0]
+    return lse - jnp.where(here, target, 0.0), lse
 
 
-def tiled(hidden_ND: Float[Array, "N D"], head_DV: Float[Array, "D V"], targets_N: Int[Array, "N"], tokens: int = TILE
-          ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
-    """The same, tile by tile of `tokens` (over all devices) by TILE vocabulary entries.
+def tiled(hidden_ND: Float[Array, "N D"], head_DV: Float[Array, "D V"], targets_N: Int[Array, "N"], tokens: int = TILE,
+          shards: Shards = ONE_DEVICE, over: tuple[str, ...] = ()) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
+    """The same, by tiles of TILE vocabulary entries and `tokens` tokens.
 
-    Tile i takes tokens i, i + n, i + 2n, ...: where tokens are split over devices, each device has its share of every
-    tile. The head is cast inside a tile: its gradient is accumulated in float32.
+    A tile of the head is cast, and gathered, where it is used; its gradient is summed in float32 and handed back to the
+    devices that store it before the next tile is begun.
     """
     N = len(targets_N)
     n = -(-N // tokens)
     pad = -N % n
-    hidden = jnp.pad(hidden_ND, ((0, pad), (0, 0))).reshape(-1, n, hidden_ND.shape[1]).swapaxes(0, 1)
-    targets = jnp.pad(targets_N, (0, pad)).reshape(-1, n).T
-    nll, lse = _tiles(hidden, head_DV, targets, min(TILE, head_DV.shape[1]))
-    return nll.T.reshape(-1)[:N], lse.T.reshape(-1)[:N]
+    hidden = jnp.pad(hidden_ND, ((0, pad), (0, 0))).reshape(n, -1, hidden_ND.shape[1])
+    targets = jnp.pad(targets_N, (0, pad)).reshape(n, -1)
+    nll, lse = _tiles(hidden, head_DV, targets, min(TILE, head_DV.shape[1]), shards, over)
+    return nll.reshape(-1)[:N], lse.reshape(-1)[:N]
 
 
-def _columns(head_DV, v: Array, width: int, dtype) -> tuple[Array, Array, Array]:
+def _columns(head_DV, v: Array, width: int, dtype, shards: Shards, over) -> tuple[Array, Array, Array]:
     """Vocabulary tile v: its weights, its first column, and which of its columns no earlier tile had: the last tile is
     shifted to the left where the width does not divide the vocabulary."""
     start = jnp.minimum(v * width, head_DV.shape[1] - width)
     new = start + jnp.arange(width) >= v * width
-    return lax.dynamic_slice_in_dim(head_DV, start, width, axis=1).astype(dtype), start, new
+    part = lax.dynamic_slice_in_dim(head_DV, start, width, axis=1).astype(dtype)
+    return shards.gather_axis(part, over, 0), start, new
 
 
 def _logits(hidden_CD, weights_DW, new_W) -> Float[Array, "C W"]:
     return jnp.where(new_W, jnp.dot(hidden_CD, weights_DW, preferred_element_type=jnp.float32), -jnp.inf)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _tiles(hidden_nCD, head_DV, targets_nC, width: int):
-    def of_tokens(hidden_and_targets):
-        hidden_CD, targets_C = hidden_and_targets
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _tiles(hidden_nCD, head_DV, targets_nC, width: int, shards: Shards, over: tuple[str, ...]):
+    def of_columns(v, carry):
+        weights, start, new = _columns(head_DV, v, width, hidden_nCD.dtype, shards, over)
 
-        def of_columns(v, carry):
-            top, total, target_logit = carry
-            weights, start, new = _columns(head_DV, v, width, hidden_CD.dtype)
+        def of_tokens(tile):
+            hidden_CD, targets_C, top, total, target_logit = tile
             logits = _logits(hidden_CD, weights, new)
             new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
             total = total * jnp.exp(top - new_top) + jnp.sum(jnp.exp(logits - new_top[:, None]), axis=-1)
             hit = start + jnp.arange(width) == targets_C[:, None]
             return new_top, total, target_logit + jnp.sum(jnp.where(hit & new, logits, 0.0), axis=-1)
 
-        zero = jnp.zeros(targets_C.shape, jnp.float32)
-        count = -(-head_DV.shape[1] // width)
-        top, total, target_logit = lax.fori_loop(0, count, of_columns, (zero - jnp.inf, zero, zero))
-        lse = top + jnp.log(total)
-        return lse - target_logit, lse
+        return lax.map(of_tokens, (hidden_nCD, targets_nC, *carry))
 
-    return lax.map(of_tokens, (hidden_nCD, targets_nC))
+    zero = jnp.zeros(targets_nC.shape, jnp.float32)
+    count = -(-head_DV.shape[1] // width)
+    top, total, target_logit = lax.fori_loop(0, count, of_columns, (zero - jnp.inf, zero, zero))
+    lse = top + jnp.log(total)
+    return lse - target_logit, lse
 
 
-def _tiles_forward(hidden, head, targets, width):
-    nll, lse = _tiles(hidden, head, targets, width)
+def _tiles_forward(hidden, head, targets, width, shards, over):
+    nll, lse = _tiles(hidden, head, targets, width, shards, over)
     return (nll, lse), (hidden, head, targets, lse)
 
 
-def _tiles_backward(width, saved, gradients):
+def _tiles_backward(width, shards, over, saved, gradients):
     """dlogits = softmax * (g_nll + g_lse) - onehot(target) * g_nll, rebuilt from the saved log-sum-exp."""
     hidden_nCD, head_DV, targets_nC, lse_nC = saved
 
-    def of_tokens(dhead, tile):
-        hidden_CD, targets_C, lse_C, g_nll, g_lse = tile
+    def of_columns(v, carry):
+        dhidden_nCD, dhead_DV = carry
+        weights, start, new = _columns(head_DV, v, width, hidden_nCD.dtype, shards, over)
 
-        def of_columns(v, carry):
-            dhidden, dhead = carry
-            weights, start, new = _columns(head_DV, v, width, hidden_CD.dtype)
+        def of_tokens(dweights, tile):
+            hidden_CD, targets_C, lse_C, g_nll, g_lse, dhidden = tile
             softmax = jnp.exp(_logits(hidden_CD, weights, new) - lse_C[:, None])
             hit = (start + jnp.arange(width) == targets_C[:, None]) & new
             dlogits = (softmax * (g_nll + g_lse)[:, None] - jnp.where(hit, g_nll[:, None], 0.0)).astype(hidden_CD.dtype)
             dhidden += jnp.dot(dlogits, weights.T, preferred_element_type=jnp.float32)
-            part = lax.dynamic_slice_in_dim(dhead, start, width, axis=1)
-            part += outer_sum(hidden_CD, dlogits)
-            return dhidden, lax.dynamic_update_slice_in_dim(dhead, part, start, axis=1)
+            return dweights + outer_sum(hidden_CD, dlogits), dhidden
 
-        zero = jnp.zeros(hidden_CD.shape, jnp.float32)
-        count = -(-head_DV.shape[1] // width)
-        dhidden, dhead = lax.fori_loop(0, count, of_columns, (zero, dhead))
-        return dhead, dhidden.astype(hidden_CD.dtype)
+        dweights, dhidden_nCD = lax.scan(of_tokens, jnp.zeros(weights.shape, jnp.float32),
+                                         (hidden_nCD, targets_nC, lse_nC, *gradients, dhidden_nCD))
+        # The shifted last tile meets columns that an earlier one has written: their gradient in it is zero.
+        part = lax.dynamic_slice_in_dim(dhead_DV, start, width, axis=1) + shards.scatter_axis(dweights, over, 0)
+        return dhidden_nCD, lax.dynamic_update_slice_in_dim(dhead_DV, part, start, axis=1)
 
-    dhead, dhidden = lax.scan(of_tokens, jnp.zeros(head_DV.shape, jnp.float32),
-                              (hidden_nCD, targets_nC, lse_nC, *gradients))
-    return dhidden, dhead.astype(head_DV.dtype), None
+    start = jnp.zeros(hidden_nCD.shape, jnp.float32), jnp.zeros(head_DV.shape, jnp.float32)
+    count = -(-head_DV.shape[1] // width)
+    dhidden, dhead = lax.fori_loop(0, count, of_columns, start)
+    return dhidden.astype(hidden_nCD.dtype), dhead.astype(head_DV.dtype), None
 
 
 _tiles.defvjp(_tiles_forward, _tiles_backward)
@@ -118,11 +147,8 @@ _tiles.defvjp(_tiles_forward, _tiles_backward)
 IMPLEMENTATIONS = {"reference": reference, "tiled": tiled}
 
 
-def chunked(hidden_ND: Float[Array, "N D"], head_DV: Float[Array, "D V"], targets_N: Int[Array, "N"], tokens: int = TILE
-            ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
-    """Negative log-likelihood and log-sum-exp per token: `reference` where all logits fit a tile, else `tiled`.
-
-    `tokens` is the tile's share of tokens over all devices: multiply TILE by the devices that split them.
-    """
+def chunked(hidden_ND: Float[Array, "N D"], head_DV: Float[Array, "D V"], targets_N: Int[Array, "N"], tokens: int = TILE,
+            shards: Shards = ONE_DEVICE, over: tuple[str, ...] = ()) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
+    """Negative log-likelihood and log-sum-exp per token: `reference` where all logits fit a tile, else `tiled`."""
     small = len(targets_N) * head_DV.shape[1] <= tokens * TILE
-    return (reference if small else tiled)(hidden_ND, head_DV, targets_N, tokens)
+    return (reference if small else tiled)(hidden_ND, head_DV, targets_N, tokens, shards, over)

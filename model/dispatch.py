@@ -16,7 +16,7 @@ class Dispatch:
 
     slot_of        [N, K] the slot of a token's k-th choice; every pair has one
     token_of       [M] the token of a slot, N where the slot is padding
-    block_expert   [M/block] the expert of each block, ascending
+    block_expert   [M/block] the expert of each block, ascending; E for the blocks that this routing leaves over
     """
 
     slot_of: Int[Array, "N K"]
@@ -39,8 +39,7 @@ def plan(experts_NK: Int[Array, "N K"], num_experts: int, block: int) -> Dispatc
     return Dispatch(
         slot_of=jnp.zeros(pairs, jnp.int32).at[order].set(slots, unique_indices=True).reshape(-1, K),
         token_of=jnp.full(num_blocks * block, len(experts_NK), jnp.int32).at[slots].set(order // K, unique_indices=True),
-        block_expert=jnp.minimum(jnp.searchsorted(jnp.cumsum(blocks_of), jnp.arange(num_blocks), side="right"),
-                                 num_experts - 1).astype(jnp.int32),
+        block_expert=jnp.searchsorted(jnp.cumsum(blocks_of), jnp.arange(num_blocks), side="right").astype(jnp.int32),
         block=block)
 
 
@@ -49,7 +48,8 @@ def _copy_to_slots(x_ND, to: Dispatch):
 
 
 def _sum_from_slots(y_MD, to: Dispatch):
-    return jnp.sum(y_MD[to.slot_of].astype(jnp.float32), axis=1).astype(y_MD.dtype)
+    found = jnp.take(y_MD, to.slot_of, axis=0, mode="fill", fill_value=0)
+    return jnp.sum(found.astype(jnp.float32), axis=1).astype(y_MD.dtype)
 
 
 @jax.custom_vjp
@@ -60,7 +60,8 @@ def to_slots(x_ND: Float[Array, "N D"], to: Dispatch) -> Float[Array, "M D"]:
 
 @jax.custom_vjp
 def from_slots(y_MD: Float[Array, "M D"], to: Dispatch) -> Float[Array, "N D"]:
-    """Sum every token's K slots. The adjoint of `to_slots`; both gradients are gathers, never a scatter-add."""
+    """Sum every token's K slots; a slot of M or more is empty. The adjoint of `to_slots`; both gradients are gathers,
+    never a scatter-add."""
     return _sum_from_slots(y_MD, to)
 
 

@@ -1,13 +1,14 @@
-"""Text from weights: prefill the latent cache with the prompts, then one token per row and step.
+"""Text from weights: prompts fill the latent cache (model/latent_cache.py), then one token per row and step.
 
-The cache holds kv_lora_rank + qk_rope_head_dim values per token and layer (model/mla.py), nothing per head.
-Sizes are rounded up to a few per octave, so that repeated calls reuse the compiled program.
+A `Decoder` keeps the cache between replies. A prompt that goes on where its row stands costs only its new tokens, so
+a conversation of hundreds of tool calls is read once. Sizes are rounded up to a few per octave, so that repeated calls
+reuse the compiled program.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,10 +19,14 @@ from jaxtyping import Array, Float, Int
 
 from configs.schema import ModelConfig, require
 from model.call import Call
-from model.sampling import Sampling, choose
+from model.latent_cache import BLOCK
+from model.sampling import GREEDY, OUTSIDE, UNLIMITED, Budget, Sampling, choose, spend
 from model.served_params import SERVED, serve
 from model.transformer import bind, param_specs
 from quant.served import Serving
+
+CHUNK = 256
+"""New tokens of a row that go through the network together when a prompt goes on: bounds the logits in memory."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,11 @@ class Program:
 
 @dataclass
 class Stats:
-    """Filled in by `stream` while it runs. Seconds; the first call of a shape includes its compilation."""
+    """Filled in by `Decoder.stream` while it runs. Seconds; the first call of a shape includes its compilation."""
 
     prompt_tokens: int = 0
+    read_tokens: int = 0
+    """Of the prompt, those that were not in the cache yet."""
     new_tokens: int = 0
     first_token_s: float = 0.0
     total_s: float = 0.0
@@ -59,6 +66,11 @@ def bucket(n: int, least: int) -> int:
     return -(-n // step) * step
 
 
+def room_for(positions: int) -> int:
+    """Cache length for so many positions: a power of two up to a block, then blocks."""
+    return 1 << max(positions - 1, 15).bit_length() if positions <= BLOCK else bucket(positions, BLOCK)
+
+
 def prefill(params: dict[str, Array], tokens_BS: Int[Array, "B S"], lengths_B: Int[Array, "B"], cache_len: int,
             program: Program) -> tuple[Float[Array, "B V"], Float[Array, "L B T R+rope"]]:
     """Logits after each row's last prompt token, and the latent cache with room for `cache_len` positions.
@@ -74,99 +86,164 @@ def prefill(params: dict[str, Array], tokens_BS: Int[Array, "B S"], lengths_B: I
     return network.logits(last_BD, call), jnp.pad(latents, ((0, 0), (0, 0), (0, cache_len - S), (0, 0)))
 
 
-def decode(params: dict[str, Array], tokens_B: Int[Array, "B"], cache_LBTR: Array, at_B: Int[Array, "B"],
+def extend(params: dict[str, Array], tokens_BS: Int[Array, "B S"], cache_LBTR: Array, positions_BS: Int[Array, "B S"],
            program: Program) -> tuple[Float[Array, "B V"], Array]:
-    """Logits after one more token per row, which takes position `at_B`."""
-    call = program.call(at_B[:, None], jnp.ones((len(at_B), 1), jnp.int32))
-    return bind(program.cfg, params).decode(tokens_B, cache_LBTR, at_B, call)
+    """Logits after the last column, and the cache with the tokens at these positions. A position of T or more is
+    padding, which leaves no trace; short rows have theirs on the left."""
+    inside = positions_BS < cache_LBTR.shape[2]
+    network = bind(program.cfg, params)
+    call = program.call(positions_BS, inside.astype(jnp.int32))
+    hidden_BSD, cache_LBTR = network.decode(tokens_BS, cache_LBTR, call)
+    return network.logits(hidden_BSD[:, -1], call), cache_LBTR
 
 
-@partial(jax.jit, static_argnames=("room", "program"))
-def _generate(params, tokens_BS, lengths_B, limits_B, stop_ids, sampling, *, room: int, program: Program):
-    """[B, room] tokens and how many each row has; a row ends at a stop token or at its limit (0: it only pads the
-    batch), and the loop when every row has ended."""
-    B, S = tokens_BS.shape
-    logits, cache = prefill(params, tokens_BS, lengths_B, S + room, program)
-    first = choose(logits, lengths_B, sampling, program.greedy)
+def _reply(params, logits_BV, cache_LBTR, lengths_B, limits_B, stop_ids, sampling, budget, *, room: int,
+           program: Program):
+    """[B, room] tokens, how many each row has, and the cache; a row ends at a stop token or at its limit (0: it only
+    pads the batch), and the loop when every row has ended."""
+    B, T = len(lengths_B), cache_LBTR.shape[2]
+    first, thought = spend(budget, jnp.full(B, OUTSIDE), choose(logits_BV, lengths_B, sampling, program.greedy))
 
     def ended(token_B, n):
         return jnp.any(token_B[:, None] == stop_ids, axis=1) | (n >= limits_B)
 
     def unfinished(state):
-        _, _, _, done, _, _ = state
-        return ~jnp.all(done)
+        return ~jnp.all(state[4])
 
     def step(state):
-        n, token, cache, done, out, count = state
-        logits, cache = decode(params, token, cache, lengths_B + n - 1, program)
-        token = choose(logits, lengths_B + n, sampling, program.greedy)
-        return n + 1, token, cache, done | ended(token, n + 1), out.at[:, n].set(token), count + ~done
+        n, token, thought, cache, done, out, count = state
+        at = jnp.where(done, T, lengths_B + n - 1)
+        logits, cache = extend(params, token[:, None], cache, at[:, None], program)
+        token, thought = spend(budget, thought, choose(logits, lengths_B + n, sampling, program.greedy))
+        return n + 1, token, thought, cache, done | ended(token, n + 1), out.at[:, n].set(token), count + ~done
 
     out = jnp.zeros((B, room), jnp.int32).at[:, 0].set(first)
-    state = (jnp.int32(1), first, cache, ended(first, 1), out, jnp.ones(B, jnp.int32))
-    _, _, _, _, out, count = jax.lax.while_loop(unfinished, step, state)
-    return out, count
+    state = (jnp.int32(1), first, thought, cache_LBTR, ended(first, 1), out, jnp.ones(B, jnp.int32))
+    _, _, _, cache_LBTR, _, out, count = jax.lax.while_loop(unfinished, step, state)
+    return out, count, cache_LBTR
 
 
 _prefill = jax.jit(prefill, static_argnames=("cache_len", "program"))
-_decode = jax.jit(decode, static_argnames=("program",), donate_argnums=(2,))
-_choose = jax.jit(choose, static_argnames=("greedy",))
+_extend = jax.jit(extend, static_argnames=("program",), donate_argnums=(2,))
+_loop = jax.jit(_reply, static_argnames=("room", "program"), donate_argnums=(2,))
 
 
-def _check(prompts: list[list[int]], max_new_tokens: int, vocab: int) -> None:
-    require(max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    for i, prompt in enumerate(prompts):
-        require(len(prompt) > 0, f"prompt {i} is empty; it needs at least one token")
-        require(min(prompt) >= 0 and max(prompt) < vocab, f"prompt {i} has a token id outside [0, {vocab})")
+@partial(jax.jit, static_argnames=("greedy",))
+def _choose(logits_BV, at_B, sampling, budget, thought_B, *, greedy: bool):
+    return spend(budget, thought_B, choose(logits_BV, at_B, sampling, greedy))
 
 
-def generate_batch(cfg: ModelConfig, params: dict[str, Array], prompts: list[list[int]], *, max_new_tokens: int,
-                   stop_ids: tuple[int, ...], serving: Serving, amount: float, dtype: str, platform: str,
-                   temperature: float = 0.0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0) -> list[list[int]]:
-    """Continuations of all prompts, generated together on the device; the prompts may differ in length.
+class Decoder:
+    """Rows that are continued again and again.
 
-    A continuation ends with its stop token, or without one at `max_new_tokens`. `params` are masters, seen as
-    `serving` and `amount` say (0 plain, 1 on the grid); pass `served_params.SERVED` for weights already prepared.
-    Raises ConfigError on an empty prompt or an unknown token id.
+    `params` are as served (model/served_params.py). The cache grows as needed; `positions` says how long a row is
+    expected to become, which saves growing and compiling again. Raises ConfigError on an empty prompt or an unknown
+    token id.
     """
+
+    def __init__(self, cfg: ModelConfig, params: dict[str, Array], rows: int, *, stop_ids: tuple[int, ...], dtype: str,
+                 platform: str, sampling: Sampling = GREEDY, positions: int = 0):
+        self.sampling = sampling.check()
+        self.program = Program(cfg, dtype, platform, greedy=sampling.temperature == 0)
+        self.params, self.rows, self.stop_ids, self.positions = params, bucket(rows, 1), stop_ids, positions
+        self.cache: Array | None = None
+        self.cached: list[list[int]] = [[] for _ in range(self.rows)]
+        """Token ids whose latents stand in each row of the cache."""
+
+    def reply(self, prompts: Mapping[int, Sequence[int]], max_new_tokens: int, budget: Budget = UNLIMITED
+              ) -> dict[int, list[int]]:
+        """row -> the continuation of its prompt: all rows together on the device, each up to and including its stop
+        token, or without one at `max_new_tokens`. Rows without a prompt stay as they are."""
+        lengths, limits = np.ones(self.rows, np.int32), np.zeros(self.rows, np.int32)
+        for row, prompt in prompts.items():
+            lengths[row], limits[row] = len(prompt), max_new_tokens
+        logits, _ = self._read(prompts, max_new_tokens)
+        stops = np.asarray(self.stop_ids or (-1,), np.int32)
+        out, count, self.cache = _loop(self.params, logits, self.cache, lengths, limits, stops, self.sampling, budget,
+                                       room=bucket(max_new_tokens, 16), program=self.program)
+        out, count = jax.device_get((out, count))
+        replies = {row: out[row, :count[row]].tolist() for row in prompts}
+        for row, ids in replies.items():
+            self.cached[row] += ids[:-1]
+        return replies
+
+    def stream(self, prompt: Sequence[int], max_new_tokens: int, budget: Budget = UNLIMITED, stats: Stats | None = None
+               ) -> Iterator[int]:
+        """The tokens of `reply` for row 0, each as soon as it is known; `stats` is kept up to date."""
+        stats = Stats() if stats is None else stats
+        start, thought = time.perf_counter(), np.full(self.rows, OUTSIDE, np.int32)
+        logits, stats.read_tokens = self._read({0: prompt}, max_new_tokens)
+        stats.prompt_tokens = len(prompt)
+        for n in range(max_new_tokens):
+            at = np.full(self.rows, len(prompt) + n, np.int32)
+            token, thought = _choose(logits, at, self.sampling, budget, thought, greedy=self.program.greedy)
+            value = int(token[0])
+            stats.new_tokens, stats.total_s = n + 1, time.perf_counter() - start
+            if n == 0:
+                stats.first_token_s = stats.total_s
+            yield value
+            if value in self.stop_ids:
+                return
+            logits, self.cache = _extend(self.params, token[:, None], self.cache, at[:, None], self.program)
+            self.cached[0].append(value)
+
+    def _read(self, prompts: Mapping[int, Sequence[int]], max_new_tokens: int) -> tuple[Array, int]:
+        """Logits after the prompts, whose tokens stand in the cache afterwards; and how many tokens were read."""
+        require(max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        for row, prompt in prompts.items():
+            require(len(prompt) > 0, f"prompt {row} is empty; it needs at least one token")
+        # The last token is read again even if it is cached: its logits are wanted.
+        known = {row: min(shared_prefix(self.cached[row], prompt), len(prompt) - 1) for row, prompt in prompts.items()}
+        new = {row: list(prompt[known[row]:]) for row, prompt in prompts.items()}
+        vocab = self.program.cfg.vocab_size
+        for row, ids in new.items():
+            require(min(ids) >= 0 and max(ids) < vocab, f"prompt {row} has a token id outside [0, {vocab})")
+        longest = max(map(len, prompts.values())) + bucket(max_new_tokens, 16)
+        logits = self._append(new, known, longest) if self.cache is not None else self._begin(new, longest)
+        for row, prompt in prompts.items():
+            self.cached[row] = list(prompt)
+        return logits, sum(map(len, new.values()))
+
+    def _begin(self, prompts: dict[int, list[int]], longest: int) -> Array:
+        width = bucket(max(map(len, prompts.values())), 16)
+        tokens, lengths = np.zeros((self.rows, width), np.int32), np.ones(self.rows, np.int32)
+        for row, prompt in prompts.items():
+            tokens[row, :len(prompt)], lengths[row] = prompt, len(prompt)
+        room = room_for(max(longest, self.positions, width))
+        logits, self.cache = _prefill(self.params, tokens, lengths, room, self.program)
+        return logits
+
+    def _append(self, new: dict[int, list[int]], known: dict[int, int], longest: int) -> Array:
+        if longest > self.cache.shape[2]:
+            more = room_for(max(longest, 2 * self.cache.shape[2])) - self.cache.shape[2]
+            self.cache = jnp.pad(self.cache, ((0, 0), (0, 0), (0, more), (0, 0)))
+        width = bucket(max(map(len, new.values())), 16)
+        tokens = np.zeros((self.rows, width), np.int32)
+        positions = np.full((self.rows, width), self.cache.shape[2], np.int32)
+        for row, ids in new.items():
+            tokens[row, width - len(ids):] = ids
+            positions[row, width - len(ids):] = np.arange(known[row], known[row] + len(ids))
+        first = width % CHUNK
+        for at in [*([0] if first else []), *range(first, width, CHUNK)]:
+            part = slice(at, first if at < first else at + CHUNK)
+            logits, self.cache = _extend(self.params, tokens[:, part], self.cache, positions[:, part], self.program)
+        return logits
+
+
+def shared_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences begin with together."""
+    length = min(len(one), len(other))
+    differ = np.flatnonzero(np.asarray(one[:length]) != np.asarray(other[:length]))
+    return int(differ[0]) if len(differ) else length
+
+
+def generate_batch(cfg: ModelConfig, params: dict[str, Array], prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+                   stop_ids: tuple[int, ...], serving: Serving, amount: float, dtype: str, platform: str,
+                   sampling: Sampling = GREEDY) -> list[list[int]]:
+    """Continuations of all prompts, generated together; the prompts may differ in length. `params` are masters, seen
+    as `serving` and `amount` say (0 plain, 1 on the grid); with `served_params.SERVED` they are taken as they are."""
     if not prompts:
         return []
-    _check(prompts, max_new_tokens, cfg.vocab_size)
-    sampling = Sampling(temperature, top_p, min_p, seed).check()
-    rows, width = bucket(len(prompts), 1), bucket(max(map(len, prompts)), 16)
-    tokens = np.zeros((rows, width), np.int32)
-    lengths, limits = np.ones(rows, np.int32), np.zeros(rows, np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, :len(prompt)], lengths[row], limits[row] = prompt, len(prompt), max_new_tokens
-    program = Program(cfg, dtype, platform, greedy=temperature == 0)
     weights = params if serving == SERVED else serve(params, param_specs(cfg), serving, amount, dtype)
-    out, count = jax.device_get(_generate(weights, tokens, lengths, limits, np.asarray(stop_ids or (-1,), np.int32),
-                                          sampling, room=bucket(max_new_tokens, 16), program=program))
-    return [out[row, :count[row]].tolist() for row in range(len(prompts))]
-
-
-def stream(cfg: ModelConfig, params: dict[str, Array], prompt: list[int], *, max_new_tokens: int,
-           stop_ids: tuple[int, ...], serving: Serving, amount: float, dtype: str, platform: str,
-           temperature: float = 0.0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0,
-           stats: Stats | None = None) -> Iterator[int]:
-    """The tokens of `generate_batch` for one prompt, each as soon as it is known; `stats` is kept up to date."""
-    _check([prompt], max_new_tokens, cfg.vocab_size)
-    sampling = Sampling(temperature, top_p, min_p, seed).check()
-    stats = Stats() if stats is None else stats
-    program = Program(cfg, dtype, platform, greedy=temperature == 0)
-    weights = params if serving == SERVED else serve(params, param_specs(cfg), serving, amount, dtype)
-    start, length, width = time.perf_counter(), len(prompt), bucket(len(prompt), 16)
-    stats.prompt_tokens = length
-    logits, cache = _prefill(weights, np.pad(np.asarray([prompt], np.int32), ((0, 0), (0, width - length))),
-                             np.asarray([length], np.int32), width + bucket(max_new_tokens, 16), program)
-    for n in range(max_new_tokens):
-        at = np.asarray([length + n], np.int32)
-        token = _choose(logits, at, sampling, program.greedy)
-        value = int(token[0])
-        stats.new_tokens, stats.total_s = n + 1, time.perf_counter() - start
-        if n == 0:
-            stats.first_token_s = stats.total_s
-        yield value
-        if value in stop_ids:
-            return
-        logits, cache = _decode(weights, token, cache, at, program)
+    decoder = Decoder(cfg, weights, len(prompts), stop_ids=stop_ids, dtype=dtype, platform=platform, sampling=sampling)
+    return list(decoder.reply(dict(enumerate(prompts)), max_new_tokens).values())

@@ -1,9 +1,10 @@
 """One matrix product per expert over rows that are sorted by expert: the arithmetic of a mixture of experts.
 
 Rows come in blocks of one expert each (model/dispatch.py pads every expert's rows to whole blocks), so there are no
-ragged edges anywhere and no masks inside a kernel. Each implementation gives the three products of training: forward,
-gradient of the rows, gradient of the weights. `lax.ragged_dot` is not among them: its gradients, and on CPU and GPU
-its forward, compute every expert on every row.
+ragged edges anywhere and no masks inside a kernel. Blocks of nobody, which a routing leaves over at the end, have the
+expert E and rows of zeros. Each implementation gives the three products of training: forward, gradient of the rows,
+gradient of the weights. `lax.ragged_dot` is not among them: its gradients, and on CPU and GPU its forward, compute every
+expert on every row.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
+from model.kernels import grouped_matmul_tpu
 from model.project import outer_sum
 
 
@@ -23,7 +26,8 @@ from model.project import outer_sum
 class GroupedMatmul:
     """rows(x [M, I], w, block_expert [M/b], transposed) -> [M, O], in x's dtype: row by its expert's weights, which are
     w [E, I, O], or w [E, O, I] where `transposed`.
-    weights(x [M, D], y [M, F], block_expert, E) -> [E, D, F] float32: sum of outer products over each expert's rows.
+    weights(x [M, D], y [M, F], block_expert, E, dtype) -> [E, D, F]: sum of outer products over each expert's rows, in
+    float32 until it is whole.
     """
 
     rows: Callable
@@ -40,9 +44,9 @@ def _reference_rows(x, w, block_expert, transposed):
     return jnp.einsum(product, one_hot, x, w, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def _reference_weights(x, y, block_expert, num_experts):
+def _reference_weights(x, y, block_expert, num_experts, dtype):
     one_hot = jax.nn.one_hot(jnp.repeat(block_expert, len(x) // len(block_expert)), num_experts, dtype=x.dtype)
-    return jnp.einsum("me,md,mf->edf", one_hot, x, y, preferred_element_type=jnp.float32)
+    return jnp.einsum("me,md,mf->edf", one_hot, x, y, preferred_element_type=jnp.float32).astype(dtype)
 
 
 def _batched_rows(x, w, block_expert, transposed):
@@ -51,56 +55,71 @@ def _batched_rows(x, w, block_expert, transposed):
     return out.astype(x.dtype).reshape(len(x), -1)
 
 
-def _batched_weights(x, y, block_expert, num_experts):
+def _batched_weights(x, y, block_expert, num_experts, dtype):
     per_block = outer_sum(_blocks(x, block_expert), _blocks(y, block_expert))
-    return jax.ops.segment_sum(per_block, block_expert, num_experts, indices_are_sorted=True)
+    return jax.ops.segment_sum(per_block, block_expert, num_experts, indices_are_sorted=True).astype(dtype)
 
 
 def _scanned_rows(x, w, block_expert, transposed):
     product = "bi,oi->bo" if transposed else "bi,io->bo"
+    xs, stored = _blocks(x, block_expert), _STORED.get(x.dtype.name, x.dtype)
 
-    def one(block):
-        rows, expert = block
-        return jnp.einsum(product, rows, w[expert], preferred_element_type=jnp.float32).astype(x.dtype)
+    def one(i, out):
+        block = jnp.einsum(product, xs[i], w[block_expert[i]], preferred_element_type=jnp.float32).astype(x.dtype)
+        return out.at[i].set(lax.bitcast_convert_type(block, stored))
 
-    return jax.lax.map(one, (_blocks(x, block_expert), block_expert)).reshape(len(x), -1)
+    out = jnp.zeros((*xs.shape[:2], w.shape[1 if transposed else 2]), stored)
+    out = lax.fori_loop(0, _in_use(block_expert, len(w)), one, out)
+    return lax.bitcast_convert_type(out, x.dtype).reshape(len(x), -1)
 
 
-def _scanned_weights(x, y, block_expert, num_experts):
-    def add(total, block):
-        rows, grads, expert = block
-        return total.at[expert].add(outer_sum(rows, grads)), None
+def _scanned_weights(x, y, block_expert, num_experts, dtype):
+    xs, ys = _blocks(x, block_expert), _blocks(y, block_expert)
+
+    def add(i, total):
+        return total.at[block_expert[i]].add(outer_sum(xs[i], ys[i]))
 
     start = jnp.zeros((num_experts, x.shape[-1], y.shape[-1]), jnp.float32)
-    return jax.lax.scan(add, start, (_blocks(x, block_expert), _blocks(y, block_expert), block_expert))[0]
+    return lax.fori_loop(0, _in_use(block_expert, num_experts), add, start).astype(dtype)
+
+
+_STORED = {"bfloat16": jnp.uint16} if jax.__version_info__ < (0, 11) else {}
+"""Up to jax 0.10, XLA's CPU backend widens a whole bfloat16 array and narrows it again wherever a part is written."""
+
+
+def _in_use(block_expert, num_experts):
+    return jnp.sum(block_expert < num_experts)
 
 
 IMPLEMENTATIONS = {
     "reference": GroupedMatmul(_reference_rows, _reference_weights),
     "batched": GroupedMatmul(_batched_rows, _batched_weights),
     "scanned": GroupedMatmul(_scanned_rows, _scanned_weights),
+    "tpu": GroupedMatmul(grouped_matmul_tpu.rows, grouped_matmul_tpu.weights),
 }
 """reference: dense over all experts, the definition. batched: one batched product over blocks with gathered weights.
 scanned: block after block with weights and sums in place; on a CPU every product still fills all cores, and nothing is
-gathered (bench/grouped_matmul.py)."""
+gathered (bench/grouped_matmul.py). tpu: model/kernels/grouped_matmul_tpu.py."""
 
 
 def implementation(platform: str) -> str:
     """Which entry the platform uses."""
-    return "scanned" if platform == "cpu" else "batched"
+    return {"cpu": "scanned", "tpu": "tpu"}.get(platform, "batched")
 
 
-def block_rows(rows: int, num_experts: int) -> int:
-    """Rows per block: at most 128, where matrix units are full, and at most a quarter of an expert's mean rows, which
-    keeps the padding of each expert to whole blocks under about an eighth."""
+def block_rows(rows: int, num_experts: int, platform: str = "cpu") -> int:
+    """Rows per block: at most a quarter of an expert's mean rows, which keeps the padding of each expert to whole blocks
+    under about an eighth, and no more than fill the platform's matrix unit. A TPU's holds a tile of weights while rows
+    stream past it: few rows per tile leave it loading weights."""
     quarter = max(rows // num_experts // 4, 1)
-    return min(max(1 << (quarter.bit_length() - 1), 8), 128)
+    return min(max(1 << (quarter.bit_length() - 1), 8), 512 if platform == "tpu" else 128)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(x: Float[Array, "M D"], w: Float[Array, "E D F"], block_expert: Int[Array, "M/b"], name: str
                    ) -> Float[Array, "M F"]:
-    """Block i of `x` times w[block_expert[i]]; `block_expert` ascends, `name` is a key of IMPLEMENTATIONS."""
+    """Block i of `x` times w[block_expert[i]], zero where that is E; `block_expert` ascends, `name` is a key of
+    IMPLEMENTATIONS."""
     return IMPLEMENTATIONS[name].rows(x, w, block_expert, False)
 
 
@@ -111,7 +130,7 @@ def _forward(x, w, block_expert, name):
 def _backward(name, saved, y):
     x, w, block_expert = saved
     dx = IMPLEMENTATIONS[name].rows(y, w, block_expert, True)
-    dw = IMPLEMENTATIONS[name].weights(x, y, block_expert, len(w)).astype(w.dtype)
+    dw = IMPLEMENTATIONS[name].weights(x, y, block_expert, len(w), w.dtype)
     return dx, dw, None
 
 

@@ -49,6 +49,10 @@ class FeedForward(nnx.Module):
                             matrix=Matrix(("hidden",), ("embed",)), hf="down_proj.weight")
 
     def __call__(self, x: Float[Array, "B S D"], call: Call) -> Float[Array, "B S D"]:
+        return call.shards.total_over_tensor(self.part(x, call), self.down.spec)
+
+    def part(self, x: Float[Array, "B S D"], call: Call) -> Float[Array, "B S D"]:
+        """What the hidden units of this device add."""
         gate_up = call.weight(self.gate_up)
         hidden = swiglu(project("BSD,DF->BSF", x, gate_up.reshape(gate_up.shape[0], -1)))
         return project("BSF,FD->BSD", hidden, call.weight(self.down))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -10,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from configs.param_spec import Matrix
 from configs.schema import ModelConfig
-from model import attention, rope
+from model import attention, latent_cache, rope
 from model.call import Call, LayerAux
 from model.declare import Declare
 from model.layers import RMSNorm
@@ -64,34 +63,36 @@ class MLA(nnx.Module):
         return checkpoint_name(jnp.concatenate([self.kv_a_norm(latent, call), k_rope], axis=-1), "kv_latent")
 
     def __call__(self, x_BSD: Float[Array, "B S D"], call: Call) -> tuple[Array, LayerAux, Float[Array, "B S R+rope"]]:
-        """Causal attention within segments: output [B, S, D], measurements, and the latents for a decode cache."""
+        """Causal attention within segments: output [B, S, D], measurements, and the latents for a decode cache.
+
+        Where the positions of a row lie on several devices, each has its own queries and gathers the latents of all
+        positions: they are 1/36 of the keys and values of Kimi K2, which every device expands for its heads.
+        """
         cfg = self.cfg
         q = jnp.concatenate(self.queries(x_BSD, call), axis=-1)
         cached = self.latents(x_BSD, call)
-        latent, k_rope = jnp.split(cached, [cfg.kv_lora_rank], axis=-1)
+        shards = call.shards
+        latent, k_rope = jnp.split(shards.all_positions(cached, 1), [cfg.kv_lora_rank], axis=-1)
         kv = project("BSR,RHd->BSHd", latent, call.weight(self.kv_b))
         k_nope, v = jnp.split(kv, [cfg.qk_nope_head_dim], axis=-1)
         k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))], -1)
-        out, max_logit = attention.causal(q, k, v, call.segments, rope.softmax_scale(cfg), call.platform)
-        return project("BSHv,HvD->BSD", out, call.weight(self.o)), LayerAux(max_logit), cached
+        at = shards.own_positions(jnp.arange(k.shape[1]), 0)
+        out, max_logit = attention.causal(q, k, v, shards.all_positions(call.segments, 1), at, rope.softmax_scale(cfg),
+                                          call.platform)
+        out = project("BSHv,HvD->BSD", out, call.weight(self.o))
+        return shards.total_over_tensor(out, self.o.spec), LayerAux(max_logit), cached
 
-    def decode(self, x_B1D: Array, cache_BTR: Float[Array, "B T R+rope"], at_B: Int[Array, "B"], call: Call
-               ) -> tuple[Array, Float[Array, "B T R+rope"]]:
-        """One token per row against the cache, without expanding it: kv_b is absorbed into query and output.
+    def decode(self, x_BSD: Array, cache_LBTR: Float[Array, "L B T R+rope"], layer: int | Int[Array, ""], call: Call
+               ) -> tuple[Array, Float[Array, "L B T R+rope"]]:
+        """A few new tokens per row against the cache, without expanding it: kv_b is absorbed into query and output.
 
-        `at_B` is the position of the new token in its row's cache; later positions are ignored.
+        `call.positions` are the tokens' places in the cache, and what is cached behind a token's own is ignored.
         """
-        cfg = self.cfg
-        q_nope, q_rope = self.queries(x_B1D, call)
-        cache_BTR = cache_BTR.at[jnp.arange(len(at_B)), at_B].set(self.latents(x_B1D, call)[:, 0])
-        latent, k_rope = jnp.split(cache_BTR, [cfg.kv_lora_rank], axis=-1)
-        k_up, v_up = jnp.split(call.weight(self.kv_b), [cfg.qk_nope_head_dim], axis=-1)
-        q_latent = jnp.einsum("BSHd,RHd->BSHR", q_nope, k_up)
-        logits = (jnp.einsum("BSHR,BTR->BHST", q_latent, latent, preferred_element_type=jnp.float32)
-                  + jnp.einsum("BSHd,BTd->BHST", q_rope, k_rope, preferred_element_type=jnp.float32))
-        visible = jnp.arange(cache_BTR.shape[1]) <= at_B[:, None]
-        logits = jnp.where(visible[:, None, None], logits * rope.softmax_scale(cfg), attention.MASKED)
-        weights = jax.nn.softmax(logits, axis=-1).astype(latent.dtype)
-        context = jnp.einsum("BHST,BTR->BSHR", weights, latent)
+        rank = self.cfg.kv_lora_rank
+        q_nope, q_rope = self.queries(x_BSD, call)
+        cache_LBTR = latent_cache.write(cache_LBTR, layer, call.positions, self.latents(x_BSD, call))
+        k_up, v_up = jnp.split(call.weight(self.kv_b), [self.cfg.qk_nope_head_dim], axis=-1)
+        q = jnp.concatenate([jnp.einsum("BSHd,RHd->BSHR", q_nope, k_up), q_rope], axis=-1)
+        context = latent_cache.attend(q, cache_LBTR, layer, call.positions, rope.softmax_scale(self.cfg), rank)
         out = jnp.einsum("BSHR,RHv->BSHv", context, v_up)
-        return project("BSHv,HvD->BSD", out, call.weight(self.o)), cache_BTR
+        return project("BSHv,HvD->BSD", out, call.weight(self.o)), cache_LBTR

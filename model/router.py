@@ -13,6 +13,7 @@ from configs.param_spec import Matrix
 from configs.schema import ModelConfig
 from model.call import Call
 from model.declare import Declare
+from model.shards import ONE_DEVICE, Shards
 
 
 def gate_scale(experts: int, per_token: int, samples: int = 20000) -> float:
@@ -65,14 +66,17 @@ def expert_counts(experts_NK: Int[Array, "N K"], valid_N: Array, num_experts: in
     return jnp.zeros(num_experts, jnp.float32).at[experts_NK.reshape(-1)].add(weights.reshape(-1))
 
 
-def sequence_balance_loss(experts_BSK: Int[Array, "B S K"], scores_BSE: Float[Array, "B S E"], valid_BS: Array
-                          ) -> Float[Array, ""]:
-    """DeepSeek-V3's equations 17-20, without alpha, summed over rows: sum_i f_i P_i per row, 1 at perfect balance."""
+def sequence_balance_loss(experts_BSK: Int[Array, "B S K"], scores_BSE: Float[Array, "B S E"], valid_BS: Array,
+                          shards: Shards = ONE_DEVICE) -> Float[Array, ""]:
+    """DeepSeek-V3's equations 17-20, without alpha, summed over rows: sum_i f_i P_i per row, 1 at perfect balance.
+
+    Where a row's positions lie on several devices, each gives its positions' share of the sum.
+    """
     E, K = scores_BSE.shape[-1], experts_BSK.shape[-1]
     valid = valid_BS.astype(jnp.float32)
-    tokens_B = jnp.maximum(valid.sum(-1), 1.0)
+    tokens_B = jnp.maximum(shards.total(valid.sum(-1), ("context",)), 1.0)
     chosen_BSE = jax.nn.one_hot(experts_BSK, E).sum(2) * valid[..., None]
-    f_BE = jax.lax.stop_gradient(chosen_BSE.sum(1)) * E / (K * tokens_B[:, None])
+    f_BE = shards.total(jax.lax.stop_gradient(chosen_BSE.sum(1)), ("context",)) * E / (K * tokens_B[:, None])
     share_BSE = scores_BSE / jnp.sum(scores_BSE, axis=-1, keepdims=True)
     p_BE = jnp.sum(share_BSE * valid[..., None], axis=1) / tokens_B[:, None]
     return jnp.sum(f_BE * p_BE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,9 @@ class Sampling:
         return self
 
 
+GREEDY = Sampling()
+
+
 def kept(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """Logits over the temperature, -inf where top-p or min-p excludes a token. The best token always stays."""
     logits = logits_BV / sampling.temperature
@@ -47,3 +51,24 @@ def choose(logits_BV: Float[Array, "B V"], at_B: Int[Array, "B"], sampling: Samp
     key = jax.random.key(sampling.seed)
     keys = jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(key, row), at))(jnp.arange(len(at_B)), at_B)
     return jax.vmap(jax.random.categorical)(keys, kept(logits_BV, sampling)).astype(jnp.int32)
+
+
+class Budget(NamedTuple):
+    """How many tokens a reply may think: after so many of them `end` is put in place of whatever was chosen."""
+
+    begin: int = -1
+    end: int = -1
+    tokens: int = 1 << 30
+
+
+UNLIMITED = Budget()
+
+OUTSIDE = -1
+"""What `spend` counts while a row is not in its thoughts."""
+
+
+def spend(budget: Budget, thought_B: Int[Array, "B"], token_B: Int[Array, "B"]) -> tuple[Array, Array]:
+    """The token under the budget, and how many tokens of thought it is in (`begin` itself is the zeroth)."""
+    token_B = jnp.where(thought_B >= budget.tokens, budget.end, token_B)
+    inside = jnp.where(thought_B == OUTSIDE, OUTSIDE, thought_B + 1)
+    return token_B, jnp.where(token_B == budget.end, OUTSIDE, jnp.where(token_B == budget.begin, 0, inside))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from configs.param_spec import Matrix, ParamSpec, Specs
 from configs.schema import ModelConfig
-from model import remat
+from model import embedding, remat
 from model.call import Call, LayerAux, ModelAux, MoEAux
 from model.declare import Declare
 from model.layers import FeedForward, RMSNorm
@@ -37,9 +37,9 @@ class Layer(nnx.Module):
         x_BSD, moe_aux = self._feed(x_BSD + attended, call)
         return x_BSD, aux, moe_aux, latents
 
-    def decode(self, x_B1D: Array, cache_BTR: Array, at_B: Array, call: Call) -> tuple[Array, Array]:
-        attended, cache_BTR = self.attention.decode(self.input_norm(x_B1D, call), cache_BTR, at_B, call)
-        return self._feed(x_B1D + attended, call)[0], cache_BTR
+    def decode(self, x_BSD: Array, cache_LBTR: Array, layer: int | Array, call: Call) -> tuple[Array, Array]:
+        attended, cache_LBTR = self.attention.decode(self.input_norm(x_BSD, call), cache_LBTR, layer, call)
+        return self._feed(x_BSD + attended, call)[0], cache_LBTR
 
     def _feed(self, x_BSD: Array, call: Call) -> tuple[Array, MoEAux | None]:
         normed = self.post_norm(x_BSD, call)
@@ -65,7 +65,7 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens_BS: Int[Array, "B S"], call: Call) -> tuple[Float[Array, "B S D"], ModelAux, Array]:
         """Final normed hidden states, measurements per layer, and the latents [L, B, S, R+rope] of all layers."""
-        x = call.weight(self.embed)[tokens_BS]
+        x = embedding.lookup(self.embed, tokens_BS, call)
         measured = []
         for layer in self.dense:
             x, aux, _, latents = remat.wrap(layer, call.remat)(x, call)
@@ -75,28 +75,27 @@ class Transformer(nnx.Module):
             x, aux, moe_aux, latents = remat.wrap(layer, call.remat)(x, call)
             return x, (aux, moe_aux, latents)
 
-        x, (aux, moe_aux, latents) = jax.lax.scan(body, x, self.moe)
+        x, (aux, moe_aux, latents) = jax.lax.scan(body, x, self.moe, unroll=call.unroll)
         for layer_aux, layer_latents in reversed(measured):
             aux = jax.tree.map(lambda one, stack: jnp.concatenate([one[None], stack]), layer_aux, aux)
             latents = jnp.concatenate([layer_latents[None], latents])
         return self.final_norm(x, call), ModelAux(aux, moe_aux), latents
 
-    def decode(self, tokens_B: Int[Array, "B"], cache_LBTR: Float[Array, "L B T R+rope"], at_B: Int[Array, "B"],
-               call: Call) -> tuple[Float[Array, "B V"], Array]:
-        """Logits of one token per row at cache position `at_B`, and the cache with it written."""
-        x = call.weight(self.embed)[tokens_B[:, None]]
-        dense = []
-        for layer, cache in zip(self.dense, cache_LBTR):
-            x, cache = layer.decode(x, cache, at_B, call)
-            dense.append(cache)
+    def decode(self, tokens_BS: Int[Array, "B S"], cache_LBTR: Float[Array, "L B T R+rope"], call: Call
+               ) -> tuple[Float[Array, "B S D"], Array]:
+        """Final normed hidden states of tokens that go on where the cache ends (their places are `call.positions`), and
+        the cache with them. The cache is a loop's carry here, so it is written in place."""
+        x = call.weight(self.embed)[tokens_BS]
+        for index, layer in enumerate(self.dense):
+            x, cache_LBTR = layer.decode(x, cache_LBTR, index, call)
 
-        def body(x, layer_and_cache):
-            layer, cache = layer_and_cache
-            return layer.decode(x, cache, at_B, call)
+        def body(carry, layer_and_index):
+            layer, index = layer_and_index
+            return layer.decode(*carry, index, call), None
 
-        x, stacked = jax.lax.scan(body, x, (self.moe, cache_LBTR[len(dense):]))
-        cache_LBTR = jnp.concatenate([jnp.stack(dense), stacked]) if dense else stacked
-        return self.logits(self.final_norm(x, call)[:, 0], call), cache_LBTR
+        indices = jnp.arange(len(self.dense), self.cfg.num_hidden_layers)
+        (x, cache_LBTR), _ = jax.lax.scan(body, (x, cache_LBTR), (self.moe, indices))
+        return self.final_norm(x, call), cache_LBTR
 
     def logits(self, hidden: Float[Array, "... D"], call: Call) -> Float[Array, "... V"]:
         """float32 logits."""

@@ -1,7 +1,6 @@
-"""Devices, and which part of every array each of them holds.
+"""Devices, and which part of every array each of them holds: configs/sharding.py as jax's meshes and shardings.
 
-Axis types are Auto everywhere: `jax.jit` sees global arrays, so sums over rows (losses, expert counts, maximum
-logits) are global by construction; `jax.shard_map` is used only where communication is the point.
+Axis types are Auto everywhere. Arrays outside the step are global; train/step.py hands each device its parts.
 """
 
 from __future__ import annotations
@@ -14,25 +13,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs.param_spec import ParamSpec, Specs
-from configs.schema import ConfigError, MeshConfig, require
-
-ROW_AXES = ("data", "fsdp", "expert")
-"""Mesh axes that split the rows of a batch."""
-
-RULES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "experts": (("expert", "fsdp"), ("expert",)),
-    "heads": (("tensor",), ("fsdp",), ("expert",)),
-    "hidden": (("tensor",),),
-    "expert_hidden": (("tensor",),),
-    "vocab": (("tensor",),),
-    "embed": (("fsdp", "expert"), ("fsdp",), ("expert",)),
-}
-"""Logical axis -> mesh axes, best first; the first choice that divides and is still free in the array is taken.
-Experts take fsdp too where they divide: their Newton-Schulz then needs no communication. Axes not named here are
-never split. Earlier entries choose first."""
-
-REPLICATED_LIMIT = 1 << 22
-"""Elements above which an array that no rule splits is an error on a mesh that could split it."""
+from configs.schema import MeshConfig, RunConfig, require
+from configs.sharding import ROW_AXES, check_model, check_positions, partition
+from train.compat import device_grid
 
 
 def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
@@ -44,8 +27,11 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
     require(sizes["data"] * others == len(devices),
             f"the mesh {' x '.join(f'{k}={v}' for k, v in sizes.items())} has {sizes['data'] * others} places but there are "
             f"{len(devices)} devices; choose axes whose product is {len(devices)}")
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices,
-                         axis_types=(AxisType.Auto,) * len(sizes))
+    slices = len({getattr(d, "slice_index", 0) or 0 for d in devices})
+    require(sizes["data"] % slices == 0, f"mesh.data={sizes['data']} is no multiple of the {slices} slices: only copies of the "
+                                         f"model may lie apart; set mesh.data to a multiple of {slices}")
+    grid = device_grid(tuple(sizes.values()), list(devices))
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def check_rows(batch_size: int, accumulate: int, mesh: Mesh) -> None:
@@ -56,25 +42,17 @@ def check_rows(batch_size: int, accumulate: int, mesh: Mesh) -> None:
             f"the nearest that can: {max(batch_size // (ways * accumulate), 1) * ways * accumulate}")
 
 
+def check_mesh(cfg: RunConfig, mesh: Mesh) -> None:
+    """ConfigError, with the fix, where an axis of the mesh does not divide what it splits: rows of every microbatch,
+    positions of a row, experts, heads, widths."""
+    check_model(cfg.model, mesh.shape)
+    check_positions(cfg.train.seq_len, mesh.shape)
+    check_rows(cfg.train.batch_size, cfg.train.accumulate, mesh)
+
+
 def param_sharding(spec: ParamSpec, mesh: Mesh) -> NamedSharding:
     """Where a parameter lives, from its logical axes."""
-    chosen: dict[str, tuple[str, ...]] = {}
-    used: set[str] = set()
-    for logical, choices in RULES.items():
-        if logical not in spec.axes:
-            continue
-        size = spec.shape[spec.axis(logical)]
-        for axes in choices:
-            ways = int(np.prod([mesh.shape[a] for a in axes]))
-            if ways > 1 and size % ways == 0 and not used & set(axes):
-                chosen[logical] = axes
-                used |= set(axes)
-                break
-    splittable = int(np.prod([mesh.shape[a] for a in ("fsdp", "expert", "tensor")]))
-    if splittable > 1 and not chosen and spec.size > REPLICATED_LIMIT:
-        raise ConfigError(f"{spec.hf[0].name} {spec.shape} would be replicated: none of its axes {spec.axes} divides "
-                          f"over the mesh {dict(mesh.shape)}; change the mesh or the width")
-    return NamedSharding(mesh, P(*(chosen.get(axis) for axis in spec.axes)))
+    return NamedSharding(mesh, P(*(axes or None for axes in partition(spec, mesh.shape))))
 
 
 def param_shardings(specs: Specs, mesh: Mesh) -> dict[str, NamedSharding]:

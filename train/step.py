@@ -1,23 +1,31 @@
-"""One optimizer step, top to bottom: loss and gradients, Muon and AdamW, QK-Clip, router bias."""
+"""One optimizer step, top to bottom: loss and gradients, Muon and AdamW, QK-Clip, router bias.
+
+Where a batch becomes sharded and what moves between devices: `gradients`, and docs/scale.md."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from configs.param_spec import Specs
 from configs.schema import RunConfig
+from configs.sharding import ROW_AXES, TOKEN_AXES
 from model import cross_entropy
-from model.call import Call, ModelAux, combine, nothing_measured
-from model.transformer import bind
+from model.call import Call, LayerAux, ModelAux, MoEAux, combine, nothing_measured, over_devices
+from model.shards import ONE_DEVICE, Shards, shards_of
+from model.transformer import bind, param_specs
 from optim.apply import apply_updates
 from optim.metrics import optimizer_metrics
 from quant.served import Serving, grid_amount
+from train.checkpoint import fingerprint
 from train.state import TrainState
 
 Batch = dict[str, Array]
@@ -31,21 +39,26 @@ class StepConfig:
     run: RunConfig
     compute_dtype: str
     platform: str
+    mesh: Mesh | None = None
+
+    @property
+    def shards(self) -> Shards:
+        return shards_of(self.mesh)
 
 
 def loss_fn(params: dict[str, Array], batch: Batch, amount: Array, total_weight: Array, cfg: StepConfig
             ) -> tuple[Float[Array, ""], tuple[Array, ModelAux]]:
-    """sum(weight * nll) / total_weight over these rows, plus the auxiliary losses; and (nll sum, measurements).
+    """This device's share of sum(weight * nll) / total_weight plus the auxiliary losses; and (nll sum, measurements).
 
-    `total_weight` is the whole step's, so the losses of microbatches and shards add up to the global mean.
+    `total_weight` is the whole step's, so the shares of microbatches and devices add up to the global mean. Devices
+    along tensor have the same tokens: each takes its part of their loss.
     """
     run = cfg.run
     call = Call(batch["positions"], batch["segments"], amount, Serving.of(run.model, run.quant), cfg.compute_dtype,
-                cfg.platform, run.train.remat)
+                cfg.platform, run.train.remat, run.train.layers == "unroll", cfg.shards, run.train.transport)
     network = bind(run.model, params)
     hidden, aux, _ = network(batch["tokens"], call)
-    nll, lse = cross_entropy.chunked(hidden.reshape(-1, hidden.shape[-1]), call.exact_weight(network.head),
-                                     batch["targets"].reshape(-1))
+    nll, lse = cross_entropy.losses(hidden, network.head, batch["targets"], call)
     weights = batch["weights"].reshape(-1)
     nll_sum = jnp.sum(weights * nll)
     loss = nll_sum / total_weight
@@ -53,20 +66,47 @@ def loss_fn(params: dict[str, Array], batch: Batch, amount: Array, total_weight:
         loss += run.train.z_loss * jnp.sum(weights * lse**2) / total_weight
     if run.train.balance_loss:
         loss += run.train.balance_loss * jnp.sum(aux.moe.balance_loss) / run.train.batch_size
-    return loss, (nll_sum, aux)
+    return loss / cfg.shards.size("tensor"), (nll_sum, aux)
 
 
 def gradients(params: dict[str, Array], batch: Batch, amount: Array, cfg: StepConfig
               ) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
-    """Mean loss, float32 gradients and measurements of a whole batch, microbatch by microbatch."""
-    total_weight = jnp.sum(batch["weights"])
+    """Mean loss, gradients and measurements of a whole batch: global arrays in and out, in their shardings.
+
+    Inside, every device runs `local_gradients` on its rows and positions and on its parts of the parameters.
+    """
+    if cfg.shards == ONE_DEVICE:
+        return local_gradients(params, batch, amount, cfg)
+    parts = {path: P(*(axes or None for axes in cfg.shards.stored(spec)))
+             for path, spec in param_specs(cfg.run.model).items()}
+    measured = ModelAux(LayerAux(P(None, "tensor")), MoEAux(P(), P()))
+    run = jax.shard_map(partial(local_gradients, cfg=cfg), mesh=cfg.mesh,
+                        in_specs=(parts, P(ROW_AXES, "context"), P()), out_specs=(P(), parts, measured), check_vma=False)
+    return run(params, batch, amount)
+
+
+def local_gradients(params: dict[str, Array], batch: Batch, amount: Array, cfg: StepConfig
+                    ) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
+    """The same for one device, gradients summed over microbatches here and over devices once, at the end."""
+    shards = cfg.shards
+    batch = {name: shards.own_positions(shards.gather_axis(x, ("context",), 1), 1) for name, x in batch.items()}
+    total_weight = shards.total(jnp.sum(batch["weights"]), TOKEN_AXES)
+    nll, grads, aux = accumulated(params, batch, amount, total_weight, cfg)
+    specs = param_specs(cfg.run.model)
+    grads = {path: shards.total_gradient(g, specs[path]) for path, g in grads.items()}
+    return shards.total(nll, TOKEN_AXES) / total_weight, grads, over_devices(aux, shards.split(TOKEN_AXES))
+
+
+def accumulated(params: dict[str, Array], batch: Batch, amount: Array, total_weight: Array, cfg: StepConfig
+                ) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
+    """Sum of nll, gradients and measurements of this device's tokens, microbatch by microbatch in float32."""
     grad = jax.value_and_grad(loss_fn, has_aux=True)
     count = cfg.run.train.accumulate
     if count == 1:
         (_, (nll, aux)), grads = grad(params, batch, amount, total_weight, cfg)
-        return nll / total_weight, grads, aux
+        return nll, grads, aux
 
-    # Microbatch m takes rows m, m + count, ...: every device keeps a share of each microbatch.
+    # Microbatch m takes rows m, m + count, ... of every device: of all rows the same ones on any mesh.
     micro = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
 
     def add(carry, rows):
@@ -78,7 +118,7 @@ def gradients(params: dict[str, Array], batch: Batch, amount: Array, cfg: StepCo
     shapes = jax.eval_shape(lambda: grad(params, first, amount, total_weight, cfg)[0][1][1])
     zeros = jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
     ((nll, grads), aux), _ = jax.lax.scan(add, (zeros, nothing_measured(shapes)), micro)
-    return nll / total_weight, grads, aux
+    return nll, grads, aux
 
 
 def make_train_step(cfg: StepConfig, specs: Specs, optimizer: optax.GradientTransformationExtraArgs,
@@ -100,7 +140,8 @@ def make_train_step(cfg: StepConfig, specs: Specs, optimizer: optax.GradientTran
         params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt_state),
                                          (state.params, state.optimizer))
         new = TrainState(params, opt_state, state.step + 1, state.skipped + jnp.where(finite, 0, 1))
-        metrics = {"loss": loss, "lr": schedule(state.step), "grid_amount": amount, "skipped_steps": new.skipped,
+        metrics = {"loss": loss, "data_print": sum(fingerprint(x) for x in batch.values()), "lr": schedule(state.step),
+                   "grid_amount": amount, "skipped_steps": new.skipped,
                    "tokens": jnp.sum(batch["segments"] > 0), **routing_metrics(aux, batch, cfg),
                    **report}
         return new, metrics

@@ -33,7 +33,7 @@ def packed(B, S, kind):
 
 
 def loss(q, k, v, g, segments, name):
-    out, top = attention.IMPLEMENTATIONS[name](q, k, v, segments, SCALE, 32)
+    out, top = attention.IMPLEMENTATIONS[name](q, k, v, segments, jnp.arange(q.shape[1]), SCALE, 32)
     out = jnp.where((segments > 0)[..., None, None], out, 0)
     return jnp.sum(out.astype(jnp.float32) * g.astype(jnp.float32)), (out, top)
 
@@ -61,10 +61,12 @@ def test_documents_do_not_see_each_other(name):
     """A packed row gives every document the outputs it has alone."""
     q, k, v, _ = inputs(1, 96)
     segments = jnp.asarray([[1] * 40 + [2] * 50 + [0] * 6])
-    out, top = attention.IMPLEMENTATIONS[name](q, k, v, segments, SCALE, 16)
+    out, top = attention.IMPLEMENTATIONS[name](q, k, v, segments, jnp.arange(96), SCALE, 16)
     tops = []
     for piece in (slice(0, 40), slice(40, 90)):
-        alone, alone_top = attention.reference(q[:, piece], k[:, piece], v[:, piece], segments[:, piece], SCALE)
+        length = piece.stop - piece.start
+        alone, alone_top = attention.reference(q[:, piece], k[:, piece], v[:, piece], segments[:, piece],
+                                               jnp.arange(length), SCALE)
         np.testing.assert_allclose(out[:, piece], alone, atol=2e-6)
         tops.append(alone_top)
     np.testing.assert_allclose(top, np.maximum(*tops), rtol=1e-6)
@@ -77,10 +79,25 @@ def test_maximum_logit_is_exact(name):
     q, k = q.at[1, 77, 2].set(9.0), k.at[1, 50, 2].set(9.0).at[1, 3, 2].set(20.0)
     segments = jnp.asarray([[1] * 96, [1] * 30 + [2] * 66])
     logits = np.einsum("BSHd,BTHd->BHST", np.asarray(q, np.float64), np.asarray(k, np.float64)) * SCALE
-    logits = np.where(np.asarray(attention.visible_BST(segments))[:, None], logits, -np.inf)
-    top = attention.IMPLEMENTATIONS[name](q, k, v, segments, SCALE, 32)[1]
+    logits = np.where(np.asarray(attention.visible_BST(segments, jnp.arange(96)))[:, None], logits, -np.inf)
+    top = attention.IMPLEMENTATIONS[name](q, k, v, segments, jnp.arange(96), SCALE, 32)[1]
     np.testing.assert_allclose(top, logits.max((0, 2, 3)), rtol=1e-6)
     assert int(np.argmax(top)) == 2
+
+
+@pytest.mark.parametrize("name", attention.IMPLEMENTATIONS)
+def test_some_of_a_rows_queries(name):
+    """Two chunks far apart, as a device of the context axis holds them, get what they get among all."""
+    q, k, v, _ = inputs(2, 96)
+    segments = packed(2, 96, "packed")
+    want, _ = attention.reference(q, k, v, segments, jnp.arange(96), SCALE)
+    at = np.r_[12:24, 72:84]
+    out, top = attention.IMPLEMENTATIONS[name](q[:, at], k, v, segments, jnp.asarray(at), SCALE, 16)
+    seen = np.asarray(segments[:, at] > 0)
+    np.testing.assert_allclose(out[seen], want[:, at][seen], atol=2e-6)
+    logits = jnp.where(attention.visible_BST(segments, jnp.asarray(at))[:, None],
+                       jnp.einsum("BSHd,BTHd->BHST", q[:, at], k) * SCALE, -jnp.inf)
+    np.testing.assert_allclose(top, logits.max((0, 2, 3)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("platform", attention.CHUNK)

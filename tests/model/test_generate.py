@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from configs.schema import ConfigError
-from model import generate
-from model.generate import Program, Stats, bucket, decode, generate_batch, prefill, stream
-from model.sampling import Sampling, choose, kept
+from model import generate, latent_cache
+from model.generate import Decoder, Program, Stats, bucket, extend, generate_batch, prefill, room_for, shared_prefix
+from model.latent_cache import BLOCK
+from model.sampling import OUTSIDE, Budget, Sampling, choose, kept, spend
 from model.served_params import SERVED, serve
 from model.transformer import bind, param_specs
 from quant.served import Serving
@@ -20,6 +21,10 @@ PROMPTS = [np.random.default_rng(n).integers(0, 96, n).tolist() for n in (5, 18,
 COMMON = dict(serving=EXACT, amount=0, dtype="float32", platform="cpu")
 
 
+def decoder(params, rows=1, **settings):
+    return Decoder(CFG, params, rows, **dict(stop_ids=(), dtype="float32", platform="cpu") | settings)
+
+
 @pytest.fixture(scope="module")
 def params():
     return random_params(CFG, std=0.2, bias=0.1)
@@ -27,21 +32,60 @@ def params():
 
 @pytest.mark.parametrize("q_lora_rank", [16, None])
 def test_decode_equals_teacher_forcing(q_lora_rank):
-    """Logits at every position of rows of three lengths, through the absorbed form and the latent cache."""
+    """Logits at every position of rows of three lengths, through the absorbed form and the latent cache: first one
+    token a row, then several with padding in front."""
     cfg = small(q_lora_rank=q_lora_rank, yarn_factor=4.0)
     params = random_params(cfg, std=0.2, bias=0.1)
-    tokens = np.random.default_rng(0).integers(0, 96, (3, 14)).astype(np.int32)
-    lengths = np.array([9, 2, 6], np.int32)
+    tokens = np.random.default_rng(0).integers(0, 96, (3, 24)).astype(np.int32)
+    lengths, rows = np.array([9, 2, 6], np.int32), np.arange(3)
     network, call = bind(cfg, params), call_for(tokens)
     want = np.asarray(network.logits(network(tokens, call)[0], call))
+    close = 1e-5 * np.abs(want).max()  # float32 sums in another order
     program = Program(cfg, "float32", "cpu", True)
-    logits, cache = prefill(params, jnp.asarray(tokens), jnp.asarray(lengths), 20, program)
-    assert cache.shape == (cfg.num_hidden_layers, 3, 20, cfg.kv_lora_rank + cfg.qk_rope_head_dim)
-    step = jax.jit(decode, static_argnames="program")
+    logits, cache = prefill(params, jnp.asarray(tokens[:, :14]), jnp.asarray(lengths), 32, program)
+    assert cache.shape == (cfg.num_hidden_layers, 3, 32, cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+    step = jax.jit(extend, static_argnames="program")
     for n in range(5):
-        mine, other = np.asarray(logits), want[np.arange(3), lengths + n - 1]
-        assert np.abs(mine - other).max() <= 1e-5 * np.abs(want).max()  # float32 sums in another order
-        logits, cache = step(params, tokens[np.arange(3), lengths + n], cache, lengths + n, program=program)
+        assert np.abs(np.asarray(logits) - want[rows, lengths + n - 1]).max() <= close
+        logits, cache = step(params, tokens[rows, lengths + n][:, None], cache, (lengths + n)[:, None], program=program)
+    more, at = np.array([3, 8, 1]), lengths + 5
+    several, positions = np.zeros((3, 8), np.int32), np.full((3, 8), 32)
+    for row in rows:
+        several[row, 8 - more[row]:] = tokens[row, at[row]:at[row] + more[row]]
+        positions[row, 8 - more[row]:] = np.arange(at[row], at[row] + more[row])
+    logits, cache = step(params, several, cache, positions, program=program)
+    assert np.abs(np.asarray(logits) - want[rows, at + more - 1]).max() <= close
+
+
+def test_blocks_of_the_cache_change_nothing(params, monkeypatch):
+    """Logits of a row that reaches over three blocks of the cache, and of a short row beside it."""
+    monkeypatch.setattr(latent_cache, "BLOCK", 16)
+    tokens = np.random.default_rng(0).integers(0, 96, (2, 41)).astype(np.int32)
+    call = call_for(tokens)
+    network = bind(CFG, params)
+    want = np.asarray(network.logits(network(tokens, call)[0], call))
+    program = Program(CFG, "float32", "cpu", True)
+    _, cache = prefill(params, jnp.asarray(tokens[:, :40]), jnp.array([40, 3]), 64, program)
+    logits, _ = extend(params, tokens[[0, 1], [40, 3]][:, None], cache, jnp.array([[40], [3]]), program)
+    assert np.abs(np.asarray(logits) - want[[0, 1], [40, 3]]).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_the_cache_is_written_where_it_lies(params):
+    """The compiled step's output cache is its input's memory, and its scratch memory does not grow with the cache."""
+    program, scratch = Program(CFG, "float32", "cpu", True), []
+    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    integer = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+    for blocks in (2, 16):
+        cache = jax.ShapeDtypeStruct((CFG.num_hidden_layers, 4, blocks * BLOCK, CFG.kv_lora_rank + CFG.qk_rope_head_dim),
+                                     jnp.float32)
+        logits = jax.ShapeDtypeStruct((4, CFG.vocab_size), jnp.float32)
+        for lowered in (generate._extend.lower(weights, integer(4, 1), cache, integer(4, 1), program),
+                        generate._loop.lower(weights, logits, cache, integer(4), integer(4), integer(1), Sampling(),
+                                             Budget(), room=16, program=program)):
+            memory = lowered.compile().memory_analysis()
+            assert memory.alias_size_in_bytes >= cache.size * 4
+            scratch.append(memory.temp_size_in_bytes)
+    assert scratch[:2] == scratch[2:]
 
 
 def test_batch_stream_and_single_rows_agree(params):
@@ -50,9 +94,49 @@ def test_batch_stream_and_single_rows_agree(params):
     for prompt, row in zip(PROMPTS, out, strict=True):
         assert generate_batch(CFG, params, [prompt], max_new_tokens=9, stop_ids=(), **COMMON) == [row]
     stats = Stats()
-    assert list(stream(CFG, params, PROMPTS[1], max_new_tokens=9, stop_ids=(), stats=stats, **COMMON)) == out[1]
-    assert (stats.prompt_tokens, stats.new_tokens) == (18, 9)
+    assert list(decoder(params).stream(PROMPTS[1], 9, stats=stats)) == out[1]
+    assert (stats.prompt_tokens, stats.read_tokens, stats.new_tokens) == (18, 18, 9)
     assert 0 < stats.first_token_s < stats.total_s and stats.tokens_per_s > 0
+
+
+def test_a_conversation_goes_on_in_its_cache(params):
+    """Rounds in which rows drop out, come back, or had their history rewritten: as if every prompt were new."""
+    talk, prompts = decoder(params, rows=3), {row: list(prompt) for row, prompt in enumerate(PROMPTS)}
+    for rows, rewritten in (([0, 1, 2], None), ([0, 2], None), ([0, 1, 2], 1)):
+        if rewritten is not None:
+            prompts[rewritten][3] += 1
+        asked = {row: list(prompts[row]) for row in rows}
+        fresh = decoder(params, rows=3).reply(asked, 9)
+        assert talk.reply(asked, 9) == fresh
+        for row, ids in fresh.items():
+            prompts[row] += [*ids, 7, 8, 9]
+    stats, alone = Stats(), decoder(params)
+    again = [*PROMPTS[0], *alone.stream(PROMPTS[0], 5), 1, 2]
+    assert list(alone.stream(again, 5, stats=stats)) == decoder(params).reply({0: again}, 5)[0]
+    assert stats.read_tokens == 2, "the five new ones were cached while they were generated"
+
+
+def test_sizes():
+    assert [room_for(n) for n in (1, 16, 17, BLOCK, BLOCK + 1, 10 * BLOCK + 1)] == \
+        [16, 16, 32, BLOCK, 2 * BLOCK, 12 * BLOCK]
+    assert all(room_for(n) >= n for n in range(1, 4000))
+    assert [shared_prefix([1, 2, 3], other) for other in ([], [1], [1, 2, 4], [1, 2, 3, 4], [2])] == [0, 1, 2, 3, 0]
+
+
+def test_a_budget_ends_thoughts(params):
+    """Token 5 begins thoughts and 6 ends them: after 4 tokens of thought the end is put in, on the device and streamed."""
+    budget = Budget(begin=5, end=6, tokens=4)
+    given, state = [1, 5, 2, 3, 2, 2, 2, 2, 5, 6, 2], jnp.full(1, OUTSIDE)
+    seen = []
+    for token in given:
+        token, state = spend(budget, state, jnp.array([token]))
+        seen.append(int(token[0]))
+    assert seen == [1, 5, 2, 3, 2, 2, 6, 2, 5, 6, 2]
+    free = decoder(params).reply({0: PROMPTS[1]}, 12)[0]
+    budget = Budget(begin=free[1], end=95, tokens=3)
+    cut = decoder(params).reply({0: PROMPTS[1]}, 12, budget)[0]
+    assert cut[:2] == free[:2] and cut[5] == 95 and cut[2:5] == free[2:5]
+    assert list(decoder(params).stream(PROMPTS[1], 12, budget)) == cut
 
 
 def test_stop_tokens_end_a_row_and_are_returned(params):
@@ -61,7 +145,7 @@ def test_stop_tokens_end_a_row_and_are_returned(params):
     out = generate_batch(CFG, params, PROMPTS, max_new_tokens=9, stop_ids=(stop,), **COMMON)
     for row, full in zip(out, free, strict=True):
         assert row == (full[:full.index(stop) + 1] if stop in full else full)
-    assert list(stream(CFG, params, PROMPTS[0], max_new_tokens=9, stop_ids=(stop,), **COMMON)) == out[0]
+    assert list(decoder(params, stop_ids=(stop,)).stream(PROMPTS[0], 9)) == out[0]
 
 
 def test_prepared_weights_give_the_same_tokens_and_logits():
@@ -88,18 +172,20 @@ def test_prepared_weights_give_the_same_tokens_and_logits():
 
 def test_same_shapes_compile_once(params):
     generate_batch(CFG, params, PROMPTS, max_new_tokens=9, stop_ids=(), **COMMON)
-    before = generate._generate._cache_size()
+    before = generate._loop._cache_size()
     generate_batch(CFG, params, [p + [1] for p in PROMPTS], max_new_tokens=7, stop_ids=(), **COMMON)
-    assert generate._generate._cache_size() == before
+    assert generate._loop._cache_size() == before
 
 
 def test_seeds_and_rows(params):
     """A seed fixes the text; another seed changes it; a row's text does not depend on the rows after it."""
-    sampled = dict(max_new_tokens=9, stop_ids=(), temperature=1.0, **COMMON)
-    first = generate_batch(CFG, params, PROMPTS, seed=3, **sampled)
-    assert first == generate_batch(CFG, params, PROMPTS, seed=3, **sampled)
-    assert first != generate_batch(CFG, params, PROMPTS, seed=4, **sampled)
-    assert first[:2] == generate_batch(CFG, params, PROMPTS[:2], seed=3, **sampled)
+    def sampled(prompts, seed):
+        return generate_batch(CFG, params, prompts, max_new_tokens=9, stop_ids=(), sampling=Sampling(1.0, seed=seed),
+                              **COMMON)
+
+    first = sampled(PROMPTS, 3)
+    assert first == sampled(PROMPTS, 3) != sampled(PROMPTS, 4)
+    assert first[:2] == sampled(PROMPTS[:2], 3)
 
 
 def test_nucleus_and_min_p():
@@ -126,7 +212,8 @@ def test_samples_follow_the_probabilities():
 
 @pytest.mark.parametrize("change, message", [
     (dict(prompts=[[]]), "prompt 0 is empty"), (dict(prompts=[[96]]), "token id outside"),
-    (dict(max_new_tokens=0), "max_new_tokens"), (dict(temperature=-1.0), "temperature"), (dict(top_p=0.0), "top_p")])
+    (dict(max_new_tokens=0), "max_new_tokens"), (dict(sampling=Sampling(temperature=-1.0)), "temperature"),
+    (dict(sampling=Sampling(top_p=0.0)), "top_p")])
 def test_bad_input_is_one_sentence(params, change, message):
     with pytest.raises(ConfigError, match=message):
         generate_batch(CFG, params, **dict(dict(prompts=PROMPTS, max_new_tokens=4, stop_ids=()) | COMMON | change))

@@ -1,0 +1,61 @@
+"""Runs of published models on named machines: a preset, its mesh, its microbatches and what it keeps in which precision.
+
+`launch.py plan --preset NAME` compiles each for its machine (docs/plan.md); `launch.py train --preset NAME` is the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from configs.deepseek_v3 import deepseek_v3
+from configs.kimi_k2 import kimi_k2, kimi_k2_thinking
+from configs.moonlight import moonlight_16b
+from configs.schema import MeshConfig, RunConfig
+
+MACHINES = {
+    "moonlight_16b_v6e_16": "v6e:4x4",
+    "kimi_k2_v5p_512": "v5p:8x8x8",
+    "kimi_k2_tpu7x_256": "tpu7x:4x8x8",
+    "kimi_k2_thinking_256k": "v5p:8x8x16",
+    "deepseek_v3_h100_512": "h100:64x8",
+}
+"""The machine each run is planned for."""
+
+
+def moonlight_16b_v6e_16() -> RunConfig:
+    """31 GiB a chip: momentum in bf16, one row of 8192 a microbatch."""
+    base = moonlight_16b()
+    return replace(base, optim=replace(base.optim, momentum_dtype="bfloat16"),
+                   mesh=MeshConfig(data=1, fsdp=4, expert=4),
+                   train=replace(base.train, accumulate=256))
+
+
+def kimi_k2_v5p_512() -> RunConfig:
+    """The published 67 M tokens a step; 16 devices share the experts of a layer, 32 their storage."""
+    base = kimi_k2()
+    return replace(base, optim=replace(base.optim, momentum_dtype="bfloat16"),
+                   mesh=MeshConfig(data=1, fsdp=32, expert=16),
+                   train=replace(base.train, accumulate=16))
+
+
+def kimi_k2_tpu7x_256() -> RunConfig:
+    """256 chips are 512 devices of 94.7 GiB."""
+    return kimi_k2_v5p_512()
+
+
+def kimi_k2_thinking_256k() -> RunConfig:
+    """256 rows of 256K: 16 devices share a row."""
+    base = kimi_k2_thinking()
+    return replace(base, optim=replace(base.optim, momentum_dtype="bfloat16"),
+                   mesh=MeshConfig(data=1, fsdp=8, expert=8, context=16),
+                   train=replace(base.train, accumulate=4))
+
+
+def deepseek_v3_h100_512() -> RunConfig:
+    """Experts over the eight GPUs of a node, storage over all."""
+    base = deepseek_v3()
+    return replace(base, mesh=MeshConfig(data=1, fsdp=64, expert=8), train=replace(base.train, accumulate=30))
+
+
+PLANS = {f.__name__: f for f in (moonlight_16b_v6e_16, kimi_k2_v5p_512, kimi_k2_tpu7x_256, kimi_k2_thinking_256k,
+                                 deepseek_v3_h100_512)}

@@ -1,0 +1,132 @@
+"""Grouped matmul on TPU: a Pallas kernel for each of the three products.
+
+The grid walks the blocks of rows innermost, so a tile of an expert's weights is fetched once for all blocks of that
+expert, and an expert without rows costs nothing. The contracted dimension is never cut: for the widths of this family
+(7168 at most) a tile of 128 columns fits the core's memory many times over. Blocks of nobody at the end are not fetched;
+their output is zero.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+TILE_BYTES = 12 << 20
+"""What the tiles of one grid step may take. Pallas holds each twice: one in use, one on its way."""
+
+VMEM_LIMIT = 40 << 20
+"""Room asked of the compiler: two of each tile, float32 products, and the compiler's own. The smallest core, tpu7x's,
+has 64 MiB."""
+
+LANES = 128
+
+
+def rows(x: Float[Array, "M I"], w: Float[Array, "E _ _"], block_expert: Int[Array, "M/b"], transposed: bool
+         ) -> Float[Array, "M O"]:
+    """GroupedMatmul.rows."""
+    (M, I), O, dtype = x.shape, w.shape[1 if transposed else 2], x.dtype
+    block, last = M // len(block_expert), len(w) - 1
+    tile = _largest_tile(O, lambda o: (I * o + block * (I + o)) * dtype.itemsize + block * o * 4)
+
+    def weights_at(o, i, expert, source):
+        at = jnp.minimum(expert[source[i]], last)
+        return (at, o, 0) if transposed else (at, 0, o)
+
+    return _call(
+        partial(_rows_kernel, num_experts=len(w), transposed=transposed), block_expert, len(w),
+        grid=(O // tile, len(block_expert)), semantics=("parallel", "arbitrary"),
+        in_specs=[pl.BlockSpec((block, I), lambda o, i, expert, source: (source[i], 0)),
+                  pl.BlockSpec((1, tile, I) if transposed else (1, I, tile), weights_at)],
+        out_specs=pl.BlockSpec((block, tile), lambda o, i, expert, source: (i, o)),
+        out=jax.ShapeDtypeStruct((M, O), dtype), operands=(x, w), flops=2 * M * I * O,
+        moved=(O // tile * x.size + w.size + M * O) * dtype.itemsize)
+
+
+def _rows_kernel(expert, source, x, w, out, *, num_experts: int, transposed: bool):
+    used = expert[pl.program_id(1)] < num_experts
+
+    @pl.when(used)
+    def _():
+        out[...] = _dot(x[...], w[0], 1, 1 if transposed else 0).astype(out.dtype)
+
+    @pl.when(jnp.logical_not(used))
+    def _():
+        out[...] = jnp.zeros_like(out)
+
+
+def weights(x: Float[Array, "M D"], y: Float[Array, "M F"], block_expert: Int[Array, "M/b"], num_experts: int, dtype
+            ) -> Float[Array, "E D F"]:
+    """GroupedMatmul.weights. The result is written over zeros: nobody writes the tiles of experts without rows."""
+    (M, D), F = x.shape, y.shape[1]
+    block = M // len(block_expert)
+    height = _largest_tile(D, lambda d: block * d * x.dtype.itemsize + d * min(F, 1024) * 4)
+    width = _largest_tile(F, lambda f: block * (height + f) * x.dtype.itemsize + height * f * 4)
+    out = jax.ShapeDtypeStruct((num_experts, D, F), dtype)
+    return _call(
+        partial(_weights_kernel, num_experts=num_experts), block_expert, num_experts,
+        grid=(D // height, F // width, len(block_expert)), semantics=("parallel", "parallel", "arbitrary"),
+        in_specs=[pl.BlockSpec((block, height), lambda d, f, i, expert, source: (source[i], d)),
+                  pl.BlockSpec((block, width), lambda d, f, i, expert, source: (source[i], f)),
+                  pl.BlockSpec(memory_space=pl.ANY)],
+        out_specs=pl.BlockSpec((1, height, width), lambda d, f, i, expert, source: (
+            jnp.minimum(expert[source[i]], num_experts - 1), d, f)),
+        out=out, operands=(x, y, jnp.zeros(out.shape, dtype)), aliases={4: 0},
+        scratch=[pltpu.VMEM((height, width), jnp.float32)], flops=2 * M * D * F,
+        moved=(F // width * x.size + D // height * y.size) * x.dtype.itemsize + out.size * out.dtype.itemsize)
+
+
+def _weights_kernel(expert, source, x, y, zeros, out, total, *, num_experts: int):
+    i, end = pl.program_id(2), pl.num_programs(2) - 1
+    used = expert[i] < num_experts
+    first = (i == 0) | (expert[i] != expert[jnp.maximum(i - 1, 0)])
+    last = (i == end) | (expert[i] != expert[jnp.minimum(i + 1, end)])
+
+    @pl.when(used & first)
+    def _():
+        total[...] = _dot(x[...], y[...], 0, 0)
+
+    @pl.when(used & jnp.logical_not(first))
+    def _():
+        total[...] += _dot(x[...], y[...], 0, 0)
+
+    @pl.when(used & last)
+    def _():
+        out[0] = total[...].astype(out.dtype)
+
+    @pl.when((i == 0) & jnp.logical_not(used))
+    def _():
+        out[...] = jnp.zeros_like(out)
+
+
+def _dot(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), precision=precision,
+                           preferred_element_type=jnp.float32)
+
+
+def _call(kernel, block_expert, num_experts, *, grid, semantics, in_specs, out_specs, out, operands, flops, moved,
+          aliases=None, scratch=()):
+    """The kernel with two prefetched tables: the expert of each block, and the block whose tiles it has in memory, which
+    for blocks of nobody is the last one in use, so that nothing is fetched for them. flops, bytes moved: of full blocks,
+    for the compiler's scheduler and for launch.py plan, which cannot look inside a kernel."""
+    in_use = jnp.sum(block_expert < num_experts)
+    source = jnp.minimum(jnp.arange(len(block_expert)), jnp.maximum(in_use - 1, 0)).astype(jnp.int32)
+    spec = pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=2, grid=grid, in_specs=in_specs, out_specs=out_specs,
+                                        scratch_shapes=scratch)
+    params = pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT)
+    cost = pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
+    run = pl.pallas_call(kernel, grid_spec=spec, out_shape=out, compiler_params=params, input_output_aliases=aliases or {},
+                         cost_estimate=cost)
+    return run(block_expert, source, *operands)
+
+
+def _largest_tile(width: int, bytes_of) -> int:
+    """The largest divisor of `width` whose tiles fit: whole lanes, or all of it where lanes do not divide it."""
+    fits = [t for t in range(LANES, width + 1, LANES) if width % t == 0 and bytes_of(t) <= TILE_BYTES]
+    return max(fits, default=width if width % LANES else LANES)
