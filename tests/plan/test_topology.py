@@ -1,0 +1,94 @@
+"""Machines by name, and how long their wires take; nothing here needs a chip or its compiler."""
+
+import importlib.util
+import types
+
+import numpy as np
+import pytest
+
+from configs.schema import ConfigError
+from optim.census import Collective
+from train.interconnect import LATENCY, Interconnect
+from train.topology import CHIPS, topology
+
+
+@pytest.mark.parametrize("name, shape, devices", [
+    ("v5p:8x8x8", (8, 8, 8), 512), ("v5p-512", (8, 8, 8), 512), ("v6e-16", (4, 4), 16), ("v6e:16x16", (16, 16), 256),
+    ("tpu7x-256", (4, 8, 8), 512), ("tpu7x:4x4x4", (4, 4, 4), 128), ("2xv5p:4x4x4", (4, 4, 4), 128),
+    ("h100-512", (64, 8), 512), ("H100:2x8", (2, 8), 16), ("b200-4", (1, 4), 4), ("v5p-4", (2, 2, 1), 4),
+])
+def test_names(name, shape, devices):
+    found = topology(name)
+    assert found.shape == shape and found.device_count == devices
+
+
+@pytest.mark.parametrize("name, sentence", [
+    ("v9p-16", "did you mean v5p"), ("v6e-17", "no v6e slice has 17 chips"), ("v6e:4x4x4", "has 2 sizes"),
+    ("h100:2x2x2", "nodes x GPUs per node"), ("2xh100:4x8", "several slices of GPUs"), ("v5p", "write CHIP:SHAPE"),
+])
+def test_wrong_names_are_one_sentence(name, sentence):
+    with pytest.raises(ConfigError, match=sentence) as error:
+        topology(name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
+def test_absent_compiler_is_one_sentence():
+    with pytest.raises(ConfigError, match=r"needs libtpu.*pip install -e '.\[plan-tpu\]'"):
+        topology("v6e-16").devices()
+
+
+def machine(name: str, axes: dict[str, int]) -> Interconnect:
+    """Wires of a machine whose mesh is laid over it in row-major order."""
+    found = topology(name)
+    places = np.stack(np.unravel_index(np.arange(found.chips), found.shape), axis=-1)
+    if found.chip.dimensions:
+        devices = [types.SimpleNamespace(coords=[*map(int, p), 0][:3], core_on_chip=0, slice_index=0) for p in places]
+    else:
+        devices = [types.SimpleNamespace(process_index=int(p[0])) for p in places]
+    grid = np.array(devices, object).reshape(list(axes.values()))
+    return Interconnect(found, types.SimpleNamespace(devices=grid, size=found.chips, axis_names=tuple(axes)))
+
+
+def members(wires: Interconnect, *axes: str) -> tuple[int, ...]:
+    shape = wires.mesh.devices.shape
+    ids = np.arange(wires.mesh.size).reshape(shape)
+    return tuple(int(i) for i in ids[tuple(slice(None) if a in axes else 0 for a in wires.mesh.axis_names)].reshape(-1))
+
+
+def seconds(wires, kind, bytes_, *axes):
+    ids = members(wires, *axes)
+    return wires.seconds(Collective(kind, bytes_, len(ids), False, ids)) - LATENCY
+
+
+def test_a_closed_ring_sends_both_ways():
+    """v5p closes axes of 4 and more: an all-gather over 8 chips receives 7/8 at twice a link's rate, over a plane of 64
+    at four times. Half an axis is an open line, at one link's rate."""
+    wires = machine("v5p:8x8x8", {"data": 2, "fsdp": 4, "expert": 64})
+    link = CHIPS["v5p"].link * CHIPS["v5p"].wire
+    assert seconds(wires, "all-gather", 8e9, "expert") == pytest.approx(8e9 * 63 / 64 / (4 * link))
+    assert seconds(wires, "all-gather", 8e9, "fsdp") == pytest.approx(8e9 * 3 / 4 / link)
+    assert seconds(wires, "all-reduce", 8e9, "fsdp") == pytest.approx(2 * seconds(wires, "all-gather", 8e9, "fsdp"))
+    assert wires.axes(members(wires, "fsdp", "expert")) == ("fsdp", "expert")
+
+
+def test_interleaved_groups_share_links():
+    """The outer half of an axis of 8 joins chips 4 apart: four groups go through each link."""
+    wires = machine("v5p:8x8x8", {"data": 2, "fsdp": 4, "expert": 64})
+    link = CHIPS["v5p"].link * CHIPS["v5p"].wire
+    assert seconds(wires, "all-gather", 8e9, "data") == pytest.approx(4e9 / (2 * link / 4))
+
+
+def test_all_to_all_crosses_the_middle():
+    """n chips on a closed ring: n/2 of them send half of B across two links each way, B * n / 8 per link."""
+    wires = machine("v5p:8x8x8", {"expert": 8, "fsdp": 64})
+    link = CHIPS["v5p"].link * CHIPS["v5p"].wire
+    assert seconds(wires, "all-to-all", 8e9, "expert") == pytest.approx(8e9 * 7 / 8 / (4 * 2 * link / 8), rel=0.01)
+
+
+def test_between_nodes_only_the_network_is_left():
+    wires = machine("h100:64x8", {"fsdp": 64, "expert": 8})
+    chip = CHIPS["h100"]
+    assert seconds(wires, "all-gather", 8e9, "expert") == pytest.approx(7e9 / (chip.link * chip.wire))
+    assert seconds(wires, "all-gather", 8e9, "fsdp") == pytest.approx(8e9 * 63 / 64 / (chip.outside * chip.wire))
+    assert seconds(wires, "all-to-all", 8e9, "fsdp") > 8 * seconds(wires, "all-to-all", 8e9, "expert")

@@ -1,0 +1,189 @@
+"""The real train step, compiled ahead of time from abstract shapes for chips that need not be there."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from configs.param_spec import Specs
+from configs.schema import ConfigError, RunConfig
+from model.transformer import param_specs
+from optim.build import build_optimizer
+from optim.hlo import Program
+from optim.schedules import learning_rate
+from quant.coverage import coverage, require_whole_groups
+from train.compat import compile_for_devices
+from train.mesh import batch_sharding, check_mesh, make_mesh, param_shardings, platform
+from train.state import state_shardings
+from train.step import StepConfig, make_train_step
+from train.topology import Topology
+
+BATCH = {"tokens": jnp.int32, "targets": jnp.int32, "positions": jnp.int32, "segments": jnp.int32, "weights": jnp.float32}
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array that is held when the program needs most. `made_by`: the operation in the model, or a state's path."""
+
+    bytes: int
+    shape: str
+    made_by: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    parameters, optimizer, batch   what the step is given; the first two are written over in place
+    activations                    kept from the forward to the backward pass, at the peak
+    gradients                      as large as a parameter, at the peak
+    temporaries                    the rest of the program's own memory at its peak
+    host                           held in the host's memory meanwhile
+    largest                        the largest arrays at the peak, besides the state
+    """
+
+    parameters: int
+    optimizer: int
+    batch: int
+    activations: int
+    gradients: int
+    temporaries: int
+    host: int
+    largest: tuple[Array, ...]
+
+    @property
+    def peak(self) -> int:
+        return (self.parameters + self.optimizer + self.batch + self.activations + self.gradients + self.temporaries)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What compiling told. `fits` is the compiler's own answer."""
+
+    cfg: RunConfig
+    topology: Topology
+    mesh: Mesh
+    specs: Specs
+    program: Program
+    memory: Memory
+    fits: bool
+    seconds_to_lower: float
+    seconds_to_compile: float
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes of abstract arrays on one device, by their shardings."""
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def compile_step(cfg: RunConfig, topology: Topology) -> Compiled:
+    """Lower and compile the step of `cfg` on a machine. ConfigError where the config does not fit the machine's mesh."""
+    devices = topology.devices()
+    mesh = make_mesh(cfg.mesh, devices)
+    check_mesh(cfg, mesh)
+    specs = param_specs(cfg.model)
+    shardings = param_shardings(specs, mesh)
+    coverage(specs, cfg.quant)
+    require_whole_groups(specs, shardings, cfg.quant)
+    optimizer = build_optimizer(specs, cfg.optim, cfg.train.steps, mesh=mesh, shardings=shardings)
+    step = make_train_step(StepConfig(cfg, "bfloat16", platform(mesh), mesh), specs, optimizer,
+                           learning_rate(cfg.optim, cfg.train.steps))
+    state = state_shardings(cfg, specs, optimizer, mesh)
+    rows = (cfg.train.batch_size, cfg.train.seq_len)
+    batch = {name: jax.ShapeDtypeStruct(rows, dtype, sharding=batch_sharding(mesh)) for name, dtype in BATCH.items()}
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+    started = time.monotonic()
+    with jax.default_device(devices[0]):  # kernels that ask which device they are for must not find the host
+        lowered = jax.jit(step, donate_argnums=0, out_shardings=(placed, None)).lower(state, batch)
+        lowered_at = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                compiled = compile_for_devices(lowered, Path(folder), devices)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise ConfigError(f"{topology.name} cannot run this step: {str(error).splitlines()[0][:300]}") from error
+                compiled = None
+            done = time.monotonic()
+            dumped = _newest(Path(folder), "after_optimizations.txt")
+            program = Program(dumped.read_text() if dumped else compiled.as_text())
+            given = {"parameters": local_bytes(state.params), "optimizer": local_bytes((state.optimizer, state.step)),
+                     "batch": local_bytes(batch)}
+            memory = _memory(program, Path(folder), given, compiled, specs, shardings, cfg.model.num_moe_layers)
+    fits = compiled is not None and memory.peak <= topology.chip.hbm
+    return Compiled(cfg, topology, mesh, specs, program, memory, fits, lowered_at - started, done - lowered_at)
+
+
+def _newest(folder: Path, ending: str) -> Path | None:
+    """The dump of the step itself; helpers that are compiled beside it are smaller."""
+    return max(folder.glob(f"*train_step*{ending}"), key=lambda p: p.stat().st_size, default=None)
+
+
+def _memory(program: Program, folder: Path, given: dict[str, int], compiled: Any, specs: Specs, shardings: dict,
+            layers: int) -> Memory:
+    """The state's bytes by its shardings; the program's own at its peak, told apart by shape."""
+    temp = compiled.memory_analysis().temp_size_in_bytes if compiled is not None else _total(folder)
+    held = _at_peak(program, folder)
+    shards = {tuple(shardings[path].shard_shape(spec.shape)) for path, spec in specs.items()}
+    stacked = {shape[1:] for shape in shards if len(shape) > 2}
+
+    def is_gradient(array: Array) -> bool:
+        dims = _dims(array.shape)
+        return dims in shards or (dims[:1] == (layers,) and dims[1:] in stacked)
+
+    def is_activation(array: Array) -> bool:
+        return _dims(array.shape)[:1] == (layers,) and len(_dims(array.shape)) > 2 and not is_gradient(array)
+
+    live = sum(a.bytes for a in held) or 1
+    share = min(temp / live, 1.0)  # arrays that the compiler laid over each other count once
+    gradients = round(share * sum(a.bytes for a in held if is_gradient(a)))
+    activations = round(share * sum(a.bytes for a in held if is_activation(a)))
+    host = compiled.memory_analysis().host_temp_size_in_bytes if compiled is not None else 0
+    return Memory(**given, activations=activations, gradients=gradients, temporaries=temp - gradients - activations, host=host,
+                  largest=tuple(sorted(held, key=lambda a: -a.bytes)[:8]))
+
+
+def _dims(shape: str) -> tuple[int, ...]:
+    found = re.search(r"\[([0-9,]*)\]", shape)
+    return tuple(int(n) for n in found.group(1).split(",") if n) if found else ()
+
+
+def _total(folder: Path) -> int:
+    """Bytes of the program's own memory from the compiler's report: all a failed compilation leaves."""
+    report = _newest(folder, "memory-usage-report.txt")
+    found = re.search(r"Memory Space: default.*?Total bytes: (\d+)", report.read_text(), re.S) if report else None
+    return int(found.group(1)) if found else 0
+
+
+def _at_peak(program: Program, folder: Path) -> list[Array]:
+    """Arrays alive at the compiler's peak, parameters of the step and the fast memory of a core left out."""
+    report = _newest(folder, "live-range.txt")
+    text = report.read_text() if report else ""
+    peak = re.search(r"\(peak\):\n(.*?)(?:\n  \S|\Z)", text, re.S)
+    entry = program.computations[program.entry]
+    made = {name: i for scope in program.computations.values() for name, i in scope.items()}
+    held = []
+    for line in peak.group(1).splitlines() if peak else ():
+        found = re.match(r"\s+(\S+?)\{([0-9,]*)\}: (\d+) bytes", line)
+        if not found or (found.group(1) in entry and entry[found.group(1)].kind == "parameter"):
+            continue
+        instruction = made.get(found.group(1))
+        if instruction is None:
+            continue
+        shapes = instruction.shapes
+        index = found.group(2).split(",")[0]
+        shape = shapes[int(index)] if index and int(index) < len(shapes) else shapes[0] if shapes else None
+        if shape is None or shape.space:
+            continue
+        held.append(Array(int(found.group(3)), f"{shape.dtype}[{','.join(map(str, shape.dims))}]",
+                          instruction.op_name or instruction.name))
+    return held

@@ -1,0 +1,184 @@
+"""How long a compiled step should take on its chips: every operation at the rate of its scarcest resource.
+
+A device works through a program's operations one after another; each takes the longer of its arithmetic and its memory
+traffic. Collectives with a start and a done run beside the other work of the loop body they are in, the others stop it.
+Elementwise arithmetic is not counted: it hides behind memory traffic except inside fused kernels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+
+from optim.census import Collective, collective, open_trips
+from optim.hlo import Instruction, Program
+from train.interconnect import Interconnect
+
+_FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "replica-id", "iota",
+         "domain", "opt-barrier", "copy-done", "async-done", "async-update", "add-dependency"}
+KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu", "mosaic_gpu_v2", "triton_kernel_call")
+"""Targets of Pallas kernels: the compiler cannot count them, they state their own cost (pallas_call's cost_estimate)."""
+
+
+@dataclass
+class Work:
+    """Of one run of a computation on one device. Seconds by what limits them; `exposed` collectives are waited for."""
+
+    compute: float = 0.0
+    memory: float = 0.0
+    exposed: float = 0.0
+    hidden: float = 0.0
+    flops: float = 0.0
+    bytes: float = 0.0
+    silent: set[str] = field(default_factory=set)
+    collectives: list[Collective] = field(default_factory=list)
+    by_operation: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.memory + self.exposed
+
+    def add(self, other: Work, times: float = 1) -> None:
+        """`times` runs of another computation, one after the other. `hidden` is settled in each loop body."""
+        for name in ("compute", "memory", "exposed", "hidden", "flops", "bytes"):
+            setattr(self, name, getattr(self, name) + times * getattr(other, name))
+        self.silent |= other.silent
+        self.collectives += [replace(c, times=c.times * times) for c in other.collectives]
+        for name, seconds in other.by_operation.items():
+            self.by_operation[name] += times * seconds
+
+
+def label(op_name: str) -> str:
+    """The model's part of an operation's path: without loops, transforms and the compiler's wrapping."""
+    parts = [p for p in re.sub(r"jit\([^)]*\)|jvp|transpose|vmap|[()]", "", op_name).split("/")
+             if p and p not in ("while", "body", "eval_jaxpr", "closed_call", "checkpoint", "rematted_computation", "cond",
+                                "shard_map", "branch_0_fun", "branch_1_fun")]
+    return "/".join(parts[-2:]) or "compiler"
+
+
+class Roofline:
+    """Times a program on a machine."""
+
+    def __init__(self, program: Program, wires: Interconnect):
+        self.program, self.wires = program, wires
+        chip = wires.topology.chip
+        self.peak = chip.flops / chip.devices * chip.matmul
+        self.memory_rate = chip.bandwidth / chip.devices * chip.memory
+        self._done: dict[tuple[str, float], Work] = {}
+
+    def step(self) -> Work:
+        """The whole program, once."""
+        return self.run(self.program.entry, 1)
+
+    def run(self, computation: str, outer: float) -> Work:
+        """One run of a computation inside a loop of `outer` trips."""
+        if (computation, outer) in self._done:
+            return self._done[computation, outer]
+        work = Work()
+        overlapping = 0.0
+        for instruction in self.program.computations[computation].values():
+            overlapping += self._instruction(work, computation, instruction, outer)
+        room = work.compute + work.memory
+        work.hidden += min(overlapping, room)
+        work.exposed += max(overlapping - room, 0.0)
+        self._done[computation, outer] = work
+        return work
+
+    def _instruction(self, work: Work, computation: str, instruction: Instruction, outer: float) -> float:
+        """Add an instruction to `work`; seconds that may run beside the rest of the computation are returned instead."""
+        kind = instruction.kind
+        if found := collective(instruction, self.wires.mesh.size):
+            return self._collective(work, found)
+        if kind in _FREE or kind.endswith("-done"):
+            return 0.0
+        if kind == "while":
+            trips = self.program.trips(instruction)
+            trips = open_trips(instruction, outer) if trips is None else trips
+            work.add(self.run(self.program.called(instruction)[0], max(trips, 1)), trips)
+        elif kind in ("conditional", "call", "async-start"):
+            runs = [self.run(c, outer) for c in self.program.called(instruction)]
+            if runs:
+                work.add(max(runs, key=lambda w: w.seconds))
+        else:
+            flops, moved, inner = self._cost(work, computation, instruction)
+            compute, memory = flops / self.peak, moved / self.memory_rate
+            work.flops, work.bytes = work.flops + flops, work.bytes + moved
+            if compute >= memory:
+                work.compute += compute
+            else:
+                work.memory += memory
+            work.by_operation[label(instruction.op_name)] += max(compute, memory)
+            return sum(self._collective(work, c) for c in inner)
+        return 0.0
+
+    def _collective(self, work: Work, c: Collective) -> float:
+        seconds = self.wires.seconds(c)
+        work.collectives.append(c)
+        work.by_operation[f"{c.kind} over {'*'.join(self.wires.axes(c.members)) or 'one device'}"] += seconds
+        if c.overlaps:
+            return seconds
+        work.exposed += seconds
+        return 0.0
+
+    def _cost(self, work: Work, computation: str, instruction: Instruction) -> tuple[float, float, list[Collective]]:
+        """FLOPs, bytes to and from main memory, and collectives fused into it."""
+        if instruction.kind == "custom-call":
+            target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
+            if target and target.group(1) in KERNELS:
+                stated = re.search(r'\\?"flops\\?":\s*\\?"?(\d+)', instruction.rest)
+                moved = re.search(r'\\?"bytes_accessed\\?":\s*\\?"?(\d+)', instruction.rest)
+                if stated and int(stated.group(1)):
+                    bytes_moved = float(moved.group(1)) if moved else self._traffic(computation, instruction)
+                    return float(stated.group(1)), bytes_moved, []
+                work.silent.add(label(instruction.op_name))
+            elif target and target.group(1) in ("AllocateBuffer", "AssumeGatherIndicesInBound"):
+                return 0.0, 0.0, []
+        flops, inner = self._inside(computation, instruction)
+        return flops, self._traffic(computation, instruction), inner
+
+    def _inside(self, computation: str, instruction: Instruction) -> tuple[float, list[Collective]]:
+        flops, inner = self.program.product_flops(computation, instruction), []
+        for called in self.program.called(instruction):
+            for one in self.program.computations.get(called, {}).values():
+                if found := collective(one, self.wires.mesh.size):
+                    inner.append(replace(found, overlaps=True))
+                else:
+                    more, found_inside = self._inside(called, one)
+                    flops, inner = flops + more, inner + found_inside
+        return flops, inner
+
+    def _traffic(self, computation: str, instruction: Instruction) -> float:
+        """Operands read and results written in main memory. Slices count as themselves, not as what they are cut from."""
+        operands = self.program.operand_shapes(computation, instruction)
+        read = [sum(s.bytes for s in shapes if s.space == 0) for shapes in operands]
+        written = sum(s.bytes for s in instruction.shapes if s.space == 0)
+        kind, body = instruction.kind, None
+        if kind in ("dynamic-slice", "slice", "gather"):
+            return 2 * written
+        if kind in ("dynamic-update-slice", "scatter"):
+            return 2 * sum(read[1:])
+        if kind == "fusion" and (called := self.program.called(instruction)):
+            body = self.program.computations[called[0]]
+            read = [min(r, self._read_inside(body, i)) for i, r in enumerate(read)]
+            root = next((i for i in body.values() if i.root), None)
+            if root is not None and root.kind == "dynamic-update-slice":
+                update = self.program.operand_shapes(called[0], root)[1]
+                written = min(written, sum(s.bytes for s in update))
+        return sum(read) + written
+
+    def _read_inside(self, body: dict[str, Instruction], number: int) -> float:
+        """Bytes a fusion reads of a parameter: slices where it is only cut, nothing where it is only written over."""
+        name = next((i.name for i in body.values() if i.kind == "parameter" and i.rest.startswith(f"{number})")), None)
+        if name is None:
+            return float("inf")
+        total = 0.0
+        for user in body.values():
+            operands = [o.partition("#")[0] for o in user.operands]
+            if name not in operands:
+                continue
+            if user.kind in ("dynamic-slice", "slice", "gather"):
+                total += user.bytes
+            elif user.kind != "dynamic-update-slice" or operands[0] != name:
+                return float("inf")
+        return total
