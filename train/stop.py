@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: finish the step, save, leave. A second signal leaves at once."""
+"""Ctrl-C and SIGTERM: finish the step, save, leave. A second signal leaves at once.
+
+Of several processes any may get the signal: jax listens for SIGTERM and names one step after which all of them stop.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,24 @@ EXIT_USAGE = 2
 """A wrong command, config or file; nothing was changed."""
 EXIT_STOPPED = 75
 """Stopped by a signal after saving: the same command goes on. (EX_TEMPFAIL; schedulers may requeue on it.)"""
+EXIT_LOST = 76
+"""One of several processes ended without being asked; the others were ended too. The same command goes on from the newest
+checkpoint."""
 
 
 class StopSignal:
-    """Within the `with` block, `requested` names the signal that came, if one did."""
+    """Within the `with` block, `requested` names the signal that came, if one did; `after(step)` asks once per step."""
 
     def __init__(self):
         self.requested: str | None = None
+
+    def after(self, step: int) -> bool:
+        """Whether to stop after this step; of several processes the same answer in all."""
+        from train import processes  # it imports jax, which must not happen before its settings are made
+
+        if processes.stop_here(step):
+            self.requested = "SIGTERM"
+        return self.requested is not None
 
     def _note(self, number, _frame):
         if self.requested:
@@ -23,7 +37,10 @@ class StopSignal:
         self.requested = signal.Signals(number).name
 
     def __enter__(self):
-        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        from train import processes
+
+        numbers = () if processes.several() else (signal.SIGINT, signal.SIGTERM)
+        self._old = {s: signal.signal(s, self._note) for s in numbers}
         return self
 
     def __exit__(self, *exc):

@@ -1,0 +1,125 @@
+"""One program in several processes: who is first, which rows are mine, and values that every process can read.
+
+All processes run the same steps on the same global arrays. The first one writes the run directory's small files and
+prints; checkpoints are written by all (train/checkpoint.py). On one machine `train/local.py` starts the processes and
+tells each its place through the three variables below; on a cluster jax finds them out.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from configs.schema import ConfigError
+from train.stop import EXIT_LOST
+
+COORDINATOR, COUNT, INDEX = "ABRUZZI_COORDINATOR", "ABRUZZI_PROCESSES", "ABRUZZI_PROCESS"
+"""host:port of the first process, how many there are, and which one this is."""
+
+START_SECONDS = 120
+"""How long to wait for the other processes before saying which could not be reached."""
+
+HEARTBEAT_SECONDS = 30
+"""After this long without a sign from a process the others end: a killed host must not leave the rest waiting."""
+
+
+def join(cluster: bool = False) -> None:
+    """Before anything touches a device: join the other processes, if this is one of several. `cluster` lets jax find
+    them (TPU pods, Slurm, Kubernetes)."""
+    address = os.environ.get(COORDINATOR)
+    if not address and not cluster:
+        return
+    place = dict(coordinator_address=address, num_processes=int(os.environ[COUNT]),
+                 process_id=int(os.environ[INDEX])) if address else {}
+    try:
+        jax.distributed.initialize(**place, initialization_timeout=START_SECONDS,
+                                   heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"the processes could not be joined ({str(error).splitlines()[0]}); start the same command on every "
+                          f"host, and check that {address or 'the first one'} can be reached from each") from error
+
+
+def joined_by_launcher() -> bool:
+    """Whether train/local.py started this process as one of several."""
+    return COORDINATOR in os.environ
+
+
+def first() -> bool:
+    """Whether this process writes and prints."""
+    return jax.process_index() == 0
+
+
+def several() -> bool:
+    return jax.process_count() > 1
+
+
+def meet(where: str) -> None:
+    """Wait until all processes are here."""
+    if several():
+        multihost_utils.sync_global_devices(where)
+
+
+def agree(number: int) -> int:
+    """The first process's number, in all of them."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if several() else number
+
+
+@contextmanager
+def losing_another():
+    """Ends this process with EXIT_LOST and a sentence where a collective breaks off because another process is gone."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not several():
+            raise
+        print(f"error: process {jax.process_index()} of {jax.process_count()} lost another one "
+              f"({str(error).splitlines()[0][:120]}); start all again, they go on from the newest checkpoint",
+              file=sys.stderr, flush=True)
+        os._exit(EXIT_LOST)  # the usual way out would wait for the process that is gone
+
+
+def stop_here(step: int) -> bool:
+    """Whether a SIGTERM that reached any process stops all of them after this step; jax agrees on one for all."""
+    return several() and multihost_utils.reached_preemption_sync_point(step)
+
+
+def my_rows(sharding: NamedSharding, batch_size: int, seq_len: int) -> slice:
+    """The smallest range of rows that holds all rows of this process's devices."""
+    if not several():
+        return slice(0, batch_size)
+    rows = [index[0].indices(batch_size) for index in
+            sharding.addressable_devices_indices_map((batch_size, seq_len)).values()]
+    return slice(min(r[0] for r in rows), max(r[1] for r in rows))
+
+
+def place(batch: dict[str, np.ndarray], sharding: NamedSharding, rows: slice, batch_size: int) -> dict[str, jax.Array]:
+    """Global arrays [batch_size, S] from the rows of this process. The one place where a batch becomes sharded."""
+    if not several():
+        return jax.device_put(batch, sharding)
+
+    def array(local: np.ndarray) -> jax.Array:
+        def part(index):
+            start, stop, _ = index[0].indices(batch_size)
+            return local[start - rows.start:stop - rows.start, index[1]]
+
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, part)
+
+    return {name: array(local) for name, local in batch.items()}
+
+
+def host_values(tree: Any, mesh: Mesh) -> Any:
+    """Arrays on the host, whole, in every process; text and numbers pass through. All processes must call it."""
+    if several():
+        arrays = {i: x for i, x in enumerate(jax.tree.leaves(tree)) if isinstance(x, jax.Array) and not x.is_fully_replicated}
+        whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(arrays)
+        leaves = [whole.get(i, x) for i, x in enumerate(jax.tree.leaves(tree))]
+        tree = jax.tree.unflatten(jax.tree.structure(tree), leaves)
+        tree = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)) if isinstance(x, jax.Array) else x, tree)
+    return jax.device_get(tree)
