@@ -1,5 +1,6 @@
 # make demo        train the tiny preset on INT4, evaluate, export, verify, generate, report (about 5 minutes on 2 cores)
 # make test        the test suite              make test-peers   comparisons with transformers, torch, compressed-tensors
+# make test-slow   what takes minutes a test: whole products of settings, programs compiled for whole clusters
 # PLATFORM=cuda13  (cuda12, tpu): the same on an accelerator. PYTHON=...: another interpreter.
 
 PLATFORM ?= cpu
@@ -17,7 +18,7 @@ READY := $(VENV)/ready-$(PLATFORM)
 PEERS := .venv-peers/ready
 RUN_PY := $(VENV)/bin/python launch.py
 
-.PHONY: demo test test-peers test-oldest lint clean-demo
+.PHONY: demo test test-peers test-oldest test-slow lint clean-demo
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Abruzzi needs Python 3.11 or newer; name one with PYTHON=...")'
@@ -39,7 +40,7 @@ demo: $(READY)
 	$(RUN_PY) train --preset tiny --run $(RUN)-bf16 --quant.grid none --train.fork-from $(RUN)@grid
 	$(RUN_PY) export $(RUN)
 	$(RUN_PY) verify $(RUN)/export --run $(RUN)
-	$(RUN_PY) eval --run $(RUN) bf16=$(RUN)-bf16:bf16 PTQ-INT4=$(RUN)-bf16:ptq QAT-INT4=$(RUN)/export
+	$(RUN_PY) eval --run $(RUN) bf16=$(RUN)-bf16:bf16 PTQ-INT4=$(RUN)-bf16:rtn QAT-INT4=$(RUN)/export
 	$(RUN_PY) generate --weights $(RUN)/export
 	$(RUN_PY) report $(RUN)
 	@echo; echo "look at $(RUN)/report.md; ask the model: $(RUN_PY) generate --weights $(RUN)/export '3a+4b-9='"
@@ -48,11 +49,15 @@ test: $(READY)
 	$(VENV)/bin/python -m pytest -n 2 -q
 
 test-peers: $(PEERS)
-	.venv-peers/bin/python -m pytest -q --override-ini addopts= tests/peers
+	.venv-peers/bin/python -m pytest -q --override-ini addopts= -m 'not slow' tests/peers
 
 # The whole suite again on the oldest supported Python and jax.
 test-oldest: $(PEERS)
 	.venv-peers/bin/python -m pytest -n 2 -q
+
+test-slow: $(READY) $(PEERS)
+	$(VENV)/bin/python -m pytest -q -m slow
+	.venv-peers/bin/python -m pytest -q --override-ini addopts= -m slow tests/peers
 
 lint: $(READY)
 	$(VENV)/bin/python -m ruff check .

@@ -9,6 +9,7 @@ from typing import Literal
 
 import tyro
 
+from configs.plans import MACHINES
 from configs.presets import preset
 from configs.schema import ConfigError, RunConfig
 
@@ -17,13 +18,25 @@ RUN = Path("runs/tiny")
 
 def train(arguments: list[str]) -> int:
     """Train a preset, or go on with a run directory."""
+    given = arguments
     name, arguments = _take(arguments, "--preset", "tiny")
     run, arguments = _take(arguments, "--run", f"runs/{name}")
-    cfg = tyro.cli(RunConfig, default=preset(name), args=arguments, prog=f"launch.py train --preset {name} --run {run}",
-                   description="Train; every field of the preset can be set as --section.field value.")
+    where, arguments = _take(arguments, "--on", "local")
+    remix, arguments = "--remix" in arguments, [word for word in arguments if word != "--remix"]
+    cfg = tyro.cli(RunConfig, default=preset(name), args=arguments, prog=f"launch.py train --preset {name} --run {run} "
+                   f"--on local", description="Train; every field of the preset can be set as --section.field value. "
+                   "--on local:2x4: two processes of four simulated devices; --on cluster: this host is one of several. "
+                   "--remix: a run that is resumed may change data.mixture.")
+    from train import local, processes
+    if where not in ("local", "cluster") and not processes.joined_by_launcher():
+        return local.run(["train", *given], *local.parse(where, cfg.mesh))
+    processes.join(cluster=where == "cluster")
+    from train.console import console
+    console.quiet = not processes.first()
     from train.loop import train
     from train.run_dir import RunDir
-    return train(cfg, RunDir(run))
+    with processes.losing_another():
+        return train(cfg, RunDir(run), remix)
 
 
 @dataclass(frozen=True)
@@ -31,33 +44,49 @@ class Eval:
     """Held-out loss, and for built-in tasks exact answers by chain length, of one or more sets of weights."""
 
     arms: tyro.conf.Positional[tuple[str, ...]] = ()
-    """NAME=RUN[@STEP][:bf16|int4] or NAME=EXPORT_DIR; without any: the run's weights without and with the grid."""
+    """NAME=RUN[@STEP][:bf16|int4|BASELINE] or NAME=EXPORT_DIR; without any: the run's weights without and with the grid.
+    BASELINE: rtn, rtn75, mse, mse_signed, hqq, gptq, awq, rtn3."""
     run: Path = RUN
     """Run directory whose data and task are used, and whose evals.jsonl is written."""
     lengths: tuple[int, ...] = ()
     """Chain lengths; default: from the shortest to twice the longest trained one."""
     problems: int = 128
-    """Problems per length."""
+    """Problems per length; suite horizon plays fewer of the chains above 30 steps, 8 at least."""
+    suite: Literal["loss", "horizon"] = "loss"
+    """loss: held-out loss and answers around the trained lengths. horizon: chains of 1 to 300 steps in a live loop,
+    with tokens, loops, valid calls and the distance to the first arm, all with intervals."""
+    minutes: float = 10.0
+    """Time for suite horizon; lengths that do not fit are left out, and named."""
 
     def __call__(self) -> int:
         from eval.run import evaluate_arms
-        return evaluate_arms(self.run, self.arms, self.lengths, self.problems)
+        return evaluate_arms(self.run, self.arms, self.lengths, self.problems, self.suite, self.minutes)
 
 
 @dataclass(frozen=True)
 class Generate:
-    """Answer a prompt, token by token."""
+    """Answer a prompt, token by token, with tools if there are any."""
 
     prompt: tyro.conf.Positional[str] = ""
-    """A user message; without one, a held-out problem of the task."""
+    """A user message; without one, a held-out problem of the task, with the task's own tools."""
     weights: str = str(RUN)
-    """RUN[@STEP][:bf16|int4] or an exported directory."""
+    """RUN[@STEP][:bf16|int4|BASELINE] or an exported directory."""
+    tools: tuple[str, ...] = ()
+    """calculator, key_value, MODULE:FUNCTION, or FILE.py for all its public functions."""
     task: str = "chain"
     """Built-in task that asks when there is no prompt."""
+    length: int = 5
+    """Steps of that task's problem."""
     raw: bool = False
     """Continue the text as it stands, without chat frame (for models trained on plain text)."""
     max_new_tokens: int = 256
-    """Where to stop at the latest."""
+    """Where a reply stops at the latest."""
+    max_replies: int = 1000
+    """Replies, each of which may call tools, of the whole conversation."""
+    think_budget: int | None = None
+    """Tokens of thought in the whole conversation; the model's thoughts are closed when it is spent."""
+    context: int | None = None
+    """Tokens of a prompt with its reply; where there are more, the oldest tool exchanges are left out."""
     temperature: float = 0.0
     """0 takes the most likely token."""
     top_p: float = 1.0
@@ -68,9 +97,11 @@ class Generate:
     """Of the sampling."""
 
     def __call__(self) -> int:
-        from eval.chat import generate
-        return generate(self.weights, self.prompt, raw=self.raw, max_new_tokens=self.max_new_tokens,
-                        temperature=self.temperature, top_p=self.top_p, min_p=self.min_p, seed=self.seed, task=self.task)
+        from eval.chat import Limits, generate
+        from model.sampling import Sampling
+        limits = Limits(self.max_new_tokens, self.max_replies, self.think_budget, self.context)
+        return generate(self.weights, self.prompt, raw=self.raw, task=self.task, length=self.length, tools=self.tools,
+                        limits=limits, sampling=Sampling(self.temperature, self.top_p, self.min_p, self.seed))
 
 
 @dataclass(frozen=True)
@@ -133,40 +164,57 @@ class Report:
 
 
 def import_(arguments: list[str]) -> int:
-    """Read a Hugging Face directory (bf16, f32 or INT4) into a new run."""
-    directory, arguments = (arguments[0], arguments[1:]) if arguments and arguments[0][0] != "-" else ("", arguments)
-    if not directory and "--help" not in arguments:
-        raise ConfigError("name the directory to import: launch.py import DIR --run RUN")
+    """Read a Hugging Face directory, or its files (bf16, f32 or INT4), into a new run."""
+    count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    sources, arguments = [Path(word) for word in arguments[:count]], arguments[count:]
+    if not sources and "--help" not in arguments:
+        raise ConfigError("name what to import: launch.py import DIR --run RUN, or files with config.json among them")
     name, arguments = _take(arguments, "--preset", "tiny")
-    run, arguments = _take(arguments, "--run", f"runs/{Path(directory).name}")
-    cfg = tyro.cli(RunConfig, default=preset(name), args=arguments, prog=f"launch.py import DIR --preset {name} --run {run}",
+    first = sources[0].resolve() if sources else Path("DIR")
+    run, arguments = _take(arguments, "--run", f"runs/{first.name if len(sources) < 2 else first.parent.name}")
+    cfg = tyro.cli(RunConfig, default=preset(name), args=arguments,
+                   prog=f"launch.py import DIR_OR_FILES --preset {name} --run {run}",
                    description="Import; model and quant come from the files, the rest from the preset.")
-    from train.import_hf import import_directory
+    from train.import_hf import import_checkpoint
     from train.run_dir import RunDir
-    return import_directory(Path(directory), cfg, RunDir(run))
+    return import_checkpoint(sources, cfg, RunDir(run))
 
 
 def data(arguments: list[str]) -> int:
     """What the data is, and rows with the trained tokens in colour."""
     name, arguments = _take(arguments, "--preset", "tiny")
     rows, arguments = _take(arguments, "--rows", "2")
+    index, arguments = _take(arguments, "--index", "")
     cfg = tyro.cli(RunConfig, default=preset(name), args=arguments, prog=f"launch.py data --preset {name} --rows {rows}",
-                   description="Look at the data that a training run with these settings would see.")
-    from data.pipeline import open_data
+                   description="Look at the data that a training run with these settings would see. --index "
+                   "FILE.array_record: tokenise it once into a file, which data.paths can then name instead.")
+    from data.pipeline import open_data, write_index
     from data.preview import show
     from data.tokenizer import load_tokenizer
     from train.console import console
+    if index:
+        if not index.endswith(".array_record"):
+            raise ConfigError(f"--index {index}: give it the ending .array_record, by which it will be known")
+        console.print(f"wrote {write_index(cfg, load_tokenizer(cfg.data.tokenizer), index)} documents to {index}")
     show(open_data(cfg, load_tokenizer(cfg.data.tokenizer)), console, rows=int(rows))
     return 0
 
 
 def plan(arguments: list[str]) -> int:
-    """Parameter table, optimizer routing, counts, bytes and FLOPs of a preset, without training."""
+    """Parameter table, optimizer routing, counts, bytes and FLOPs of a preset; with --topology, its step compiled for
+    chips that need not be there: memory, collectives, roofline, predicted speed."""
     name, arguments = _take(arguments, "--preset", "tiny")
-    cfg = tyro.cli(RunConfig, default=preset(name), args=arguments, prog=f"launch.py plan --preset {name}",
+    machine, arguments = _take(arguments, "--topology", MACHINES.get(name, ""))
+    meshes, arguments = _take(arguments, "--sweep", "0")
+    file, arguments = _take(arguments, "--json", "")
+    cfg = tyro.cli(RunConfig, default=preset(name), args=arguments,
+                   prog=f"launch.py plan --preset {name} --topology {machine or 'v5p:8x8x8'} --sweep 8 --json FILE",
                    description="Show what would be trained.")
-    from train.plan import show_plan
-    return show_plan(name, cfg)
+    if not machine:
+        from train.plan import show_plan
+        return show_plan(name, cfg)
+    from train.plan_topology import show_topology, sweep
+    return sweep(name, cfg, machine, int(meshes), file) if int(meshes) else show_topology(name, cfg, machine, file)
 
 
 WITH_CONFIG = {"train": train, "plan": plan, "data": data, "import": import_}
@@ -219,7 +267,7 @@ def main(argv: list[str]) -> int:
             hint = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(verbs)}"
             raise ConfigError(f"there is no verb {verb!r}; {hint}")
         from train.compat import start_jax
-        start_jax()
+        start_jax("cpu" if verb == "plan" else None)  # a plan is compiled for chips that are not here
         if verb in WITH_CONFIG:
             return WITH_CONFIG[verb](_dashed(arguments))
         return tyro.cli(VERBS[verb], args=arguments, prog=f"launch.py {verb}")()

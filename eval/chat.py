@@ -1,60 +1,118 @@
-"""`launch.py generate`: one answer, streamed to the terminal, thoughts dimmed."""
+"""`launch.py generate`: one answer in the terminal, with tools if there are any, and its bill."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
-from configs.schema import ConfigError
+from configs.schema import require
 from data import tokenizer as tok
+from data.episodes import Bill, Episode, run_episodes
+from data.problem import Problem
 from data.render import KimiRenderer
 from data.tasks import check, make_problem
-from model.generate import Stats, stream
-from model.served_params import SERVED
+from data.tools import Toolbox, tools_by_name
+from eval.screen import Screen
+from model.generate import Decoder, Stats
+from model.sampling import UNLIMITED, Budget, Sampling
 from train.console import console
-from train.weights import load_weights
+from train.weights import Weights, load_weights
 
 
-def generate(source: str, text: str, *, raw: bool, max_new_tokens: int, temperature: float, top_p: float, min_p: float,
-             seed: int, task: str) -> int:
-    """Print the reply to `text` (or, without one, to a held-out problem of a built-in task) and what it cost."""
+@dataclass(frozen=True)
+class Limits:
+    """Where a conversation stops at the latest.
+
+    reply     tokens of one reply. replies: of the conversation
+    thinking  tokens of thought in the whole conversation, then empty thoughts; None: no limit
+    context   tokens of a prompt and its reply; the oldest tool exchanges are left out. None: everything is shown
+    """
+
+    reply: int = 256
+    replies: int = 1000
+    thinking: int | None = None
+    context: int | None = None
+
+    def __post_init__(self):
+        require(self.thinking is None or self.thinking >= 0, f"--think-budget cannot be {self.thinking}")
+        require(self.context is None or self.context > self.reply,
+                f"--context {self.context} leaves no room beside replies of --max-new-tokens {self.reply}")
+
+
+def generate(source: str, text: str, *, raw: bool, task: str, length: int, tools: tuple[str, ...], limits: Limits,
+             sampling: Sampling) -> int:
+    """Print the reply to `text`, or, without one, to a held-out problem of a built-in task; `raw` goes on with the text
+    as it stands."""
+    require(not (tools and not text), "--tools are for a prompt of your own; a built-in task brings its tools along")
+    problem, offered = None, [] if raw else tools_by_name(tools)
+    if not text:
+        require(not raw, "--raw continues a text: give one as the prompt")
+        problem = make_problem(task, seed=0, index=random.randrange(1 << 30), length=length)
     weights = load_weights(source)
-    tokenizer, problem = weights.tokenizer, None
+    decoder = weights.decoder(1, sampling)
     if raw:
-        if not text:
-            raise ConfigError("--raw continues a text: give one as the prompt")
-        prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
-    else:
-        if not text:
-            problem = make_problem(task, seed=0, index=random.randrange(1 << 30), length=5)
-            text = problem.question[-1]["content"]
-        prompt = KimiRenderer(tokenizer).prompt([{"role": "user", "content": text}])
-    console.print(f"[bold]{text}[/]" if raw else f"[bold]user[/]  {text}", end="" if raw else "\n", markup=True)
-    stats, ids, thinking = Stats(), [], 0
-    special = {i: name for name, i in tokenizer.special.items()}
-    shown, inside = "", False
-    for token in stream(weights.model, weights.params, prompt, max_new_tokens=max_new_tokens,
-                        stop_ids=tokenizer.stop_ids, serving=SERVED, amount=0.0, dtype=weights.dtype,
-                        platform=weights.platform, temperature=temperature, top_p=top_p, min_p=min_p, seed=seed,
-                        stats=stats):
-        ids.append(token)
-        name = special.get(token)
-        inside = (inside or name == tok.THINK) and name != tok.THINK_END
-        thinking += inside
-        if name == tok.THINK:
-            console.print("[dim]thoughts[/]", markup=True)
-        elif name == tok.THINK_END:
-            console.print("\n[bold]answer[/]  ", end="", markup=True)
-        elif name is None:
-            # Bytes of a character that is not complete yet wait for the rest.
-            whole = tokenizer.decode([i for i in ids if i not in special])
-            if not whole.endswith("\ufffd"):
-                console.print(whole[len(shown):], end="", style="dim" if inside else None, markup=False)
-                shown = whole
-    console.print()
+        return _continue(weights, decoder, text, limits.reply)
     if problem:
-        right = check(problem, tokenizer.decode(ids))
-        console.print(f"[{'green' if right else 'red'}]{'right' if right else 'wrong'}[/]: the answer is {problem.answer}",
-                      markup=True)
-    console.print(f"[dim]{stats.prompt_tokens} prompt tokens, {len(ids)} new ({thinking} of them thought), first after "
-                  f"{stats.first_token_s:.2f} s, then {stats.tokens_per_s:.1f} tokens/s[/]", markup=True)
+        episode = problem.episode()
+    else:
+        episode = Episode([{"role": "user", "content": text}], Toolbox(offered).results, [t.declaration for t in offered])
+    _converse(weights, decoder, episode, limits)
+    if problem:
+        _judge(problem, episode)
     return 0
+
+
+def _continue(weights: Weights, decoder: Decoder, text: str, limit: int) -> int:
+    prompt = [weights.tokenizer.bos_id, *weights.tokenizer.encode(text)]
+    screen, stats = Screen(console, weights.tokenizer), Stats()
+    console.print(text, end="", style="bold", markup=False)
+    for token in decoder.stream(prompt, limit, stats=stats):
+        screen.token(token)
+    screen.end_of_reply()
+    console.print(f"{stats.prompt_tokens} prompt tokens, {stats.new_tokens} new, first after {stats.first_token_s:.2f} s, "
+                  f"then {stats.tokens_per_s:.1f} tokens/s", style="dim")
+    return 0
+
+
+def _converse(weights: Weights, decoder: Decoder, episode: Episode, limits: Limits) -> None:
+    screen, special = Screen(console, weights.tokenizer), weights.tokenizer.special
+    replies: list[Stats] = []
+
+    def reply(prompts: dict[int, list[int]]) -> dict[int, list[int]]:
+        budget, stats, ids = UNLIMITED, Stats(), []
+        if limits.thinking is not None:
+            left = max(0, limits.thinking - episode.bill.thinking)
+            budget = Budget(special[tok.THINK], special[tok.THINK_END], left)
+        for token in decoder.stream(prompts[0], limits.reply, budget, stats):
+            screen.token(token)
+            ids.append(token)
+        screen.end_of_reply()
+        replies.append(stats)
+        return {0: ids}
+
+    for message in episode.messages:
+        screen.message(message)
+    context = None if limits.context is None else limits.context - limits.reply
+    run_episodes(reply, KimiRenderer(weights.tokenizer), [episode], limits.replies, context=context, watch=screen.message)
+    for failure in episode.failures:
+        console.print(f"stopped: {failure}", style="red", markup=False)
+    if episode.stopped == "limit":
+        console.print(f"stopped after {limits.replies} replies", style="red")
+    console.print(bill(episode.bill, replies), style="dim", markup=False)
+
+
+def bill(spent: Bill, replies: list[Stats]) -> str:
+    """What a conversation cost, in one line."""
+    new = sum(r.new_tokens for r in replies)
+    decoding = sum(r.total_s - r.first_token_s for r in replies)
+    rate = (new - len(replies)) / decoding if decoding > 0 else float("nan")
+    return (f"{spent.thinking} thinking + {spent.answer} answer + {spent.tool} tool = {new} new tokens in {len(replies)} "
+            f"replies; {sum(r.read_tokens for r in replies)} prompt tokens read; first token after "
+            f"{replies[0].first_token_s:.2f} s, then {rate:.1f} tokens/s")
+
+
+def _judge(problem: Problem, episode: Episode) -> None:
+    right = episode.stopped == "done" and check(problem, episode.messages)
+    console.print(f"{'right' if right else 'wrong'}: the answer is {problem.answer}", style="green" if right else "red",
+                  markup=False)
+

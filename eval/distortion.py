@@ -14,22 +14,14 @@ from rich.table import Table
 
 from configs.schema import ConfigError
 from data.pipeline import open_data
-from eval.expert_inputs import expert_inputs
-from model.served_params import serve
-from quant.awq import awq_experts
-from quant.calibration import Calibration, calibrate
 from quant.distortion import Distortion, ExpertWeights, kl_by_position, measure
-from quant.ptq import Quantized, gptq_experts, nearest
-from quant.served import Serving
+from train.baselines import BASELINES, DOWN, GATE_UP, baseline, calibration_of, served_plain
 from train.console import Bar, console
+from train.expert_inputs import expert_inputs
 from train.held_out import Evaluator
 from train.run_dir import RunDir
 from train.session import Session, load_params, open_session, parse_source
 from train.weights import Weights, load_weights
-
-GATE_UP, DOWN = "moe.mlp.experts_gate_up", "moe.mlp.experts_down"
-BASELINES = ("kimi7", "ct75", "mse", "mse_signed", "hqq", "gptq", "awq", "int3")
-"""Rounding to nearest on two grids, with three kinds of searched scales, the two calibrated methods, and three bits."""
 
 COLUMNS = {"held_out_loss": "loss", "kl": "KL", "kl_per_decade_of_position": "slope", "weight_error": "weights",
            "function_error": "experts", "function_error_p99": "p99",
@@ -72,43 +64,22 @@ class _Report:
         self.session, self.masters, self.calibration_batches, self.data = session, masters, calibration_batches, data
         self.cfg, self.evaluator = session.cfg, Evaluator(session, data)
         self.batch = data.validation(1)[0]
-        self.reference = self.serve(masters)
+        self.reference = served_plain(session, masters)
         self.inputs, self.logits = self.trace(self.reference, self.batch)
-
-    def serve(self, params: dict[str, Array]) -> dict[str, Array]:
-        """Rounded to the served dtype, experts taken as they are."""
-        return serve(params, self.session.specs, Serving(self.cfg.model.dtype, "none"), 0.0, self.session.compute_dtype)
 
     def trace(self, params, batch):
         return expert_inputs(self.cfg.model, params, batch, self.session.platform)
 
-    def calibration(self) -> Calibration:
-        batches = (self.data.batch(step) for step in range(self.calibration_batches))
-        layers = (entry for batch in batches for entry in self.trace(self.reference, batch)[0])
-        return calibrate(layers, self.reference[GATE_UP], GATE_UP, DOWN)
-
     def arms(self, extra: list[tuple[str, Weights]]) -> Iterator[tuple[str, dict, dict, tuple[str, ...]]]:
         """(name, served parameters, its experts in the reference's basis, notes)."""
         yield "bf16", self.reference, self.reference, ()
-        calibration = self.calibration()
+        calibration = calibration_of(self.session, self.masters, self.data, self.calibration_batches)
         for name in BASELINES:
-            arm = self.baseline(name, calibration)
-            yield (
-                name,
-                self.serve(arm.fake(self.masters, self.session.specs)),
-                arm.effective(self.session.specs),
-                arm.notes,
-            )
+            arm = baseline(self.session, self.masters, name, calibration)
+            values = arm.fake(self.masters, self.session.specs)
+            yield name, served_plain(self.session, values), arm.effective(self.session.specs), arm.notes
         for name, weights in extra:
             yield name, weights.params, weights.params, ()
-
-    def baseline(self, name: str, calibration: Calibration) -> Quantized:
-        specs, group = self.session.specs, self.cfg.quant.group_size
-        if name == "gptq":
-            return gptq_experts(self.masters, specs, group, calibration)
-        if name == "awq":
-            return awq_experts(self.masters, specs, group, calibration)
-        return nearest(self.masters, specs, group, name)
 
     def row(self, params: dict[str, Array], effective: dict[str, Array]) -> dict:
         weights = Weights(

@@ -9,7 +9,8 @@ from typing import Any
 import matplotlib
 
 from configs.schema import ConfigError
-from eval.run import interval
+from eval.horizon import cells
+from eval.statistics import interval
 from train.console import clock, console, human
 from train.run_dir import RunDir
 
@@ -31,13 +32,17 @@ def write_report(path: Path) -> int:
                 "optimizer_share": _optimizer_share(steps), "grid": _grid(steps)}
     if any("exact" in e for e in evals):
         pictures["accuracy"] = _accuracy(evals)
+    chains = run.path / "horizon.json"
+    played = json.loads(chains.read_text()) if chains.exists() else None
+    if played:
+        pictures |= {"horizon": _horizon(played), "kl_by_position": _kl_by_position(played)}
     folder = run.path / "plots"
     folder.mkdir(exist_ok=True)
     for name, figure in pictures.items():
         figure.tight_layout()
         figure.savefig(folder / f"{name}.png", dpi=110)
         plt.close(figure)
-    (run.path / "report.md").write_text(_page(run, facts, steps, rows, evals, list(pictures)))
+    (run.path / "report.md").write_text(_page(run, facts, steps, rows, evals, list(pictures), played))
     console.print(f"wrote {run.path / 'report.md'} and {len(pictures)} plots")
     return 0
 
@@ -120,7 +125,55 @@ def _accuracy(evals):
     return figure
 
 
-def _page(run: RunDir, facts: dict, steps: list[dict], rows: list[dict], evals: list[dict], pictures: list[str]) -> str:
+def _horizon(played):
+    figure, axes = _axes("chain length n", "chains right to the end (%)", "Right answers by chain length, 95 % intervals")
+    lengths = [int(n) for n in played["problems"]]
+    for arm, (row, colour) in enumerate(zip(played["arms"], INK)):
+        points = list(row["by_length"].values())
+        shares = [100 * point["success"] for point in points]
+        bounds = [(100 * lo, 100 * hi) for lo, hi in (point["interval"] for point in points)]
+        errors = [[max(s - lo, 0) for s, (lo, _) in zip(shares, bounds)], [max(hi - s, 0) for s, (_, hi) in zip(shares, bounds)]]
+        axes.errorbar([n * 1.03**(arm - (len(played["arms"]) - 1) / 2) for n in lengths], shares, errors, fmt="o-",
+                      color=colour, linewidth=1, capsize=3, label=row["arm"])
+    axes.axvspan(*played["trained_lengths"], color=INK[2], alpha=0.12, label="trained lengths")
+    axes.set_xscale("log")
+    axes.set_xticks(lengths, [str(n) for n in lengths])
+    axes.set_ylim(0, 105)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _kl_by_position(played):
+    first, *others = played["arms"]
+    figure, axes = _axes("position in the row", f"KL from {first['arm']} (nats per token)", "Drift on the same text")
+    for row, colour in zip(others, INK[1:]):
+        octaves = row["kl_by_octave"]
+        axes.plot([int(k) for k in octaves], list(octaves.values()), "o-", color=colour, linewidth=1, label=row["arm"])
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    if others:
+        axes.legend(frameon=False)
+    return figure
+
+
+def _chains(played: dict) -> list[str]:
+    """The section about suite horizon."""
+    lengths = ", ".join(f"{count} of n={n}" for n, count in played["problems"].items())
+    context = f", in a context of {played['context']} tokens" if played["context"] else ""
+    lines = ["## Long chains", "",
+             f"Task {played['task']}, trained on {' to '.join(map(str, played['trained_lengths']))} steps; every chain is "
+             f"played in a live loop with greedy replies{context}. Chains: {lengths}. Intervals of 95 %: Wilson for right "
+             "answers, bootstrap over chains for the rest.", ""]
+    for rows in cells(played):
+        lines += [*("| " + " | ".join(row) + " |" for row in rows), ""]
+        lines.insert(len(lines) - len(rows), "|" + "---|" * len(rows[0]))
+    if played["left_out"]:
+        lines += [f"Left out for want of time: n = {', '.join(map(str, played['left_out']))}.", ""]
+    return lines
+
+
+def _page(run: RunDir, facts: dict, steps: list[dict], rows: list[dict], evals: list[dict], pictures: list[str],
+          played: dict | None) -> str:
     cfg, last = run.load_config(), steps[-1]
     rates = sorted(r["tokens_per_second"] for r in steps)
     measured = [100 * r["optimizer_seconds"] / r["seconds"] for r in steps if "optimizer_seconds" in r]
@@ -144,6 +197,7 @@ def _page(run: RunDir, facts: dict, steps: list[dict], rows: list[dict], evals: 
              f"| skipped steps | {last['skipped_steps']} |", ""]
     lines = [line for line in lines[:-1] if line or lines.index(line) in (1, 3)] + [""]
     lines += _results(evals)
+    lines += _chains(played) if played else []
     for name in pictures:
         lines += [f"![{name.replace('_', ' ')}](plots/{name}.png)", ""]
     return "\n".join(lines)

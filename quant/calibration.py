@@ -1,7 +1,7 @@
 """What calibrated baselines know of the data: per expert, the second moments of its inputs and how many tokens it saw.
 
 The caller runs the unquantised model and reports, per MoE layer, the tokens that enter the experts, which experts they
-go to and with which gates; see eval/expert_inputs.py. Inputs of the down projection follow from the weights.
+go to and with which gates; see train/expert_inputs.py. Inputs of the down projection follow from the weights.
 """
 
 from __future__ import annotations

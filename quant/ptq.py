@@ -67,11 +67,6 @@ def _encode(w: Array, codec: Codec, axis: int, group: int) -> Encoded:
     return codec.quantize(w, axis, group)
 
 
-def round_to_nearest(params: Params, specs: Specs, group: int, codec: str = "kimi7") -> dict[str, Array]:
-    """The parameters with every array on the grid replaced by its nearest grid values; see `nearest`."""
-    return nearest(params, specs, group, codec).fake(params, specs)
-
-
 def nearest(params: Params, specs: Specs, group: int, codec: str = "kimi7") -> Quantized:
     """Every weight by itself. `codec` names a rule of quant/codecs.py: kimi7 (absmax/7), ct75 (absmax/7.5), mse,
     mse_signed or hqq (searched scales), int3 (three bits)."""

@@ -113,6 +113,10 @@ def read_header(path: Path) -> dict[str, Entry]:
     header.pop("__metadata__", None)
     entries = {name: _entry(path, name, row, 8 + length) for name, row in header.items()}
     need = max((e.start + e.size for e in entries.values()), default=8 + length)
+    lost = [name for name, e in sorted(entries.items(), key=lambda item: item[1].start) if e.start + e.size > size]
+    if lost:
+        raise DamagedFile(f"{path.name} is cut off: it has {size} bytes, its header announces {need}, and {lost[0]} is the "
+                          "first tensor that is not whole; copy the file again")
     if size != need:
         raise DamagedFile(f"{path.name} has {size} bytes, but its header announces {need}; copy the file again")
     return entries

@@ -8,6 +8,8 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
+
 
 def quiet_absl_flags() -> None:
     """Grain's worker options read absl flags, which are unparsed in a program that does not run under absl.app."""
@@ -19,11 +21,11 @@ def quiet_absl_flags() -> None:
 
 def start_jax(platform: str | None = None, cache: Path | None = None) -> None:
     """Before anything computes: platform, tree-mode Flax, a persistent compilation cache, and quiet libraries."""
-    if platform:
-        os.environ["JAX_PLATFORMS"] = platform
     import jax
     from flax import nnx
 
+    if platform:
+        jax.config.update("jax_platforms", platform)
     nnx.set_graph_mode(False)
     jax.config.update("jax_compilation_cache_dir", str(cache or Path.home() / ".cache" / "abruzzi" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -45,3 +47,60 @@ def interpreter() -> str:
     import jax
 
     return f"Python {sys.version.split()[0]}, jax {jax.__version__}"
+
+
+def abstract_devices(platform: str, name: str, slices: int = 1, gpu_target: str = "") -> list:
+    """Devices of a machine that need not be there, to compile for: `name` is `v5p:8x8x8` on tpu, nodes x GPUs on cuda.
+
+    ModuleNotFoundError where the platform's compiler is not installed, ValueError where it refuses the name.
+    """
+    from importlib.util import find_spec
+
+    # Before libtpu is loaded: no cloud machine's metadata, and other processes may hold its lock file.
+    for variable, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3",
+                            "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_WORKER_HOSTNAMES": "localhost",
+                            "TPU_ACCELERATOR_TYPE": name.replace(":", "-")}.items():
+        os.environ.setdefault(variable, value)
+    from jax.experimental import topologies
+
+    try:
+        if platform == "tpu":
+            if find_spec("libtpu") is None:
+                raise ModuleNotFoundError("libtpu")
+            megacore = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+            found = topologies.get_topology_desc(topology_name=name, platform="tpu", num_slices=slices, **megacore)
+        else:
+            if not any(find_spec(f"jax_plugins.xla_cuda{n}") for n in (12, 13) if find_spec("jax_plugins")):
+                raise ModuleNotFoundError("jax_plugins.xla_cuda")
+            found = topologies.get_topology_desc("plan", "cuda", target_config=gpu_target, topology=f"1x{name}")
+    except (RuntimeError, ValueError) as error:  # jax.errors.JaxRuntimeError is a RuntimeError
+        raise ValueError(str(error).splitlines()[0]) from error
+    return list(found.devices)
+
+
+def device_grid(sizes: tuple[int, ...], devices: list) -> np.ndarray:
+    """Devices in the shape of a mesh, neighbours on the wires where the mesh has neighbours. Of several slices the first
+    axis, a multiple of their number, crosses from one to the next."""
+    from jax.experimental import mesh_utils
+
+    slices = len({getattr(d, "slice_index", 0) or 0 for d in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, *[1] * (len(sizes) - 1)), devices,
+                                                allow_split_physical_axes=True)
+
+
+def compiler_options(platform: str) -> dict:
+    """What the train step is compiled with. On TPUs one pass is left out: it takes reductions of gradients out of the loop
+    over microbatches, which would keep whole gradients instead of parts, and in libtpu 0.0.50 it fails on ours."""
+    return {"xla_disable_hlo_passes": "while-loop-all-reduce-code-motion"} if platform == "tpu" else {}
+
+
+def compile_for_devices(lowered, dump: Path, devices: list):
+    """Compile for abstract devices and leave the compiler's own account of HLO and memory in `dump`, also where memory
+    does not suffice. Raises what the compiler raises."""
+    options = compiler_options(devices[0].platform) | {"xla_dump_to": str(dump), "xla_dump_hlo_as_text": True}
+    if devices[0].platform != "tpu":
+        # The default replaces small all-reduces by a kernel that cannot be compiled without a GPU.
+        options["xla_gpu_experimental_use_collective_kernels"] = ""
+    return lowered.compile(compiler_options=options)

@@ -16,6 +16,7 @@ from model.call import Call
 from model.served_params import SERVED
 from model.transformer import bind
 from quant.served import Serving
+from train import processes
 from train.mesh import batch_sharding
 from train.session import Session
 
@@ -56,7 +57,8 @@ class Evaluator:
             raise ConfigError("there are no held-out rows to evaluate on; raise --data.validation-fraction")
         nll = weight = source_bytes = 0.0
         for batch in held_out:
-            placed = jax.device_put(batch, batch_sharding(session.mesh))
+            size = len(batch["tokens"])
+            placed = processes.place(batch, batch_sharding(session.mesh), slice(0, size), size)
             batch_nll, batch_weight = _sums(params, placed, jnp.float32(amount), model=model or session.cfg.model,
                                             serving=serving, dtype=session.compute_dtype, platform=session.platform)
             nll, weight = nll + float(batch_nll), weight + float(batch_weight)

@@ -13,18 +13,20 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from configs.schema import ConfigError, RunConfig
-from data.pipeline import Data, batch_hash, open_data
+from data.pipeline import Data, open_data
 from model.counts import train_flops_per_token
 from optim.build import build_optimizer, check_state
 from optim.routing import routing_table
 from optim.schedules import learning_rate
 from quant.coverage import coverage, require_whole_groups
+from train import processes
 from train.checkpoint import Checkpoints
-from train.compat import interpreter
+from train.compat import compiler_options, interpreter
 from train.console import Bar, clock, console, human
 from train.held_out import Evaluator
-from train.mesh import batch_sharding, param_shardings
+from train.mesh import batch_sharding, param_shardings, replicated
 from train.recorder import GridWatch, Recorder
+from train.remix import before_edit, table_of
 from train.run_dir import RunDir, config_hash, differences
 from train.session import Session, load_params, open_session, parse_source
 from train.state import TrainState, initial_state, state_shardings
@@ -51,9 +53,11 @@ def build(session: Session) -> Machine:
     require_whole_groups(session.specs, shardings, cfg.quant)
     optimizer = build_optimizer(session.specs, cfg.optim, cfg.train.steps, mesh=session.mesh, shardings=shardings)
     schedule = learning_rate(cfg.optim, cfg.train.steps)
-    step = make_train_step(StepConfig(cfg, session.compute_dtype, session.platform), session.specs, optimizer, schedule)
+    step = make_train_step(StepConfig(cfg, session.compute_dtype, session.platform, session.mesh), session.specs,
+                           optimizer, schedule)
     out = jax.tree.map(lambda leaf: leaf.sharding, state_shardings(cfg, session.specs, optimizer, session.mesh))
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(out, None))
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(out, replicated(session.mesh)),
+                       compiler_options=compiler_options(session.platform) or None)
 
     @jax.jit
     def update_only(state):
@@ -71,21 +75,17 @@ def build(session: Session) -> Machine:
     return Machine(session, optimizer, schedule, compiled, time_update)
 
 
-def train(cfg: RunConfig, run: RunDir) -> int:
-    """Train to cfg.train.steps in a run directory, from its newest sound checkpoint if it has one. Exit code.
+def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
+    """Train to cfg.train.steps in a run directory, from its newest sound checkpoint if it has one. Exit code. `remix`
+    lets a resumed run go on with another data.mixture (train/remix.py).
 
     Everything that can be wrong with the command is found before anything is written.
     """
     started = time.monotonic()
-    facts = {}
-    if run.exists():
-        facts = run.load_facts()
-        changed = differences(run.load_config(), cfg)
-        if changed:
-            raise ConfigError(f"{run.path} was trained with another config ({'; '.join(changed)}); "
-                              f"set these back, or name a new directory with --run")
+    facts, known = (run.load_facts(), before_edit(run.load_config(), cfg, remix)) if run.exists() else ({}, cfg)
     session = open_session(cfg, facts.get("compute_dtype"))
-    data = open_data(cfg, session.tokenizer)
+    mixtures = table_of(facts)
+    data = open_data(known, session.tokenizer, mixtures)
     if facts.get("plan_hash", data.plan_hash) != data.plan_hash:
         raise ConfigError(f"the data of {run.path} has changed since it was started (plan {facts['plan_hash']} -> "
                           f"{data.plan_hash}); put the files back, or name a new directory with --run")
@@ -93,10 +93,17 @@ def train(cfg: RunConfig, run: RunDir) -> int:
     landmarks = (cfg.quant.start_step,) if cfg.quant.grid != "none" and cfg.quant.start_step else ()
     checkpoints = Checkpoints(run.checkpoints, cfg.train.keep, landmarks)
     state, step = starting_state(machine, checkpoints, run)
-    run.write_config(cfg, {"compute_dtype": session.compute_dtype, "plan_hash": data.plan_hash,
-                           "platform": session.platform, "device": jax.devices()[0].device_kind,
-                           "devices": jax.device_count(), "versions": interpreter(),
-                           "flops_per_token": train_flops_per_token(cfg.model, session.specs, cfg.train.seq_len)})
+    if known.data.mixture != cfg.data.mixture:
+        mixtures.append((step, known.data.mixture))
+        data = open_data(cfg, session.tokenizer, mixtures)
+        console.print(f"mixture {known.data.mixture} until step {step}, {cfg.data.mixture} from there on")
+    processes.meet("everything is open")  # a late process must not find the files of an early one
+    if processes.first():
+        run.write_config(cfg, {"compute_dtype": session.compute_dtype, "plan_hash": data.plan_hash,
+                               "mixtures": mixtures,
+                               "platform": session.platform, "device": jax.devices()[0].device_kind,
+                               "devices": jax.device_count(), "versions": interpreter(),
+                               "flops_per_token": train_flops_per_token(cfg.model, session.specs, cfg.train.seq_len)})
     console.print(f"run {run.path} (config {config_hash(cfg)}), data: "
                   + ", ".join(f"{k} {v}" for k, v in data.describe().items()))
     console.print(f"{human(sum(s.size for s in session.specs.values()))} parameters on {jax.device_count()} x "
@@ -124,7 +131,8 @@ def starting_state(machine: Machine, checkpoints: Checkpoints, run: RunDir) -> t
         restored = checkpoints.restore(like)
         for sentence in restored.damaged:
             console.print(f"[yellow]{sentence}[/]; going back to step {restored.step}")
-        checkpoints.set_aside(newer_than=restored.step)
+        if processes.first():
+            checkpoints.set_aside(newer_than=restored.step)
         check_state(restored.state.optimizer, session.specs, cfg.optim)
         console.print(f"resuming {run.path} from step {restored.step} (fingerprints of all arrays agree)")
         return restored.state, restored.step
@@ -166,18 +174,19 @@ def run_steps(machine: Machine, data: Data, state: TrainState, step: int, checkp
               stop: StopSignal, started: float) -> tuple[TrainState, int]:
     """Steps until the end or a signal; the last one is saved either way."""
     cfg, sharding = machine.session.cfg, batch_sharding(machine.session.mesh)
+    rows = processes.my_rows(sharding, cfg.train.batch_size, cfg.train.seq_len)
     evaluator = Evaluator(machine.session, data)
-    recorder = Recorder(machine.session, run, step + 1, started)
+    recorder = Recorder(machine.session, run, step + 1, started, last_data_hash(run, step))
     codes = GridWatch(machine.session.specs, cfg.quant.group_size)
     sample_every = max(cfg.train.log_every, cfg.train.steps // 20)
-    history = last_data_hash(run, step)
     with Bar(f"training {run.path}", cfg.train.steps - step) as bar:
-        for batch in data.iterate(step):
-            history = batch_hash(batch, history)
-            state, metrics = machine.train_step(state, jax.device_put(batch, sharding))
+        for batch in data.iterate(step, rows):
+            placed = processes.place(batch, sharding, rows, cfg.train.batch_size)
+            state, metrics = machine.train_step(state, placed)
             step += 1
             last = step >= cfg.train.steps
-            recorder.record(step, {**metrics, "data_hash": history})
+            recorder.record(step, metrics)
+            stopping = stop.after(step)
             if step % sample_every == 0:
                 recorder.measure_optimizer(machine.time_update, state)
             if step == recorder.first_step or step % cfg.train.log_every == 0 or last:
@@ -185,11 +194,11 @@ def run_steps(machine: Machine, data: Data, state: TrainState, step: int, checkp
             if last or (cfg.train.eval_every and step % cfg.train.eval_every == 0):
                 amount = float(metrics["grid_amount"])
                 recorder.evaluated(step, evaluator(state.params, amount=amount, batches=cfg.train.eval_batches))
-            if last or stop.requested or step in checkpoints.landmarks or step % cfg.train.checkpoint_every == 0:
+            if last or stopping or step in checkpoints.landmarks or step % cfg.train.checkpoint_every == 0:
                 checkpoints.save(step, state)
                 recorder.restart_clock()
             bar.advance()
-            if last or stop.requested:
+            if last or stopping:
                 break
     recorder.close()
     return state, step

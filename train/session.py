@@ -14,8 +14,9 @@ from configs.param_spec import Specs
 from configs.schema import ConfigError, RunConfig
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import param_specs
+from train import processes
 from train.checkpoint import Checkpoints
-from train.mesh import check_rows, make_mesh, param_shardings, platform
+from train.mesh import check_mesh, make_mesh, param_shardings, platform
 from train.run_dir import RunDir
 
 
@@ -36,7 +37,8 @@ def fastest_dtype() -> str:
             best = min(best, time.perf_counter() - start)
         return best
 
-    return "bfloat16" if seconds(jnp.bfloat16) < 0.75 * seconds(jnp.float32) else "float32"
+    faster = seconds(jnp.bfloat16) < 0.75 * seconds(jnp.float32)
+    return "bfloat16" if processes.agree(int(faster)) else "float32"
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def open_session(cfg: RunConfig, compute_dtype: str | None = None) -> Session:
                           f"{cfg.model.vocab_size}; set --model.vocab-size {-(-tokenizer.vocab_size // 64) * 64}")
     dtype = compute_dtype or (cfg.train.compute_dtype if cfg.train.compute_dtype != "auto" else fastest_dtype())
     mesh = make_mesh(cfg.mesh)
-    check_rows(cfg.train.batch_size, cfg.train.accumulate, mesh)
+    check_mesh(cfg, mesh)
     return Session(cfg, param_specs(cfg.model), mesh, tokenizer, dtype)
 
 

@@ -12,16 +12,18 @@ from jaxtyping import Array
 
 from configs.schema import ConfigError, ModelConfig
 from data.tokenizer import Tokenizer, load_tokenizer
-from model.generate import generate_batch
-from model.served_params import SERVED, serve
+from model.generate import Decoder
+from model.sampling import GREEDY, Sampling
+from model.served_params import serve
 from model.transformer import param_specs
 from quant.importer import Imported
-from quant.ptq import round_to_nearest
 from quant.read_config import read_config
 from quant.served import Serving
+from train.baselines import BASELINES, baseline
+from train.console import console
 from train.session import fastest_dtype, load_params, open_session, parse_source
 
-KINDS = ("bf16", "int4", "ptq")
+KINDS = ("bf16", "int4", *BASELINES)
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,22 @@ class Weights:
     dtype: str
     platform: str
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, **sampling) -> list[list[int]]:
+    def decoder(self, rows: int, sampling: Sampling = GREEDY, positions: int = 0) -> Decoder:
+        """Rows that go on with these weights."""
+        return Decoder(self.model, self.params, rows, stop_ids=self.tokenizer.stop_ids, dtype=self.dtype,
+                       platform=self.platform, sampling=sampling, positions=positions)
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling = GREEDY) -> list[list[int]]:
         """Continuations of token prompts, all rows together."""
-        return generate_batch(self.model, self.params, prompts, max_new_tokens=max_new_tokens,
-                              stop_ids=self.tokenizer.stop_ids, serving=SERVED, amount=0.0, dtype=self.dtype,
-                              platform=self.platform, **sampling)
+        return list(self.decoder(len(prompts), sampling).reply(dict(enumerate(prompts)), max_new_tokens).values())
 
 
 def load_weights(source: str, dtype: str | None = None) -> Weights:
-    """RUN[@STEP][:bf16|int4|ptq] or an exported directory; `dtype` to compute in, default the run's or the fastest.
+    """RUN[@STEP][:bf16|int4|BASELINE] or an exported directory; `dtype` to compute in, default the run's or the fastest.
 
     bf16   the masters rounded to bf16. int4: the masters on the grid, which is what is exported (the default of a run
-           trained on the grid). ptq: the same arithmetic on masters that were not trained for it
+           trained on the grid). A post-training baseline of the masters: rtn, rtn75, mse, mse_signed, hqq, gptq, awq, rtn3
+           (train/baselines.py)
     """
     match = re.fullmatch(rf"(.+?)(?::({'|'.join(KINDS)}))?", source)
     where, kind = match[1], match[2]
@@ -66,8 +72,11 @@ def _from_run(source: str, where: str, kind: str | None, dtype: str | None) -> W
     cfg = session.cfg
     params, _ = load_params(session, run, step)
     kind = kind or ("int4" if cfg.quant.grid != "none" else "bf16")
-    if kind == "ptq":
-        params = round_to_nearest(params, session.specs, cfg.quant.group_size)
+    if kind in BASELINES:
+        arm = baseline(session, params, kind)
+        params = arm.fake(params, session.specs)
+        for note in arm.notes:
+            console.print(f"{source}: {note}", markup=False)
     serving = Serving(cfg.model.dtype, "int4" if kind == "int4" else "none", cfg.quant.group_size)
     served = serve(params, session.specs, serving, 1.0, session.compute_dtype)
     return Weights(source, cfg.model, served, session.tokenizer, session.compute_dtype, session.platform)

@@ -158,12 +158,19 @@ def routing_margin(cfg: ModelConfig, router_logits: np.ndarray, bias: np.ndarray
     kept = np.argsort(np.sort(grouped, -1)[..., -2:].sum(-1), -1)[:, -cfg.topk_group:]
     eligible = np.take_along_axis(grouped, kept[..., None], 1).reshape(len(choice), -1)
     eligible = np.sort(eligible, -1)
+    if eligible.shape[1] == cfg.num_experts_per_tok:
+        return of_groups
     return np.minimum(of_groups, eligible[:, -cfg.num_experts_per_tok] - eligible[:, -cfg.num_experts_per_tok - 1])
 
 
 def compare(case: dict, seed: int, folder, monkeypatch) -> tuple[float, int]:
-    """Asserts equal experts and logits; returns the relative error and the number of compared choices."""
-    cfg = config_of(case)
+    """`compare_config` of a case of the grid."""
+    return compare_config(config_of(case), case, seed, folder, monkeypatch)
+
+
+def compare_config(cfg: ModelConfig, case: dict, seed: int, folder, monkeypatch) -> tuple[float, int]:
+    """Asserts equal experts and logits; returns the relative error and the number of compared choices. `case` says how
+    large the router's bias is and whether tokens at the ends are left out."""
     params = weights_of(cfg, case, seed)
     tokens, segments = tokens_and_segments(cfg, case["left_out"], seed)
     twin = transformers_twin(cfg, params, folder)

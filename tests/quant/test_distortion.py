@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from configs.schema import ModelConfig
-from eval.expert_inputs import expert_inputs
 from model.call import Call
 from model.served_params import SERVED
 from model.transformer import bind, param_specs
 from quant.calibration import ExpertInputs
 from quant.distortion import ExpertWeights, kl_by_position, measure
+from train.expert_inputs import expert_inputs
 
 rng = np.random.default_rng(0)
 GATE_UP = jnp.asarray(rng.normal(size=(1, 4, 8, 2, 16)), jnp.float32)

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from configs.schema import ConfigError
+from data.pipeline import open_data
+from data.tokenizer import load_tokenizer
 from optim.build import build_optimizer
 from tests.train.conftest import small
 from train.checkpoint import CheckpointError, Checkpoints, fingerprint
@@ -18,7 +20,7 @@ from train.loop import train
 from train.run_dir import RunDir
 from train.session import load_params, open_session
 from train.state import state_shardings
-from train.stop import EXIT_STOPPED, StopSignal
+from train.stop import EXIT_DONE, EXIT_STOPPED, StopSignal
 
 
 def final_state(run: RunDir):
@@ -144,3 +146,36 @@ def test_metrics_survive_a_line_cut_in_half(trained, tmp_path):
     rows = run.read_metrics()
     assert rows[-1] == {"kind": "step", "step": 99, "loss": "nan"}
     assert all(json.dumps(r) for r in rows)
+
+
+def mixed(tmp_path, **fields):
+    paths = []
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"{name} says {name} " * 400)
+        paths.append(str(tmp_path / f"{name}.txt"))
+    cfg = small(**fields)
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, paths=tuple(paths), mixture=(1.0, 3.0)))
+
+
+def test_a_mixture_is_edited_by_flag_only(tmp_path, capsys):
+    """Steps before the edit keep their data; afterwards the same command goes on, and another edit is possible."""
+    run, cfg = RunDir(tmp_path / "run"), mixed(tmp_path, steps=2, checkpoint_every=1)
+    assert train(cfg, run) == EXIT_DONE
+    before = [r["data_hash"] for r in run.read_metrics() if r["kind"] == "step"]
+    edited = dataclasses.replace(mixed(tmp_path, steps=4, checkpoint_every=1),
+                                 data=dataclasses.replace(cfg.data, mixture=(3.0, 1.0)))
+    with pytest.raises(ConfigError, match="data.mixture: .*needs --remix"):
+        train(edited, run)
+    assert train(edited, run, remix=True) == EXIT_DONE
+    assert "until step 2, (3.0, 1.0) from there on" in capsys.readouterr().out
+    assert run.load_facts()["mixtures"] == [[2, [1.0, 3.0]]]
+    hashes = [r["data_hash"] for r in run.read_metrics() if r["kind"] == "step"]
+    assert hashes[:2] == before and len(hashes) == 4
+    assert train(dataclasses.replace(edited, train=dataclasses.replace(edited.train, steps=5)), run) == EXIT_DONE
+    whole = open_data(edited, load_tokenizer("bytes"), [(2, (1.0, 3.0))])
+    assert run.load_facts()["plan_hash"] == whole.plan_hash, "tests/data/test_order.py says what such a plan holds"
+    unmixed = dataclasses.replace(edited, data=dataclasses.replace(edited.data, mixture=()))
+    with pytest.raises(ConfigError, match="keeps taking everything"):
+        train(unmixed, run, remix=True)
+    with pytest.raises(ConfigError, match="optim.lr"):
+        train(dataclasses.replace(edited, optim=dataclasses.replace(edited.optim, lr=1.0)), run, remix=True)

@@ -70,9 +70,10 @@ def test_export_verify_eval_generate_report(trained, capsys):
     assert "sound" in printed and "compared with the training forward, 0 differ" in printed
 
     assert launch.main(["eval", "--run", run, "--problems", "4", "--lengths", "1", "2", "--",
-                        f"bf16={run}:bf16", f"PTQ={run}@grid:ptq", f"QAT={export}"]) == EXIT_DONE
+                        f"bf16={run}:bf16", f"RTN={run}@grid:rtn", f"GPTQ={run}@grid:gptq", f"QAT={export}"]) == EXIT_DONE
     rows = [json.loads(line) for line in (trained.path / "evals.jsonl").read_text().splitlines()]
-    assert [r["arm"] for r in rows] == ["bf16", "PTQ", "QAT"]
+    assert [r["arm"] for r in rows] == ["bf16", "RTN", "GPTQ", "QAT"]
+    assert "experts saw fewer tokens than inputs" in capsys.readouterr().out
     assert all(0 <= share <= 1 for r in rows for share in r["exact"].values())
 
     assert launch.main(["generate", "7a+2=", "--weights", export, "--max-new-tokens", "8"]) == EXIT_DONE

@@ -1,0 +1,114 @@
+"""`launch.py generate` in the terminal: what is shown, tools by name, budgets and bills. The model is a script."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from configs.schema import ConfigError
+from data.render import KimiRenderer
+from data.tasks import make_problem
+from data.tokenizer import load_tokenizer
+from data.tools import tools_by_name
+from eval import chat
+from eval.screen import Screen
+
+TOKENIZER = load_tokenizer("bytes")
+
+
+class Script:
+    """Stands for weights and decoder: streams what the rows hold, and notes the budgets it was given."""
+
+    tokenizer = TOKENIZER
+
+    def __init__(self, rows):
+        self.rows, self.budgets = rows, []
+
+    def decoder(self, rows, sampling):
+        return self
+
+    def stream(self, prompt, limit, budget, stats):
+        self.budgets.append(budget.tokens)
+        row = next(row for row in self.rows if row[:len(prompt)] == prompt)
+        stats.prompt_tokens, stats.read_tokens, stats.first_token_s = len(prompt), 7, 0.5
+        for token in row[len(prompt):row.index(TOKENIZER.eos_id, len(prompt)) + 1]:
+            stats.new_tokens, stats.total_s = stats.new_tokens + 1, 0.5 + stats.new_tokens
+            yield token
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(chat, "console", Console(file=out, width=200, color_system="standard", force_terminal=True,
+                                                  highlight=False))
+    return out
+
+
+def talk(monkeypatch, problem, **limits):
+    rows = [row.ids for row in KimiRenderer(TOKENIZER).rows(problem.messages, problem.tools)]
+    script = Script(rows)
+    monkeypatch.setattr(chat, "load_weights", lambda source: script)
+    monkeypatch.setattr(chat, "make_problem", lambda *args, **kwargs: problem)
+    assert chat.generate("W", "", raw=False, task="pointer_chase", length=3, tools=(), limits=chat.Limits(**limits),
+                         sampling=None) == 0
+    return script
+
+
+def test_a_tool_loop_on_the_screen(monkeypatch, screen):
+    problem = make_problem("pointer_chase", 0, 0, 3)
+    talk(monkeypatch, problem)
+    shown = screen.getvalue()
+    key = problem.messages[0]["content"]
+    assert f"\x1b[2m{key[0]}\x1b[0m" in shown, "thoughts are dimmed"
+    assert "\x1b[1;36mf\x1b[0m" in shown, "calls are highlighted"
+    assert f"result  {problem.messages[2]['content']}" in shown
+    tokens = KimiRenderer(TOKENIZER).rows(problem.messages, problem.tools)[0].trained
+    assert f"= {tokens} new tokens in 4 replies; 28 prompt tokens read; first token after 0.50 s" in shown
+    assert "28 thinking + 5 answer" in shown  # three keys of 6, `=` and a digit, 8 marks; a digit and 4 ends of message
+    assert f"right: the answer is {problem.answer}" in shown
+
+
+def test_the_budget_of_thoughts_is_for_the_whole_conversation(monkeypatch, screen):
+    script = talk(monkeypatch, make_problem("pointer_chase", 0, 0, 3), thinking=20)
+    assert script.budgets == [20, 12, 4, 0]  # each thought costs six letters and two marks
+
+
+def test_failures_and_limits_are_said(monkeypatch, screen):
+    problem = make_problem("pointer_chase", 0, 0, 3)
+    talk(monkeypatch, problem, replies=2)
+    assert "stopped after 2 replies" in screen.getvalue() and "wrong: the answer is" in screen.getvalue()
+
+
+def test_characters_of_several_bytes_arrive_whole():
+    out = io.StringIO()
+    shown = Screen(Console(file=out, width=80, highlight=False), TOKENIZER)
+    for token in [*TOKENIZER.encode("é漢🙂 [bold]"), 0xFF, *TOKENIZER.encode("x"), TOKENIZER.special["<think>"],
+                  *TOKENIZER.encode("hm"), TOKENIZER.special["</think>"], TOKENIZER.eos_id]:
+        shown.token(token)
+    shown.end_of_reply()
+    assert out.getvalue() == "é漢🙂 [bold]\ufffdxthoughts  hm\n"
+
+
+def test_tools_by_name(tmp_path, monkeypatch):
+    (tmp_path / "mine_too.py").write_text("def double(x: int) -> int:\n    'Twice x.'\n    return 2 * x\nname = 'x'\n")
+    monkeypatch.chdir(tmp_path)
+    assert [t.name for t in tools_by_name(("calculator", "key_value", "mine_too:double"))] == \
+        ["calculate", "get", "put", "double"]
+    assert [t.name for t in tools_by_name(("mine_too.py",))] == ["double"]
+    for name, words in (("calc", "name calculator, key_value, MODULE:FUNCTION or FILE.py"), ("mine_too:nothing", "nothing"),
+                        ("nowhere_:f", "No module"), ("mine_too:name", "is str, not a function")):
+        with pytest.raises(ConfigError, match=words):
+            tools_by_name((name,))
+    with pytest.raises(ConfigError, match="two tools named double"):
+        tools_by_name(("mine_too.py", "mine_too:double"))
+
+
+def test_what_cannot_be_asked():
+    common = dict(raw=False, task="chain", length=3, tools=(), limits=chat.Limits(), sampling=None)
+    for text, change, words in (("", {"tools": ("calculator",)}, "a prompt of your own"), ("", {"raw": True}, "give one"),
+                                ("", {"length": 10**6}, "1 to 676 steps"), ("", {"task": "chase"}, "does not exist")):
+        with pytest.raises(ConfigError, match=words):
+            chat.generate("W", text, **common | change)
+    for limits, words in ((dict(thinking=-1), "--think-budget"), (dict(context=200), "no room")):
+        with pytest.raises(ConfigError, match=words):
+            chat.Limits(**limits)

@@ -1,0 +1,117 @@
+"""What a played episode counts as, and the statistics over many, by hand."""
+
+import math
+
+import pytest
+
+from data.episodes import Episode
+from data.render import KimiRenderer
+from data.tasks import make_problem
+from data.tokenizer import load_tokenizer
+from data.tools import call
+from eval.play import Played, Settings, longest_run, loops, play, played, repeats_calls
+from eval.statistics import (
+    MEASURES,
+    bootstrap,
+    divergence,
+    first_difference,
+    half_horizon,
+    step_accuracy,
+    success,
+    tokens_per_correct,
+)
+
+
+def made(solved=True, first_wrong=None, steps=10, ids=(1, 2), **fields):
+    first_wrong = steps if first_wrong is None else first_wrong
+    return Played(**dict(solved=solved, first_wrong=first_wrong, right=first_wrong, steps=steps, thinking=5, answer=1, tool=4,
+                         loops=False, overthought=False, calls=2, valid_calls=2, misnumbered=0, stopped="done",
+                         ids=list(ids)) | fields)
+
+
+class Scripted:
+    """Weights that say what rows hold: the whole chain right, or the first `right` replies and then nothing."""
+
+    def __init__(self, rows, right=10**9):
+        self.rows, self.right, self.calls = rows, right, 0
+
+    def decoder(self, rows, positions=0):
+        return self
+
+    def reply(self, prompts, limit):
+        self.calls += 1
+        out = {}
+        for number, prompt in prompts.items():
+            row = next(row for row in self.rows if row[:len(prompt)] == prompt)
+            out[number] = row[len(prompt):row.index(258, len(prompt)) + 1] if self.calls <= self.right else [258]
+        return out
+
+
+def test_played_episodes_are_judged():
+    renderer = KimiRenderer(load_tokenizer("bytes"))
+    problems = [make_problem("pointer_chase", 0, i, 5) for i in range(3)]
+    rows = [row.ids for p in problems for row in renderer.rows(p.messages, p.tools)]
+    for right, solved, first_wrong, calls in ((99, True, 5, 5), (3, False, 3, 3)):
+        for one in play(Scripted(rows, right), renderer, problems, Settings("interleaved", None)):
+            assert (one.solved, one.first_wrong, one.right, one.steps, one.calls, one.valid_calls) == \
+                (solved, first_wrong, first_wrong, 5, calls, calls)
+            assert one.tokens == len(one.ids) and not one.loops and one.stopped == "done"
+
+
+def test_wrong_answers_after_right_steps_and_bad_calls():
+    problem = make_problem("chain", 0, 0, 3)
+    thoughts = problem.messages[1]["reasoning_content"]
+    episode = Episode(problem.question, lambda _: [])
+    episode.add([{"role": "assistant", "content": "x", "reasoning_content": thoughts}])
+    episode.stopped = "done"
+    assert played(problem, episode, [1]).overthought and not played(problem, episode, [1]).solved
+    chase = make_problem("pointer_chase", 0, 0, 3)
+    episode = chase.episode()
+    episode.add([{"role": "assistant", "content": "", "tool_calls": [call(0, "get", key="a"), call(1, "got"),
+                                                                    call(2, "get", key=3)]}])
+    episode.failures = ["arguments of get are not JSON: {"]
+    assert (played(chase, episode, [1]).calls, played(chase, episode, [1]).valid_calls) == (4, 1)
+
+
+def test_loops():
+    assert loops([9, 8, *[1, 2, 3] * 11]) and loops([5] * 32)
+    assert not loops([5] * 31) and not loops(list(range(100))) and not loops([*[1, 2, 3] * 20, 4]) and not loops([])
+    assert repeats_calls("abbbbc") and not repeats_calls("abbbab") and not repeats_calls("")
+
+
+def test_longest_run():
+    assert longest_run([0, 0, 1, 1, 0.5, 0, 1]) == 3 and longest_run([1, 0]) == 1
+
+
+def test_step_accuracy_counts_steps_up_to_the_first_wrong_one():
+    """9 + 4 survived, one of the two chains broke: 13 of 14 tries. For p per step this is the estimate of p."""
+    assert step_accuracy({10: [made(steps=9), made(False, 4, steps=9)]}) == 13 / 14
+    assert step_accuracy({1: [made(False, 0)]}) == 0.0
+
+
+def test_horizon_is_read_off_the_curve():
+    good, bad = [made()], [made(False, 3)]
+    assert half_horizon({1: good, 10: good}) == math.inf and half_horizon({1: bad, 10: bad}) == 0.0
+    assert half_horizon({1: good, 100: bad}) == pytest.approx(10.0)  # halfway in log n
+    assert success(good * 3 + bad) == 0.75
+
+
+def test_tokens_per_correct():
+    assert tokens_per_correct({1: [made(), made(False)]}) == 20 and tokens_per_correct({1: [made(False)]}) == math.inf
+
+
+def test_bootstrap_covers_and_is_the_same_every_time():
+    plays = {1: [made(i % 4 > 0, None if i % 4 else 2) for i in range(12)], 3: [made()] * 4}
+    for measure in MEASURES.values():
+        low, high = bootstrap(plays, measure)
+        assert low <= measure(plays) <= high and (low, high) == bootstrap(plays, measure)
+    low, high = bootstrap(plays, step_accuracy)
+    assert low < step_accuracy(plays) < high
+
+
+def test_divergence():
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 2, 3], [1, 2]) == 2 and first_difference([1], [2]) == 0
+    reference, other = {1: [made(ids=[1, 2, 3])] * 2}, {1: [made(ids=[1, 2, 3]), made(ids=[1, 9])]}
+    assert divergence(other, reference) == {"same_share": 0.5, "median_first_difference": 1.0}
+    assert divergence(reference, reference) == {"same_share": 1.0, "median_first_difference": None}

@@ -1,0 +1,118 @@
+"""`launch.py import`: a directory or its files, and what is refused before anything is written."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import launch
+from configs.schema import ModelConfig, QuantConfig
+from model.transformer import param_specs
+from quant.export import export_model
+from quant.source import InMemory
+from train.run_dir import RunDir
+from train.stop import EXIT_DONE, EXIT_USAGE
+from train.weights import load_weights
+
+MODEL = ModelConfig(hidden_size=64, num_hidden_layers=2, intermediate_size=64, moe_intermediate_size=32, n_routed_experts=4,
+                    num_experts_per_tok=2, num_attention_heads=2, q_lora_rank=32, kv_lora_rank=32, dtype="float32")
+SPECS = param_specs(MODEL)
+SMALL = ["--train.batch-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def weights():
+    rng = np.random.default_rng(0)
+    return {path: rng.standard_normal(spec.shape).astype(np.float32) for path, spec in SPECS.items()}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, weights):
+    """float32, several shards."""
+    directory = tmp_path_factory.mktemp("hf") / "checkpoint"
+    export_model(InMemory(weights), SPECS, MODEL, QuantConfig(grid="none"), directory, shard_bytes=100_000)
+    assert len(list(directory.glob("*.safetensors"))) > 2
+    return directory
+
+
+def imported(run):
+    return load_weights(f"{run}:bf16", dtype="float32").params
+
+
+def test_files_from_two_directories_are_one_checkpoint(checkpoint, weights, tmp_path):
+    """Shards in two places, config.json in a third, no index: the same weights bit for bit."""
+    places = [tmp_path / name for name in ("a", "b", "c")]
+    for place in places:
+        place.mkdir()
+    shards = sorted(checkpoint.glob("*.safetensors"))
+    files = [shutil.copy(shard, places[i % 2]) for i, shard in enumerate(shards)]
+    files.append(shutil.copy(checkpoint / "config.json", places[2]))
+    run = tmp_path / "run"
+    assert launch.main(["import", *map(str, files), "--run", str(run), *SMALL]) == EXIT_DONE
+    for path, array in imported(run).items():
+        np.testing.assert_array_equal(np.asarray(array), weights[path], err_msg=path)
+    assert str(files[0]) in RunDir(run).load_facts()["imported_from"]
+
+
+def cut_off(directory):
+    """The last shard ends too early."""
+    file = sorted(directory.glob("*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:-8])
+    header = file.read_bytes()
+    rows = json.loads(header[8:8 + int.from_bytes(header[:8], "little")])
+    rows.pop("__metadata__", None)
+    return file.name, max(rows, key=lambda name: rows[name]["data_offsets"][1])
+
+
+def unlisted(directory):
+    """A tensor is in its file but not in the index."""
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    file = content["weight_map"].pop("model.norm.weight")
+    index.write_text(json.dumps(content))
+    return file, "model.norm.weight"
+
+
+def other_shape(directory):
+    """config.json promises another width than the files hold."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"v_head_dim": 24}))
+    return ".safetensors", "_proj.weight"
+
+
+def other_architecture(directory):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "llama"}))
+    return "config.json", "llama"
+
+
+def lost_shard(directory):
+    file = sorted(directory.glob("*.safetensors"))[1]
+    file.unlink()
+    return file.name, ".weight"
+
+
+@pytest.mark.parametrize("damage", [cut_off, unlisted, other_shape, other_architecture, lost_shard])
+def test_damage_is_one_sentence_and_nothing_is_written(checkpoint, tmp_path, capsys, damage):
+    """The sentence names the file and the tensor."""
+    broken, run = shutil.copytree(checkpoint, tmp_path / "broken"), tmp_path / "run"
+    file, tensor = damage(broken)
+    assert launch.main(["import", str(broken), "--run", str(run)]) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert file in error and tensor in error and error.count("\n") == 1
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("pick, message", [
+    (lambda d: [d / "nowhere"], "nowhere does not exist"),
+    (lambda d: sorted(d.glob("*.safetensors")), "config.json is not among"),
+    (lambda d: [d, d / "config.json"], "is a directory"),
+    (lambda d: [d / "config.json", d / "config.json"], "given twice"),
+    (lambda d: [], "name what to import"),
+])
+def test_a_wrong_list_is_one_sentence(checkpoint, tmp_path, capsys, pick, message):
+    run = tmp_path / "run"
+    assert launch.main(["import", *map(str, pick(checkpoint)), "--run", str(run)]) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not run.exists()

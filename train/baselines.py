@@ -1,0 +1,54 @@
+"""Post-training baselines of a run's masters, by the names that the command line knows: `RUN:gptq`, `--quant awq`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxtyping import Array
+
+from data.pipeline import Data, open_data
+from model.served_params import serve
+from quant.awq import awq_experts
+from quant.calibration import Calibration, calibrate
+from quant.ptq import Quantized, gptq_experts, nearest
+from quant.served import Serving
+from train.expert_inputs import expert_inputs
+from train.session import Session
+
+GATE_UP, DOWN = "moe.mlp.experts_gate_up", "moe.mlp.experts_down"
+
+ROUNDED = {"rtn": "kimi7", "rtn75": "ct75", "mse": "mse", "mse_signed": "mse_signed", "hqq": "hqq", "rtn3": "int3"}
+"""Rounding to nearest: name -> rule of quant/codecs.py. rtn is the training grid, absmax / 7; rtn75 compressed-tensors'
+absmax / 7.5; mse, mse_signed and hqq search their scales; rtn3 has three bits in the same file."""
+
+CALIBRATED: dict[str, Callable[..., Quantized]] = {"gptq": gptq_experts, "awq": awq_experts}
+"""Methods that look at the run's training data first."""
+
+BASELINES = (*ROUNDED, *CALIBRATED)
+
+CALIBRATION_BATCHES = 8
+"""Training batches that a calibrated method sees unless told otherwise."""
+
+
+def served_plain(session: Session, params: dict[str, Array]) -> dict[str, Array]:
+    """Rounded to the served dtype, experts taken as they are."""
+    return serve(params, session.specs, Serving(session.cfg.model.dtype, "none"), 0.0, session.compute_dtype)
+
+
+def calibration_of(session: Session, params: dict[str, Array], data: Data, batches: int) -> Calibration:
+    """Second moments of what enters every expert in the bf16 model, over the run's first training batches."""
+    reference = served_plain(session, params)
+    layers = (entry for step in range(batches)
+              for entry in expert_inputs(session.cfg.model, reference, data.batch(step), session.platform)[0])
+    return calibrate(layers, reference[GATE_UP], GATE_UP, DOWN)
+
+
+def baseline(session: Session, params: dict[str, Array], name: str, calibration: Calibration | None = None) -> Quantized:
+    """Codes and scales of a baseline; a calibrated one takes `calibration`, or the run's first training batches."""
+    group = session.cfg.quant.group_size
+    if name in ROUNDED:
+        return nearest(params, session.specs, group, ROUNDED[name])
+    if calibration is None:
+        data = open_data(session.cfg, session.tokenizer)
+        calibration = calibration_of(session, params, data, CALIBRATION_BATCHES)
+    return CALIBRATED[name](params, session.specs, group, calibration)
