@@ -64,7 +64,7 @@ def train_curves(text: str, rule: str, grid: str, lr: float, seeds: list[int]) -
         state = initial_state(session.cfg, session.specs, machinery.optimizer, session.mesh)
         evaluate, curve = Evaluator(session, data), []
         for step, batch in zip(range(1, STEPS + 1), data.iterate(0), strict=False):
-            state, _ = machinery.train_step(state, batch)
+            state, _ = machinery.train_step(step - 1, state, batch)
             if step % EVERY == 0:
                 amount = float(grid != "none")
                 curve.append(evaluate(state.params, amount=amount, batches=EVAL_BATCHES)["held_out_loss"])

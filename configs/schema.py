@@ -203,7 +203,8 @@ class QuantConfig:
     """Blend linearly from the plain weights to the grid over this many steps; 0 switches at once."""
 
     def __post_init__(self):
-        require(self.group_size >= 1, f"quant.group_size must be at least 1, not {self.group_size}")
+        require(self.group_size >= 2 and self.group_size % 2 == 0,
+                f"quant.group_size must be even, two codes to a byte, not {self.group_size}; 32 is what engines read")
         require(self.start_step >= 0 and self.ramp_steps >= 0, "quant.start_step and quant.ramp_steps cannot be negative")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from model.shards import ONE_DEVICE, Shards
+from quant.coverage import group_axis
+from quant.packed_gather import gather_on_grid
 from quant.served import Serving, as_served
 
 
@@ -28,6 +31,7 @@ class Call:
     unroll      whether the MoE layers are written out instead of looped over
     shards      what this device holds of every array, [B, S] included
     transport   how tokens reach experts on other devices, an entry of model/transport.py
+    settled     whether amount is known to be 1: weights on the grid then travel as their codes and scales
     """
 
     positions: Int[Array, "B S"]
@@ -40,11 +44,17 @@ class Call:
     unroll: bool = field(default=False, metadata={"static": True})
     shards: Shards = field(default=ONE_DEVICE, metadata={"static": True})
     transport: str = field(default="auto", metadata={"static": True})
+    settled: bool = field(default=False, metadata={"static": True})
 
     def weight(self, param: nnx.Param) -> Array:
-        """A parameter as the forward pass sees it: on its served grid, in the compute dtype, gathered in that dtype from
-        the devices that store its parts. Heads, hidden widths and experts that this device works on stay parts."""
-        return self.shards.gather(self.part(param).astype(self.dtype), param.spec)
+        """A parameter as the forward pass sees it: on its served grid, in the compute dtype, gathered in that dtype, or
+        packed, from the devices that store its parts. Heads, hidden widths and experts that this device works on stay
+        parts."""
+        gather = partial(self.shards.gather, spec=param.spec)
+        if self.settled and param.spec.on_grid and self.shards.gathers(param.spec):
+            group = self.serving.group_size
+            return gather_on_grid(param[...], group_axis(param.spec), group, self.dtype, gather)
+        return gather(self.part(param).astype(self.dtype))
 
     def exact_weight(self, param: nnx.Param) -> Array:
         """The same in float32, for norms and the router."""

@@ -58,6 +58,10 @@ class Shards:
                 w = self.gather_axis(w, over, w.ndim + dim)
         return w
 
+    def gathers(self, spec: ParamSpec) -> bool:
+        """Whether `gather` moves anything."""
+        return self.stored(spec) != self.kept(spec)
+
     def gather_axis(self, x: Array, axes: tuple[str, ...], dim: int) -> Array:
         """The parts of all devices along these mesh axes, one behind the other on one dimension."""
         over = self.split(axes)

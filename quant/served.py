@@ -37,6 +37,11 @@ def grid_amount(quant: QuantConfig, step: Array) -> Float[Array, ""]:
     return jnp.clip((step - quant.start_step + 1) / (quant.ramp_steps + 1), 0.0, 1.0).astype(jnp.float32)
 
 
+def settled_step(quant: QuantConfig) -> int | None:
+    """The first optimizer step from which on `grid_amount` is 1; None without a grid."""
+    return None if quant.grid == "none" else quant.start_step + quant.ramp_steps
+
+
 def _straight_through(value: Array, master: Array) -> Array:
     """`value` forward, identity to `master` backward."""
     @jax.custom_vjp

@@ -21,6 +21,7 @@ from optim.build import build_optimizer
 from optim.hlo import Program
 from optim.schedules import learning_rate
 from quant.coverage import coverage, require_whole_groups
+from quant.served import settled_step
 from train.compat import compile_for_devices
 from train.mesh import batch_sharding, check_mesh, make_mesh, param_shardings, platform
 from train.state import state_shardings
@@ -86,7 +87,8 @@ def local_bytes(tree: Any) -> int:
 
 
 def compile_step(cfg: RunConfig, topology: Topology) -> Compiled:
-    """Lower and compile the step of `cfg` on a machine. ConfigError where the config does not fit the machine's mesh."""
+    """Lower and compile the step of `cfg` on a machine, the one with experts on the grid if they ever are. ConfigError
+    where the config does not fit the machine's mesh."""
     devices = topology.devices()
     mesh = make_mesh(cfg.mesh, devices)
     check_mesh(cfg, mesh)
@@ -95,7 +97,8 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Compiled:
     coverage(specs, cfg.quant)
     require_whole_groups(specs, shardings, cfg.quant)
     optimizer = build_optimizer(specs, cfg.optim, cfg.train.steps, mesh=mesh, shardings=shardings)
-    step = make_train_step(StepConfig(cfg, "bfloat16", platform(mesh), mesh), specs, optimizer,
+    settled = settled_step(cfg.quant) is not None
+    step = make_train_step(StepConfig(cfg, "bfloat16", platform(mesh), mesh, settled), specs, optimizer,
                            learning_rate(cfg.optim, cfg.train.steps))
     state = state_shardings(cfg, specs, optimizer, mesh)
     rows = (cfg.train.batch_size, cfg.train.seq_len)

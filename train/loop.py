@@ -15,10 +15,12 @@ from rich.table import Table
 from configs.schema import ConfigError, RunConfig
 from data.pipeline import Data, open_data
 from model.counts import train_flops_per_token
+from model.shards import shards_of
 from optim.build import build_optimizer, check_state
 from optim.routing import routing_table
 from optim.schedules import learning_rate
 from quant.coverage import coverage, require_whole_groups
+from quant.served import settled_step
 from train import processes
 from train.checkpoint import Checkpoints
 from train.compat import compiler_options, interpreter
@@ -30,18 +32,18 @@ from train.remix import before_edit, table_of
 from train.run_dir import RunDir, config_hash, differences
 from train.session import Session, load_params, open_session, parse_source
 from train.state import TrainState, initial_state, state_shardings
-from train.step import StepConfig, make_train_step
+from train.step import Batch, StepConfig, make_train_step
 from train.stop import EXIT_DONE, EXIT_STOPPED, StopSignal
 
 
 @dataclass
 class Machine:
-    """The compiled pieces of a run."""
+    """The compiled pieces of a run. train_step: takes the number of the step before state and batch."""
 
     session: Session
     optimizer: Any
     schedule: Callable
-    train_step: Callable
+    train_step: Callable[[int, TrainState, Batch], tuple[TrainState, dict]]
     time_update: Callable[[TrainState], float]
 
 
@@ -53,11 +55,19 @@ def build(session: Session) -> Machine:
     require_whole_groups(session.specs, shardings, cfg.quant)
     optimizer = build_optimizer(session.specs, cfg.optim, cfg.train.steps, mesh=session.mesh, shardings=shardings)
     schedule = learning_rate(cfg.optim, cfg.train.steps)
-    step = make_train_step(StepConfig(cfg, session.compute_dtype, session.platform, session.mesh), session.specs,
-                           optimizer, schedule)
     out = jax.tree.map(lambda leaf: leaf.sharding, state_shardings(cfg, session.specs, optimizer, session.mesh))
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(out, replicated(session.mesh)),
+
+    def program(settled: bool):
+        config = StepConfig(cfg, session.compute_dtype, session.platform, session.mesh, settled)
+        return jax.jit(make_train_step(config, session.specs, optimizer, schedule), donate_argnums=0,
+                       out_shardings=(out, replicated(session.mesh)),
                        compiler_options=compiler_options(session.platform) or None)
+
+    packed_from = packed_step(session)
+    programs = {settled: program(settled) for settled in (False, True)}  # compiled when they are first called
+
+    def train_step(step: int, state: TrainState, batch: Batch):
+        return programs[packed_from is not None and step >= packed_from](state, batch)
 
     @jax.jit
     def update_only(state):
@@ -72,7 +82,14 @@ def build(session: Session) -> Machine:
         jax.block_until_ready(update_only(state))
         return time.perf_counter() - start
 
-    return Machine(session, optimizer, schedule, compiled, time_update)
+    return Machine(session, optimizer, schedule, train_step, time_update)
+
+
+def packed_step(session: Session) -> int | None:
+    """The optimizer step from which on experts are gathered packed, by a program of its own; None where none are."""
+    shards = shards_of(session.mesh)
+    on_grid = [spec for spec in session.specs.values() if spec.on_grid]
+    return settled_step(session.cfg.quant) if any(shards.gathers(spec) for spec in on_grid) else None
 
 
 def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
@@ -182,7 +199,7 @@ def run_steps(machine: Machine, data: Data, state: TrainState, step: int, checkp
     with Bar(f"training {run.path}", cfg.train.steps - step) as bar:
         for batch in data.iterate(step, rows):
             placed = processes.place(batch, sharding, rows, cfg.train.batch_size)
-            state, metrics = machine.train_step(state, placed)
+            state, metrics = machine.train_step(step, state, placed)
             step += 1
             last = step >= cfg.train.steps
             recorder.record(step, metrics)

@@ -34,12 +34,14 @@ Batch = dict[str, Array]
 
 @dataclass(frozen=True)
 class StepConfig:
-    """What is compiled into the step besides the run's config."""
+    """What is compiled into the step besides the run's config. settled: this program only takes steps at which the
+    experts are wholly on their grid (quant.served.settled_step), and so may gather them packed."""
 
     run: RunConfig
     compute_dtype: str
     platform: str
     mesh: Mesh | None = None
+    settled: bool = False
 
     @property
     def shards(self) -> Shards:
@@ -55,7 +57,7 @@ def loss_fn(params: dict[str, Array], batch: Batch, amount: Array, total_weight:
     """
     run = cfg.run
     call = Call(batch["positions"], batch["segments"], amount, Serving.of(run.model, run.quant), cfg.compute_dtype,
-                cfg.platform, run.train.remat, run.train.layers == "unroll", cfg.shards, run.train.transport)
+                cfg.platform, run.train.remat, run.train.layers == "unroll", cfg.shards, run.train.transport, cfg.settled)
     network = bind(run.model, params)
     hidden, aux, _ = network(batch["tokens"], call)
     nll, lse = cross_entropy.losses(hidden, network.head, batch["targets"], call)
@@ -126,7 +128,7 @@ def make_train_step(cfg: StepConfig, specs: Specs, optimizer: optax.GradientTran
     """The pure step; the loop compiles it with the state donated."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        amount = grid_amount(cfg.run.quant, state.step)
+        amount = jnp.float32(1) if cfg.settled else grid_amount(cfg.run.quant, state.step)
         loss, grads, aux = gradients(state.params, batch, amount, cfg)
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params,
                                               max_logits=aux.attention.max_logit, expert_counts=aux.moe.expert_counts)

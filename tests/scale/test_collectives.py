@@ -12,10 +12,13 @@ from configs.sharding import TOKEN_AXES
 from model import rounds
 from model.shards import shards_of
 from model.transformer import param_specs
+from optim.build import build_optimizer
 from optim.census import census
+from quant.resident import bits_per_weight
 from tests.scale.networks import FAST_COMPILE, RUN, batch, mesh_of, on_mesh, with_
 from train.mesh import batch_sharding, param_shardings
-from train.step import StepConfig, gradients
+from train.state import initial_state
+from train.step import StepConfig, gradients, make_train_step
 
 FLOAT = 4
 
@@ -89,6 +92,46 @@ def test_bytes_are_those_of_the_formula(transport, axes):
     assert sum(found.values()) >= 0.95 * sum(wanted.values())  # a formula that is too large would prove nothing
     for group, moved in found.items():
         assert group in wanted or moved < 0.02 * sum(found.values()), f"{moved} bytes over {group}, which nothing asked for"
+
+
+@pytest.fixture(scope="module")
+def two_programs():
+    """The whole train step, experts gathered in the compute dtype and packed: HLO, new state and metrics of each."""
+    cfg = with_(on_mesh(WIDE, data=2, fsdp=2, expert=2), "quant", group_size=32)
+    mesh, specs = mesh_of(cfg), param_specs(cfg.model)
+    optimizer = build_optimizer(specs, cfg.optim, 10, mesh=mesh, shardings=param_shardings(specs, mesh))
+    state = initial_state(cfg, specs, optimizer, mesh)
+    rows = jax.device_put(batch(cfg), batch_sharding(mesh))
+    out = []
+    for settled in (False, True):
+        step = make_train_step(StepConfig(cfg, "float32", "cpu", mesh, settled), specs, optimizer, lambda _: 0.1)
+        compiled = jax.jit(step).lower(state, rows).compile(compiler_options=FAST_COMPILE)
+        out.append((compiled.as_text(), jax.device_get(compiled(state, rows))))
+    return cfg, out
+
+
+def test_packed_experts_change_no_number(two_programs):
+    """Loss, parameters and momenta, which after one step are the gradients: bit for bit."""
+    _, ((_, plain), (_, packed)) = two_programs
+    assert float(plain[1]["loss"]) > 1 and float(plain[1]["grad_norm"]) > 0
+    jax.tree.map(np.testing.assert_array_equal, plain, packed)
+
+
+def test_packed_experts_are_gathered_in_less_than_a_third_of_the_bytes(two_programs):
+    """Everything else in the two programs is the same, so what they save tells what the experts took: 4.5 bits a weight,
+    forward; float32 stood for them before, because XLA widens bf16 collectives on a CPU."""
+    cfg, ((plain, _), (packed, _)) = two_programs
+    specs, shards = param_specs(cfg.model), shards_of(mesh_of(cfg))
+    weights = sum(s.size for s in specs.values() if s.on_grid) // shards.size("expert")
+
+    def over_fsdp(hlo):
+        found = census(hlo, 8, causal=True).collectives
+        return sum(c.received * c.times for c in found if c.kind == "all-gather" and c.members == (0, 2))
+
+    in_float32, half = FLOAT * weights, 1 / 2  # of what is gathered, a device has half
+    as_codes = in_float32 - (over_fsdp(plain) - over_fsdp(packed)) / half
+    assert as_codes == weights * bits_per_weight(32) / 8
+    assert as_codes <= 0.30 * 2 * weights
 
 
 def test_no_product_runs_over_all_experts():

@@ -79,7 +79,7 @@ def test_a_step_with_a_non_finite_gradient_changes_nothing():
     before = jax.device_get(state.params)
     batch = open_data(session.cfg, session.tokenizer).batch(0)
     batch["weights"] = np.where(batch["weights"] > 0, np.float32(np.inf), 0)
-    state, metrics = machine.train_step(state, jax.device_put(batch, batch_sharding(session.mesh)))
+    state, metrics = machine.train_step(0, state, jax.device_put(batch, batch_sharding(session.mesh)))
     assert isinstance(state, TrainState) and int(state.step) == 1 and int(metrics["skipped_steps"]) == 1
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.params))
 
