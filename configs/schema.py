@@ -319,6 +319,23 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """Where the time of a step goes."""
+
+    steps: str = ""
+    """FIRST:LAST, steps whose trace is written to RUN/profile for xprof; nothing else about the run changes."""
+
+    def __post_init__(self):
+        bounds = self.steps.split(":")
+        require(not self.steps or len(bounds) == 2 and all(b.isdigit() for b in bounds) and 1 <= int(bounds[0]) <= int(bounds[1]),
+                f"profile.steps should be FIRST:LAST, two step numbers from 1 on, not {self.steps!r}")
+
+    def bounds(self) -> tuple[int, int] | None:
+        """First and last traced step."""
+        return tuple(map(int, self.steps.split(":"))) if self.steps else None
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run."""
 
@@ -337,3 +354,4 @@ class RunConfig:
                         f"model.{name}={width} is not divisible by quant.group_size={self.quant.group_size}; "
                         f"the nearest widths that are: {width // self.quant.group_size * self.quant.group_size} "
                         f"and {(width // self.quant.group_size + 1) * self.quant.group_size}")
+    profile: ProfileConfig = field(default_factory=ProfileConfig)

@@ -17,7 +17,7 @@ def tiny() -> RunConfig:
         optim=OptimConfig(lr=5e-3),
         quant=QuantConfig(start_step=338),
         data=DataConfig(task_length=(1, 6)),
-        train=TrainConfig(steps=450, batch_size=24, seq_len=96, log_every=25, checkpoint_every=150))
+        train=TrainConfig(steps=450, batch_size=24, seq_len=96, log_every=25, checkpoint_every=150, layers="unroll"))
 
 
 def laptop() -> RunConfig:

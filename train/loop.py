@@ -23,10 +23,11 @@ from quant.coverage import coverage, require_whole_groups
 from quant.served import settled_step
 from train import processes
 from train.checkpoint import Checkpoints
-from train.compat import compiler_options, interpreter
+from train.compat import compile_seconds, compiler_options, interpreter, keep_freed_memory
 from train.console import Bar, clock, console, human
 from train.held_out import Evaluator
 from train.mesh import batch_sharding, param_shardings, replicated
+from train.profile import Profile
 from train.recorder import GridWatch, Recorder
 from train.remix import before_edit, table_of
 from train.run_dir import RunDir, config_hash, differences
@@ -98,9 +99,11 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
 
     Everything that can be wrong with the command is found before anything is written.
     """
-    started = time.monotonic()
+    started, compiling = time.monotonic(), compile_seconds()
     facts, known = (run.load_facts(), before_edit(run.load_config(), cfg, remix)) if run.exists() else ({}, cfg)
     session = open_session(cfg, facts.get("compute_dtype"))
+    if session.platform == "cpu":
+        keep_freed_memory()
     mixtures = table_of(facts)
     data = open_data(known, session.tokenizer, mixtures)
     if facts.get("plan_hash", data.plan_hash) != data.plan_hash:
@@ -130,7 +133,7 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
         console.print(f"already trained to step {step}; raise --train.steps to go on")
         return EXIT_DONE
     with StopSignal() as stop:
-        state, step = run_steps(machine, data, state, step, checkpoints, run, stop, started)
+        state, step = run_steps(machine, data, state, step, checkpoints, run, stop, started, compiling)
     checkpoints.close()
     if stop.requested:
         console.print(f"stopped by {stop.requested} after step {step}, saved; the same command goes on from there")
@@ -188,22 +191,25 @@ def _same_model(source: str, cfg: RunConfig) -> tuple[RunDir, int | None]:
 
 
 def run_steps(machine: Machine, data: Data, state: TrainState, step: int, checkpoints: Checkpoints, run: RunDir,
-              stop: StopSignal, started: float) -> tuple[TrainState, int]:
+              stop: StopSignal, started: float, compiling: Callable[[], float]) -> tuple[TrainState, int]:
     """Steps until the end or a signal; the last one is saved either way."""
     cfg, sharding = machine.session.cfg, batch_sharding(machine.session.mesh)
     rows = processes.my_rows(sharding, cfg.train.batch_size, cfg.train.seq_len)
     evaluator = Evaluator(machine.session, data)
-    recorder = Recorder(machine.session, run, step + 1, started, last_data_hash(run, step))
+    recorder = Recorder(machine.session, run, step + 1, started, compiling, last_data_hash(run, step))
+    profile = Profile(cfg.profile.bounds(), run.profile)
     codes = GridWatch(machine.session.specs, cfg.quant.group_size)
     sample_every = max(cfg.train.log_every, cfg.train.steps // 20)
     with Bar(f"training {run.path}", cfg.train.steps - step) as bar:
         for batch in data.iterate(step, rows):
             placed = processes.place(batch, sharding, rows, cfg.train.batch_size)
+            profile.before(step + 1, state)
             state, metrics = machine.train_step(step, state, placed)
             step += 1
             last = step >= cfg.train.steps
             recorder.record(step, metrics)
             stopping = stop.after(step)
+            profile.after(step, state, last or stopping)
             if step % sample_every == 0:
                 recorder.measure_optimizer(machine.time_update, state)
             if step == recorder.first_step or step % cfg.train.log_every == 0 or last:

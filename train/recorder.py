@@ -52,9 +52,10 @@ class GridWatch:
 class Recorder:
     """Writes a step's metrics while the next one already computes, and prints a line every log_every steps."""
 
-    def __init__(self, session: Session, run: RunDir, first_step: int, started: float, history: str = ""):
+    def __init__(self, session: Session, run: RunDir, first_step: int, started: float,
+                 compiling: Callable[[], float], history: str = ""):
         self.session = session
-        self.first_step, self.started = first_step, started
+        self.first_step, self.started, self.compiling = first_step, started, compiling
         self.history = history
         self.file = MetricsFile(run.metrics) if processes.first() else None
         cfg = self.session.cfg
@@ -111,6 +112,7 @@ class Recorder:
                "mfu": rate * self.flops_per_token / self.peak if self.peak else "n/a", "data_hash": self.history, **values}
         if step == self.first_step:
             row["seconds_to_first_step"] = time.monotonic() - self.started
+            row["compile_seconds"] = self.compiling()
         if "grid_error" not in row:
             row.pop("expert_load")  # large; kept where a line is printed
         if self.file:
@@ -118,7 +120,9 @@ class Recorder:
         return row
 
     def _print(self, step: int, row: dict[str, Any]) -> None:
-        first = f"  (first step after {row['seconds_to_first_step']:.0f} s)" if "seconds_to_first_step" in row else ""
+        first = ""
+        if "seconds_to_first_step" in row:
+            first = f"  (first step after {row['seconds_to_first_step']:.0f} s, {row['compile_seconds']:.0f} of them compiling)"
         console.print(f"step {step:>5}/{self.session.cfg.train.steps}  loss {float(row['loss']):.4f}  "
                       f"{human(row['tokens_per_second'])} tok/s  load max/mean "
                       f"{float(np.max(row['load_max_over_mean'])):.2f}  max logit {float(row['max_logit']):.1f}  "

@@ -15,16 +15,17 @@ from configs.schema import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    ProfileConfig,
     QuantConfig,
     RunConfig,
     TrainConfig,
 )
 
 SECTIONS = {"model": ModelConfig, "optim": OptimConfig, "quant": QuantConfig, "data": DataConfig, "train": TrainConfig,
-            "mesh": MeshConfig}
+            "mesh": MeshConfig, "profile": ProfileConfig}
 
-MAY_CHANGE = {"mesh", "train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every", "train.keep",
-              "train.steps", "train.remat", "train.init_from", "train.fork_from"}
+MAY_CHANGE = {"mesh", "profile", "train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every",
+              "train.keep", "train.steps", "train.remat", "train.init_from", "train.fork_from"}
 """What a resumed run may set anew: where it runs, how long, what it prints. All else would change what was trained."""
 
 
@@ -69,6 +70,10 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
 
     @property
     def metrics(self) -> Path:

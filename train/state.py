@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 
 from configs.param_spec import ParamSpec, Specs
 from configs.schema import RunConfig
+from train.compat import once_options
 from train.mesh import param_shardings, replicated
 
 
@@ -57,4 +58,5 @@ def _initial(cfg: RunConfig, specs: Specs, optimizer: optax.GradientTransformati
 def initial_state(cfg: RunConfig, specs: Specs, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Random weights and a fresh optimizer, every array born in its own sharding."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shardings(cfg, specs, optimizer, mesh))
-    return jax.jit(lambda: _initial(cfg, specs, optimizer), out_shardings=shardings)()
+    options = once_options(mesh.devices.flat[0].platform)
+    return jax.jit(lambda: _initial(cfg, specs, optimizer), out_shardings=shardings, compiler_options=options or None)()

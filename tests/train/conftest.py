@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from configs.presets import preset
+from configs.schema import ProfileConfig
 from train.loop import train
 from train.run_dir import RunDir
 
@@ -18,12 +19,12 @@ def small(**train_fields):
                   compute_dtype="float32") | train_fields
     return dataclasses.replace(cfg, model=model, data=dataclasses.replace(cfg.data, task_length=(2, 3)),
                                quant=dataclasses.replace(cfg.quant, start_step=4),
-                               train=dataclasses.replace(cfg.train, **fields))
+                               train=dataclasses.replace(cfg.train, **fields), profile=ProfileConfig("3:4"))
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A finished run of 20 steps."""
+    """A finished run of 20 steps, two of them traced."""
     run = RunDir(tmp_path_factory.mktemp("run") / "small")
     assert train(small(), run) == 0
     return run

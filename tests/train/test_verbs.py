@@ -35,6 +35,7 @@ def test_a_wrong_command_is_one_sentence_and_changes_nothing(case, capsys, tmp_p
     (["--model.hiden-size", "64"], "--model.hidden-size"),
     (["--model.hidden-size", "100"], "not divisible by"),
     (["--train.steps", "many"], "many"),
+    (["--profile.steps", "5:3"], "FIRST:LAST"),
 ])
 def test_a_wrong_field_names_the_right_one(arguments, sentence, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
@@ -56,8 +57,13 @@ def test_metrics_hold_what_the_report_shows(trained):
         assert row["dropped_tokens"] == 0 and row["skipped_steps"] == 0 and row["mfu"] == "n/a"
         assert {"loss", "lr", "tokens_per_second", "seconds", "max_logit", "load_entropy", "load_max_over_mean",
                 "grad_norm/experts", "update_rms/experts", "update_rms/adamw"} <= row.keys()
+    assert 0 < rows[0]["compile_seconds"] < rows[0]["seconds_to_first_step"]
     assert [r["grid_amount"] for r in rows] == [0.0] * 4 + [1.0] * 16
     assert "grid_error" in rows[-1] and len(rows[-1]["expert_load"]) == 2
+
+
+def test_a_trace_of_the_named_steps_is_written(trained):
+    assert len(list(trained.profile.glob("**/*.xplane.pb"))) == 1
 
 
 def test_export_verify_eval_generate_report(trained, capsys):

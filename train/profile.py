@@ -1,0 +1,31 @@
+"""`--profile.steps FIRST:LAST`: a trace of those steps, which xprof and ui.perfetto.dev open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+
+from train.console import console
+
+
+class Profile:
+    """Starts before the first named step and stops when the last one has finished; steps outside the run trace nothing."""
+
+    def __init__(self, steps: tuple[int, int] | None, folder: Path):
+        self.first, self.last = steps or (0, 0)
+        self.folder = folder
+        self.running = False
+
+    def before(self, step: int, state) -> None:
+        if self.first <= step <= self.last and not self.running:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
+            self.running = True
+
+    def after(self, step: int, state, last: bool) -> None:
+        if self.running and (step == self.last or last):
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self.running = False
+            console.print(f"traced steps {self.first} to {step} under {self.folder}; open them with xprof --logdir {self.folder}")
