@@ -44,7 +44,7 @@ class Eval:
     """Held-out loss, and for built-in tasks exact answers by chain length, of one or more sets of weights."""
 
     arms: tyro.conf.Positional[tuple[str, ...]] = ()
-    """NAME=RUN[@STEP][:bf16|int4|BASELINE] or NAME=EXPORT_DIR; without any: the run's weights without and with the grid.
+    """NAME=RUN[@STEP][:bf16|int4|BASELINE] or NAME=DIR[:bf16|int4]; without any: the run's weights without and with the grid.
     BASELINE: rtn, rtn75, mse, mse_signed, hqq, gptq, awq, rtn3."""
     run: Path = RUN
     """Run directory whose data and task are used, and whose evals.jsonl is written."""
@@ -70,7 +70,7 @@ class Generate:
     prompt: tyro.conf.Positional[str] = ""
     """A user message; without one, a held-out problem of the task, with the task's own tools."""
     weights: str = str(RUN)
-    """RUN[@STEP][:bf16|int4|BASELINE] or an exported directory."""
+    """RUN[@STEP][:bf16|int4|BASELINE] or an exported DIR[:bf16|int4]."""
     tools: tuple[str, ...] = ()
     """calculator, key_value, MODULE:FUNCTION, or FILE.py for all its public functions."""
     task: str = "chain"

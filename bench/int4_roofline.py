@@ -1,23 +1,26 @@
 """Bytes that one decode step must read, bf16 against INT4 experts: `python -m bench.int4_roofline [PRESET]`.
 
 Decoding is bound by weight bandwidth, so the ratio of bytes bounds the speed-up. Experts hit per layer follow from
-uniform routing: E * (1 - (1 - K/E)**tokens). The last line is measured: bits per expert weight in a compiled
-program's argument buffers, and in bf16 for comparison.
+uniform routing: E * (1 - (1 - K/E)**tokens). Below it, measured points of one layer's experts: bits per weight in the
+compiled program's argument buffers, and time, whole and at four bits; written to bench/results.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from bench import measure
 from configs.presets import preset
 from configs.schema import ModelConfig
+from model import experts
 from model.transformer import param_specs
-from quant.resident import Int4Weight, bits_per_weight, int4_rows
+from quant.resident import bits_per_weight, to_int4
 
 TOKENS = (1, 4, 16, 64, 256)
 
@@ -43,32 +46,44 @@ def roofline(model: ModelConfig, group: int = 32) -> Table:
     return table
 
 
-def measured_bits(model: ModelConfig, group: int = 32) -> tuple[float, float]:
-    """Bits per weight of one layer's gate and up projections in device memory, (INT4, bf16), from compiled programs.
-
-    Eight experts stand for all: the ratio does not depend on their number.
-    """
-    shape = (8, model.hidden_size, 2 * model.moe_intermediate_size)
-    scales = (8, model.hidden_size // group, 2 * model.moe_intermediate_size)
-    packed = Int4Weight(jax.ShapeDtypeStruct(shape, jnp.int4), jax.ShapeDtypeStruct(scales, jnp.bfloat16), -2, group)
-    dense = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    x, experts = jax.ShapeDtypeStruct((8, model.hidden_size), jnp.bfloat16), jax.ShapeDtypeStruct((1,), jnp.int32)
-    other = x.size * 2 + 4
-
-    def bits(function, weight) -> float:
-        used = jax.jit(function).lower(x, weight, experts).compile().memory_analysis().argument_size_in_bytes
-        return (used - other) * 8 / dense.size
-
-    return bits(int4_rows, packed), bits(lambda x, w, e: jnp.einsum("nd,ndf->nf", x[:1], w[e]), dense)
+def measured(model: ModelConfig, dtype: str) -> list[dict]:
+    """One MoE layer's routed experts on this machine, eight experts for all of them: milliseconds and bits per weight of
+    the argument buffers, whole and at four bits, for some numbers of tokens."""
+    E, D, F, K = 8, model.hidden_size, model.moe_intermediate_size, 2
+    keys = jax.random.split(jax.random.key(0), 4)
+    packed = tuple(to_int4(jax.random.normal(key, shape), -2, 32) for key, shape in zip(keys, ((E, D, 2 * F), (E, F, D))))
+    held = {"whole": tuple(w.astype(dtype) for w in packed), "int4": packed}
+    weights, rows = E * 3 * D * F, []
+    for tokens in TOKENS[:4]:
+        x = jax.random.normal(keys[2], (tokens, D), dtype)
+        chosen = jax.lax.top_k(jax.random.normal(keys[3], (tokens, E)), K)[1]
+        gates = jnp.full((tokens, K), 1 / K)
+        step = jax.jit(lambda x, w, chosen=chosen, gates=gates: experts.apply(x, chosen, gates, w, jax.default_backend()))
+        compiled = {name: step.lower(x, w).compile() for name, w in held.items()}
+        times = measure.in_turns({name: partial(compiled[name], x, w) for name, w in held.items()}, rounds=9)
+        bits = {name: (c.memory_analysis().argument_size_in_bytes - x.nbytes) * 8 / weights for name, c in compiled.items()}
+        hit = len(set(chosen.ravel().tolist()))
+        for name in held:
+            ideal = bits[name] * weights * hit / E / 8
+            rows.append({"tokens": tokens, "experts_hit": hit, "held": name, "dtype": dtype, "bits_per_weight": bits[name],
+                         "bytes_to_read": ideal, "GB_per_s": round(ideal / times[name]["wall_ms"] / 1e6, 2), **times[name]})
+    return rows
 
 
 def main(name: str) -> None:
     model, console = preset(name).model, Console()
     console.print(f"{name}: weights read per decode step, lower bound")
     console.print(roofline(model))
-    packed, dense = measured_bits(model)
-    console.print(f"measured on {jax.default_backend()}, jax {jax.__version__}: {packed:.3f} bits per expert weight "
-                  f"resident, {dense:.3f} as bf16, ratio {dense / packed:.2f}")
+    rows = [row for dtype in ("bfloat16", "float32") for row in measured(model, dtype)]
+    table = Table("tokens", "experts hit", "dtype", "bits whole", "bits INT4", "ms whole", "ms INT4", "bytes ratio", "time ratio")
+    for whole, packed in zip(rows[::2], rows[1::2]):
+        bits, ms = ([f"{row[key]:.4g}" for row in (whole, packed)] for key in ("bits_per_weight", "wall_ms"))
+        table.add_row(str(whole["tokens"]), f"{whole['experts_hit']} of 8", whole["dtype"], *bits, *ms,
+                      f"{whole['bytes_to_read'] / packed['bytes_to_read']:.2f}",
+                      f"{whole['wall_ms'] / packed['wall_ms']:.2f}")
+    console.print(f"measured on {jax.default_backend()}, jax {jax.__version__}: one layer's experts, 8 of them, 2 per token")
+    console.print(table)
+    console.print(f"wrote {measure.write(f'int4_roofline-{name}', rows).name}")
 
 
 if __name__ == "__main__":

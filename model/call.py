@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from model.shards import ONE_DEVICE, Shards
 from quant.coverage import group_axis
 from quant.packed_gather import gather_on_grid
+from quant.resident import Int4Weight
 from quant.served import Serving, as_served
 
 
@@ -46,10 +47,12 @@ class Call:
     transport: str = field(default="auto", metadata={"static": True})
     settled: bool = field(default=False, metadata={"static": True})
 
-    def weight(self, param: nnx.Param) -> Array:
+    def weight(self, param: nnx.Param) -> Array | Int4Weight:
         """A parameter as the forward pass sees it: on its served grid, in the compute dtype, gathered in that dtype, or
         packed, from the devices that store its parts. Heads, hidden widths and experts that this device works on stay
-        parts."""
+        parts. Weights that are held at four bits stay so: the product unpacks what it uses."""
+        if isinstance(param[...], Int4Weight):
+            return param[...]
         gather = partial(self.shards.gather, spec=param.spec)
         if self.settled and param.spec.on_grid and self.shards.gathers(param.spec):
             group = self.serving.group_size

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from model.kernels import grouped_matmul_tpu
 from model.project import outer_sum
+from quant.resident import Int4Weight
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,13 @@ def _blocks(x, block_expert):
     return x.reshape(len(block_expert), -1, x.shape[-1])
 
 
+def _unpacked(w, dtype):
+    """Weights as they are, or those of an Int4Weight: of the experts in use, after they were picked."""
+    return w.astype(dtype) if isinstance(w, Int4Weight) else w
+
+
 def _reference_rows(x, w, block_expert, transposed):
+    w = _unpacked(w, x.dtype)
     one_hot = jax.nn.one_hot(jnp.repeat(block_expert, len(x) // len(block_expert)), len(w), dtype=x.dtype)
     product = "me,mi,eoi->mo" if transposed else "me,mi,eio->mo"
     return jnp.einsum(product, one_hot, x, w, preferred_element_type=jnp.float32).astype(x.dtype)
@@ -51,7 +58,7 @@ def _reference_weights(x, y, block_expert, num_experts, dtype):
 
 def _batched_rows(x, w, block_expert, transposed):
     product = "nbi,noi->nbo" if transposed else "nbi,nio->nbo"
-    out = jnp.einsum(product, _blocks(x, block_expert), w[block_expert], preferred_element_type=jnp.float32)
+    out = jnp.einsum(product, _blocks(x, block_expert), _unpacked(w[block_expert], x.dtype), preferred_element_type=jnp.float32)
     return out.astype(x.dtype).reshape(len(x), -1)
 
 
@@ -65,7 +72,8 @@ def _scanned_rows(x, w, block_expert, transposed):
     xs, stored = _blocks(x, block_expert), _STORED.get(x.dtype.name, x.dtype)
 
     def one(i, out):
-        block = jnp.einsum(product, xs[i], w[block_expert[i]], preferred_element_type=jnp.float32).astype(x.dtype)
+        weights = _unpacked(w[block_expert[i]], x.dtype)
+        block = jnp.einsum(product, xs[i], weights, preferred_element_type=jnp.float32).astype(x.dtype)
         return out.at[i].set(lax.bitcast_convert_type(block, stored))
 
     out = jnp.zeros((*xs.shape[:2], w.shape[1 if transposed else 2]), stored)
@@ -83,6 +91,10 @@ def _scanned_weights(x, y, block_expert, num_experts, dtype):
     return lax.fori_loop(0, _in_use(block_expert, num_experts), add, start).astype(dtype)
 
 
+def _tpu_rows(x, w, block_expert, transposed):
+    return grouped_matmul_tpu.rows(x, _unpacked(w, x.dtype), block_expert, transposed)
+
+
 _STORED = {"bfloat16": jnp.uint16} if jax.__version_info__ < (0, 11) else {}
 """Up to jax 0.10, XLA's CPU backend widens a whole bfloat16 array and narrows it again wherever a part is written."""
 
@@ -95,11 +107,12 @@ IMPLEMENTATIONS = {
     "reference": GroupedMatmul(_reference_rows, _reference_weights),
     "batched": GroupedMatmul(_batched_rows, _batched_weights),
     "scanned": GroupedMatmul(_scanned_rows, _scanned_weights),
-    "tpu": GroupedMatmul(grouped_matmul_tpu.rows, grouped_matmul_tpu.weights),
+    "tpu": GroupedMatmul(_tpu_rows, grouped_matmul_tpu.weights),
 }
 """reference: dense over all experts, the definition. batched: one batched product over blocks with gathered weights.
 scanned: block after block with weights and sums in place; on a CPU every product still fills all cores, and nothing is
-gathered (bench/grouped_matmul.py). tpu: model/kernels/grouped_matmul_tpu.py."""
+gathered (bench/grouped_matmul.py). tpu: model/kernels/grouped_matmul_tpu.py, which takes whole weights only: a layer of
+four-bit experts is unpacked before it."""
 
 
 def implementation(platform: str) -> str:
@@ -116,10 +129,10 @@ def block_rows(rows: int, num_experts: int, platform: str = "cpu") -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_matmul(x: Float[Array, "M D"], w: Float[Array, "E D F"], block_expert: Int[Array, "M/b"], name: str
+def grouped_matmul(x: Float[Array, "M D"], w: Float[Array, "E D F"] | Int4Weight, block_expert: Int[Array, "M/b"], name: str
                    ) -> Float[Array, "M F"]:
     """Block i of `x` times w[block_expert[i]], zero where that is E; `block_expert` ascends, `name` is a key of
-    IMPLEMENTATIONS."""
+    IMPLEMENTATIONS. An Int4Weight gives what its unpacked weights give; it has no gradient."""
     return IMPLEMENTATIONS[name].rows(x, w, block_expert, False)
 
 

@@ -11,13 +11,18 @@ import itertools
 from collections import defaultdict
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from configs.param_spec import Specs
 from configs.schema import ConfigError
+from quant.coverage import group_axis
 from quant.findings import Report
 from quant.layout import Slot, all_slots
 from quant.packed import PARTS, projections
+from quant.resident import Int4Weight
 from quant.tensor_file import Checkpoint
 from quant.verify_files import check_index
 from quant.verify_values import grid_of, is_fixed_point
@@ -120,6 +125,34 @@ class Imported:
                     "at the first step, so training cannot continue from this file; import the bf16 masters instead"
                 )
         return projection.values(self.checkpoint)
+
+    def int4(self, path: str) -> Int4Weight:
+        """A packed array as it lies in the file, codes and scales; one layer of it is in the host's memory at a time.
+
+        Raises ConfigError where scales are not bf16, which is what Int4Weight holds.
+        """
+        spec, stacked = self.specs[path], {block[0] for other, block in self._slots if other == path}
+        layers = [jax.tree.map(lambda *experts: jnp.asarray(np.stack(experts)), *(
+            self._encoded(path, block) for other, block in self._slots if other == path and block[0] == layer))
+            for layer in sorted(stacked)]
+        codes, scales = zip(*((codes.astype(jnp.int4), scales) for codes, scales in layers))
+        group = spec.shape[group_axis(spec)] // scales[0].shape[group_axis(spec)]
+        return Int4Weight(jnp.stack(codes), jnp.stack(scales), group_axis(spec), group)
+
+    def _encoded(self, path: str, block: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Codes (int8) and scales (bf16) of one block in stored layout."""
+        spec = self.specs[path]
+        codes = np.empty(spec.shape[len(block):], np.int8)
+        scales = np.empty(codes.shape, ml_dtypes.bfloat16)
+        for slot in self._slots[path, block]:
+            projection = self._packed[self._stem(slot)]
+            stored = projection.scales(self.checkpoint)
+            if stored.dtype != scales.dtype:
+                raise ConfigError(f"{projection.stem} has scales in {stored.dtype}, and only bf16 ones are kept at four "
+                                  "bits; leave :int4 out, or write the scales as bf16")
+            slot.into(projection.codes(self.checkpoint), codes)
+            slot.into(np.repeat(stored, projection.group, axis=1), scales)
+        return codes, scales.take(range(0, codes.shape[group_axis(spec)], projection.group), group_axis(spec))
 
     def read(self, path: str, index: tuple[int, ...]) -> np.ndarray:
         """`array[index]` as float32; `index` may stop short of the block's axes."""

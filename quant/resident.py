@@ -11,12 +11,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Int, Int4
+from jaxtyping import Array, BFloat16, Float, Int4
 
-from configs.param_spec import Specs
-from configs.schema import ConfigError, QuantConfig
 from quant import grid
-from quant.coverage import group_axis
 
 
 @jax.tree_util.register_dataclass
@@ -68,25 +65,6 @@ def to_int4(w: Float[Array, "..."], axis: int, group: int) -> Int4Weight:
     """Weights, or masters, on the grid at four bits."""
     codes, scales = grid.quantize(w, axis, group)
     return Int4Weight(codes.astype(jnp.int4), scales.astype(jnp.bfloat16), axis, group)
-
-
-def resident(served: dict[str, Array], specs: Specs, quant: QuantConfig) -> dict[str, Array | Int4Weight]:
-    """Served weights (model/served_params.py) with every array on the grid packed to four bits.
-
-    The grid is a fixed point, so quantising served values returns the codes of the export.
-    """
-    if quant.grid == "none":
-        raise ConfigError("quant.grid is none: these weights were not trained on a grid that four bits could hold")
-    return {path: to_int4(w, group_axis(specs[path]), quant.group_size) if specs[path].on_grid else w
-            for path, w in served.items()}
-
-
-def int4_rows(x: Float[Array, "M D"], w: Int4Weight, block_expert: Int[Array, "M/b"]) -> Float[Array, "M F"]:
-    """Block i of `x` times the matrix of expert block_expert[i], for a weight [E, D, F]: the grouped product of
-    model/grouped_matmul.py, where only the codes of the experts in use are read and unpacked."""
-    dense = w[block_expert].astype(x.dtype)
-    blocks = x.reshape(len(block_expert), -1, x.shape[-1])
-    return jnp.einsum("nbd,ndf->nbf", blocks, dense).reshape(len(x), -1)
 
 
 def bits_per_weight(group: int) -> float:

@@ -18,6 +18,7 @@ from model.served_params import serve
 from model.transformer import param_specs
 from quant.importer import Imported
 from quant.read_config import read_config
+from quant.resident import Int4Weight
 from quant.served import Serving
 from train.baselines import BASELINES, baseline
 from train.console import console
@@ -28,11 +29,12 @@ KINDS = ("bf16", "int4", *BASELINES)
 
 @dataclass(frozen=True)
 class Weights:
-    """What a forward pass needs; `params` are as served (model/served_params.py), so nothing is rounded again."""
+    """What a forward pass needs; `params` are as served (model/served_params.py), so nothing is rounded again. Experts may
+    be an Int4Weight (quant/resident.py)."""
 
     name: str
     model: ModelConfig
-    params: dict[str, Array]
+    params: dict[str, Array | Int4Weight]
     tokenizer: Tokenizer
     dtype: str
     platform: str
@@ -48,11 +50,13 @@ class Weights:
 
 
 def load_weights(source: str, dtype: str | None = None) -> Weights:
-    """RUN[@STEP][:bf16|int4|BASELINE] or an exported directory; `dtype` to compute in, default the run's or the fastest.
+    """RUN[@STEP][:bf16|int4|BASELINE] or an exported DIR[:bf16|int4]; `dtype` to compute in, default the run's or the fastest.
 
     bf16   the masters rounded to bf16. int4: the masters on the grid, which is what is exported (the default of a run
            trained on the grid). A post-training baseline of the masters: rtn, rtn75, mse, mse_signed, hqq, gptq, awq, rtn3
            (train/baselines.py)
+
+    Of a directory int4 keeps the experts packed in memory, bf16 unpacks them; see `load_export` for the default.
     """
     match = re.fullmatch(rf"(.+?)(?::({'|'.join(KINDS)}))?", source)
     where, kind = match[1], match[2]
@@ -60,9 +64,9 @@ def load_weights(source: str, dtype: str | None = None) -> Weights:
     if (directory / "checkpoints").is_dir():
         return _from_run(source, where, kind, dtype)
     if (directory / "model.safetensors.index.json").exists():
-        if kind:
-            raise ConfigError(f"{source}: an exported directory holds its weights in one form, leave out :{kind}")
-        return load_export(directory, dtype)
+        if kind in BASELINES:
+            raise ConfigError(f"{source}: an exported directory has no masters to apply {kind} to; leave out :{kind}")
+        return load_export(directory if kind is None else Path(where), dtype, packed=None if kind is None else kind == "int4")
     raise ConfigError(f"{where} is neither a run directory (no checkpoints/) nor an exported one (no safetensors index)")
 
 
@@ -82,14 +86,22 @@ def _from_run(source: str, where: str, kind: str | None, dtype: str | None) -> W
     return Weights(source, cfg.model, served, session.tokenizer, session.compute_dtype, session.platform)
 
 
-def load_export(directory: Path, dtype: str | None = None) -> Weights:
-    """An exported directory, computing in `dtype` (default: what this machine multiplies fastest)."""
+def load_export(directory: Path, dtype: str | None = None, packed: bool | None = False) -> Weights:
+    """An exported directory, computing in `dtype` (default: what this machine multiplies fastest).
+
+    packed  experts stay at four bits in memory; None: where that is no slower, which is off a CPU
+    """
     config = read_config(directory)
     specs = param_specs(config.model)
     files = Imported(directory, specs, prefix=config.prefix)
     dtype = dtype or fastest_dtype()
-    params = {path: jnp.asarray(files.region(path)) for path in specs}
-    served = serve(params, specs, Serving(config.model.dtype, "none"), 0.0, dtype)
+    if packed and not files.packed:
+        raise ConfigError(f"{directory} is not INT4, so there are no codes to keep; leave out :int4")
+    packed = jax.default_backend() != "cpu" if packed is None else packed
+    at_four_bits = {path: files.int4(path) for path in files.packed if packed and specs[path].on_grid}
+    dense = {path: spec for path, spec in specs.items() if path not in at_four_bits}
+    params = {path: jnp.asarray(files.region(path)) for path in dense}
+    served = serve(params, dense, Serving(config.model.dtype, "none"), 0.0, dtype) | at_four_bits
     return Weights(str(directory), config.model, served, _tokenizer(directory, config.model), dtype, jax.default_backend())
 
 

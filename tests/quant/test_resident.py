@@ -11,48 +11,88 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs.schema import ConfigError
+from model.generate import Program, extend
+from model.grouped_matmul import grouped_matmul
+from model.transformer import param_specs
 from quant import grid
 from quant.coverage import group_axis
+from quant.export import export_model
 from quant.packed_gather import gather_on_grid
-from quant.resident import bits_per_weight, int4_rows, resident, to_int4
-from tests.quant.small_model import INT4, MODEL, PLAIN, random_weights, specs_of
+from quant.resident import Int4Weight, bits_per_weight, to_int4
+from quant.source import InMemory
+from tests.quant.small_model import INT4, MODEL, PLAIN, random_weights
+from train.export import forward_logits
+from train.weights import load_weights
 
-SPECS = specs_of(MODEL)
+SPECS = param_specs(MODEL)
 PARAMS = {path: jnp.asarray(w) for path, w in random_weights(SPECS).items()}
 GATE_UP, DOWN = "moe.mlp.experts_gate_up", "moe.mlp.experts_down"
 
 
-def test_resident_weights_are_the_exported_ones():
-    packed = resident(PARAMS, SPECS, INT4)
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    out = tmp_path_factory.mktemp("int4") / "export"
+    export_model(InMemory(jax.device_get(PARAMS)), SPECS, MODEL, INT4, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def both(directory):
+    return load_weights(f"{directory}:bf16", "float32"), load_weights(f"{directory}:int4", "float32")
+
+
+def test_experts_stay_as_the_file_has_them(both):
+    dense, packed = both
     for path, spec in SPECS.items():
-        want = grid.on_grid(PARAMS[path], group_axis(spec), 32) if spec.on_grid else PARAMS[path]
-        np.testing.assert_array_equal(packed[path].astype(jnp.float32), want)
-    served = {**PARAMS, DOWN: grid.on_grid(PARAMS[DOWN], -2, 32)}
-    np.testing.assert_array_equal(resident(served, SPECS, INT4)[DOWN].codes, packed[DOWN].codes)
-    with pytest.raises(ConfigError, match="not trained"):
-        resident(PARAMS, SPECS, PLAIN)
+        assert isinstance(packed.params[path], Int4Weight) == spec.on_grid
+        np.testing.assert_array_equal(packed.params[path].astype(jnp.float32), dense.params[path])
+    np.testing.assert_array_equal(packed.params[DOWN].codes, to_int4(PARAMS[DOWN], -2, 32).codes)
 
 
-def test_compiled_buffers_hold_four_and_a_half_bits_per_weight():
-    w = to_int4(jnp.zeros((8, 256, 512)), -2, 32)
-    compiled = (
-        jax.jit(lambda w, x, e: int4_rows(x, w, e)).lower(w, jnp.zeros((32, 256)), jnp.zeros(4, jnp.int32)).compile()
-    )
-    other = 32 * 256 * 4 + 4 * 4
-    assert (compiled.memory_analysis().argument_size_in_bytes - other) * 8 / w.codes.size == bits_per_weight(32) == 4.5
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_equal_those_of_the_unpacked_weights(both, dtype):
+    """The products get the same operands: bit for bit in float32 and in bfloat16, where unpacking rounds nothing."""
+    rows = np.random.default_rng(0).integers(0, MODEL.vocab_size, (3, 11))
+    dense, packed = (forward_logits(MODEL, weights.params, rows, "cpu", dtype) for weights in both)
+    np.testing.assert_array_equal(dense, packed)
 
 
-def test_grouped_product_equals_the_dense_one_bit_for_bit():
+def test_decoding_and_reading_prompts_give_the_same_tokens(both):
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
+    dense, packed = (weights.generate(prompts, 12) for weights in both)
+    assert dense == packed and all(len(row) for row in packed)
+
+
+def test_compiled_buffers_hold_four_and_a_half_bits_per_weight(both):
+    """Of the program that decodes: its argument buffers with the experts, less those without them."""
+    _, weights = both
+    program = Program(MODEL, "float32", "cpu", greedy=True)
+    cache = jax.ShapeDtypeStruct((3, 1, 16, 40), jnp.float32)
+    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    step = jax.jit(extend, static_argnames="program")
+    used = step.lower(weights.params, one, cache, one, program).compile().memory_analysis().argument_size_in_bytes
+    other = sum(w.nbytes for path, w in weights.params.items() if not SPECS[path].on_grid) + 4 * (3 * 16 * 40) + 8
+    assert (used - other) * 8 / sum(s.size for s in SPECS.values() if s.on_grid) == bits_per_weight(32) == 4.5
+
+
+@pytest.mark.parametrize("name", ["reference", "batched", "scanned"])
+def test_every_grouped_product_takes_them(name):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(24, 64)), jnp.float32)
     block_expert = jnp.array([0, 0, 2])
-    dense = grid.on_grid(PARAMS[GATE_UP][0], -3, 32).reshape(4, 64, -1)
-    want = jax.jit(lambda x, w: jnp.einsum("nbd,ndf->nbf", x.reshape(3, 8, 64), w[block_expert]).reshape(24, -1))(
-        x, dense
-    )
     packed = to_int4(PARAMS[GATE_UP][0], -3, 32).reshape(4, 64, -1)
-    np.testing.assert_array_equal(jax.jit(int4_rows)(x, packed, block_expert), want)
+    product = jax.jit(grouped_matmul, static_argnums=3)
+    np.testing.assert_array_equal(product(x, packed, block_expert, name),
+                                  product(x, packed.astype(jnp.float32), block_expert, name))
     with pytest.raises(ValueError, match="groups lie along axis 1"):
         packed.reshape(4, 32, -1)
+
+
+def test_what_cannot_be_held_at_four_bits_says_so(tmp_path):
+    export_model(InMemory(jax.device_get(PARAMS)), SPECS, MODEL, PLAIN, tmp_path / "plain")
+    with pytest.raises(ConfigError, match="not INT4"):
+        load_weights(f"{tmp_path / 'plain'}:int4", "float32")
+    with pytest.raises(ConfigError, match="no masters"):
+        load_weights(f"{tmp_path / 'plain'}:gptq", "float32")
 
 
 def test_layers_can_be_scanned():
