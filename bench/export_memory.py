@@ -1,56 +1,64 @@
-"""Memory of a streaming export: `python -m bench.export_memory [GIGABYTES]` exports that many gigabytes of masters.
+"""Memory of an export: `python -m bench.export_memory [GIGABYTES ...]` writes checkpoints with that many gigabytes of masters
+and exports each by `launch.py export`, in processes of their own.
 
-Masters are made block by block, as a checkpoint reader would deliver them; nothing but the exporter holds memory. The
-directory goes to a temporary folder and is removed. Prints the peak resident memory above the process's start.
+The masters are random, saved by the training loop's checkpoint code in a run directory with its config; everything lies in a
+temporary folder and is removed. Prints the exporting process's peak resident memory, jax and all other libraries in it, above
+an interpreter's that only prints `launch.py --help`, and writes bench/results/export_memory-*.json.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import subprocess
 import sys
 import tempfile
-import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 
-from configs.schema import ModelConfig, QuantConfig
+from bench import measure
+from configs.presets import preset
+from configs.schema import ModelConfig
 from model.transformer import param_specs
-from quant.export import export_model
-from quant.verify import verify
+
+LAUNCH = [sys.executable, str(Path(__file__).parents[1] / "launch.py")]
 
 
-class Generated:
-    """A WeightSource of random masters that are never in memory together."""
+def peak_of(*arguments: str) -> tuple[int, float]:
+    """Largest resident size of a verb, in bytes, and its seconds. Raises where it fails."""
+    started = time.perf_counter()
+    process = subprocess.Popen([*LAUNCH, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    most = 0
+    while process.poll() is None:
+        try:
+            most = max(most, psutil.Process(process.pid).memory_info().rss)
+        except psutil.NoSuchProcess:
+            break
+        time.sleep(0.01)
+    if process.wait():
+        raise RuntimeError(process.stderr.read().decode()[-2000:])
+    return most, time.perf_counter() - started
 
-    def __init__(self, specs):
-        self.specs = specs
 
-    def read(self, path: str, index: tuple[int, ...]) -> np.ndarray:
-        shape = self.specs[path].shape[len(index):]
-        return np.random.default_rng([len(path), *index]).standard_normal(shape, np.float32) * np.float32(0.02)
+def write_run(path: Path, model: ModelConfig) -> None:
+    """A run directory at step 1 whose masters are random numbers."""
+    import jax
 
+    from train.checkpoint import Checkpoints
+    from train.run_dir import RunDir
 
-class Peak:
-    """Largest resident size while the block runs, above the one at its start, in bytes."""
-
-    def __enter__(self):
-        self.process, self.running = psutil.Process(), True
-        self.start = self.most = self.process.memory_info().rss
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-        return self
-
-    def _watch(self):
-        while self.running:
-            self.most = max(self.most, self.process.memory_info().rss)
-            time.sleep(0.01)
-
-    def __exit__(self, *error):
-        self.running = False
-        self.thread.join()
-        self.bytes = self.most - self.start
+    base = preset("tiny")
+    run = RunDir(path)
+    run.write_config(replace(base, model=model), {"compute_dtype": "float32"})
+    rng = np.random.default_rng(0)
+    params = {name: jax.device_put(rng.standard_normal(spec.shape, np.float32) * np.float32(0.02))
+              for name, spec in param_specs(model).items()}
+    checkpoints = Checkpoints(run.checkpoints)
+    checkpoints.save(1, {"params": params})
+    checkpoints.close()
 
 
 def model_of(gigabytes: float) -> ModelConfig:
@@ -64,22 +72,23 @@ def model_of(gigabytes: float) -> ModelConfig:
     return ModelConfig(**{**small.__dict__, "n_routed_experts": experts})
 
 
-def main(gigabytes: float) -> None:
-    model = model_of(gigabytes)
-    specs = param_specs(model)
-    masters = 4 * sum(s.size for s in specs.values())
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "export"
-        for what, run in (
-            ("export", lambda: export_model(Generated(specs), specs, model, QuantConfig(), out)),
-            ("verify", lambda: verify(out)),
-        ):
-            started = time.perf_counter()
-            with Peak() as peak:
-                run()
-            print(f"{what}: {masters / 1e9:.1f} GB of masters, peak {peak.bytes / 1e9:.2f} GB above the start, "
-                  f"{time.perf_counter() - started:.0f} s")
+def main(sizes: list[float]) -> None:
+    rows = []
+    for gigabytes in sizes:
+        model = model_of(gigabytes)
+        masters = 4 * sum(s.size for s in param_specs(model).values())
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder) / "run"
+            writer = multiprocessing.get_context("spawn").Process(target=write_run, args=(run, model))
+            writer.start()
+            writer.join()
+            start, _ = peak_of("--help")
+            peak, seconds = peak_of("export", str(run))
+        rows.append({"masters_GB": round(masters / 1e9, 2), "start_GB": round(start / 1e9, 3), "peak_GB": round(peak / 1e9, 3),
+                     "above_start_GB": round((peak - start) / 1e9, 3), "seconds": round(seconds, 1)})
+        print(rows[-1], flush=True)
+        measure.write("export_memory", rows)
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]) if len(sys.argv) > 1 else 8.0)
+    main([float(size) for size in sys.argv[1:]] or [2.0, 8.0])

@@ -116,7 +116,8 @@ def param_specs(cfg: ModelConfig) -> Specs:
     return dict(_skeleton(cfg)[2])
 
 
-def bind(cfg: ModelConfig, params: dict[str, Array]) -> Transformer:
-    """The network with these arrays; `params` has the table's keys."""
+def bind(cfg: ModelConfig, params: dict[str, Array], partly: bool = False) -> Transformer:
+    """The network with these arrays; `params` has the table's keys, or `partly` those of the modules that will be used."""
     graph, leaves, _ = _skeleton(cfg)
-    return nnx.merge(graph, nnx.from_flat_state([(key, param.replace(params[path])) for key, param, path in leaves]))
+    arrays = {path: jnp.zeros(()) for _, _, path in leaves} | params if partly else params
+    return nnx.merge(graph, nnx.from_flat_state([(key, param.replace(arrays[path])) for key, param, path in leaves]))

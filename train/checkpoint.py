@@ -10,6 +10,7 @@ On disk the state is a flat dict of arrays, `params/moe.attn.q_a`, `optimizer/..
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 
 from configs.schema import ConfigError
 from train.compat import orbax
+from train.stored import StoredParams
 
 
 class CheckpointError(ConfigError):
@@ -36,19 +38,40 @@ def unflat(named: dict[str, Any], like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in flat(like)])
 
 
-def fingerprint(x: jax.Array) -> jax.Array:
-    """uint32 that changes with any flipped bit and any swap of elements, and with nothing else."""
+def fingerprint(x: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+    """uint32 that changes with any flipped bit and any swap of elements, and with nothing else. The fingerprints of the
+    consecutive pieces of an array add up to its own; `first` is the place of a piece's first word."""
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
     index = jnp.zeros(words.shape, jnp.uint32)
     for axis, size in enumerate(words.shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    index += jnp.asarray(first, jnp.uint32)
     mixed = (words ^ (index * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0xC2B2AE35)
     return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)
 
 
 _fingerprints = jax.jit(lambda named: {name: fingerprint(x) for name, x in named.items()})
+
+
+LEAST_CHUNK = 1 << 20
+"""Bytes. Leading axes of an array (layers, experts) are stored one index at a time while a piece is no smaller."""
+
+MOST_CHUNK = 1 << 26
+"""Bytes. An array without such axes is cut at this size: packed and unpacked, a piece is in memory twice."""
+
+
+def storage_options(path: Any, x: Any):
+    """How an array is cut on disk, so that a reader of single experts need not read a layer (train/stored.py)."""
+    axes, piece = [], x.nbytes
+    for axis, size in enumerate(x.shape):
+        if piece // size < LEAST_CHUNK:
+            break
+        axes.append(axis)
+        piece //= size
+    options = orbax().options.ArrayOptions.Saving.StorageOptions
+    return options(shard_axes=tuple(axes)) if axes else options(chunk_byte_size=MOST_CHUNK) if x.nbytes > MOST_CHUNK else None
 
 
 @dataclass
@@ -58,6 +81,16 @@ class Restored:
     state: Any
     step: int
     damaged: list[str]
+
+
+def unreadable(directory: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"checkpoint {directory} cannot be read ({' '.join(str(error).split())[:200]})")
+
+
+def _partly_loaded(directory: Path, wanted: dict[str, dict]) -> dict[str, dict]:
+    ocp = orbax()
+    with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))):
+        return ocp.load_checkpointables(directory, wanted)
 
 
 class Checkpoints:
@@ -90,11 +123,21 @@ class Checkpoints:
         """Start writing `state`; returns as soon as the device arrays may be reused."""
         named = flat(state)
         prints = {name: np.asarray(value) for name, value in _fingerprints(named).items()}
-        self._open().save_checkpointables_async(step, {"state": named, "fingerprint": prints}, force=True)
+        context = orbax().Context()
+        context.array.saving.scoped_storage_options_creator = storage_options
+        with context:
+            self._open().save_checkpointables_async(step, {"state": named, "fingerprint": prints}, force=True)
 
     def restore(self, like: Any, step: int | None = None) -> Restored:
         """The newest sound checkpoint (or exactly `step`), placed as the abstract state `like` says. `like` may be a
         part of what was saved, such as {"params": ...}: only that is read."""
+        return Restored(*self._newest_sound(lambda candidate: self._load(candidate, like), step))
+
+    def stored(self, shapes: dict[str, tuple[int, ...]], step: int | None = None) -> Restored:
+        """The same without loading: `state` is a WeightSource of the parameters, whose fingerprints were found right."""
+        return Restored(*self._newest_sound(lambda candidate: self._opened(candidate, shapes), step))
+
+    def _newest_sound(self, load: Callable[[int], Any], step: int | None) -> tuple[Any, int, list[str]]:
         candidates = [s for s in self.steps() if step is None or s == step]
         if not candidates:
             raise CheckpointError(f"no checkpoint{'' if step is None else f' of step {step}'} in {self.directory}; "
@@ -102,7 +145,7 @@ class Checkpoints:
         damaged = []
         for candidate in reversed(candidates):
             try:
-                return Restored(self._load(candidate, like), candidate, damaged)
+                return load(candidate), candidate, damaged
             except CheckpointError as error:
                 damaged.append(str(error))
         raise CheckpointError("no sound checkpoint is left: " + "; ".join(damaged)
@@ -111,21 +154,29 @@ class Checkpoints:
     def _load(self, step: int, like: Any) -> Any:
         wanted = flat(like)
         try:
-            ocp = orbax()
-            loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
-            with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
-                found = ocp.load_checkpointables(
-                    self.directory / str(step),
-                    {"state": wanted, "fingerprint": {name: np.zeros((), np.uint32) for name in wanted}})
+            found = _partly_loaded(self.directory / str(step), {
+                "state": wanted, "fingerprint": {name: np.zeros((), np.uint32) for name in wanted}})
         except Exception as error:  # Orbax and TensorStore raise many types for one fact: it cannot be read.
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"checkpoint {self.directory / str(step)} cannot be read ({reason})") from error
-        prints = _fingerprints(found["state"])
-        bad = [name for name in wanted if int(prints[name]) != int(found["fingerprint"][name])]
-        if bad:
-            raise CheckpointError(f"checkpoint {self.directory / str(step)} is damaged: {len(bad)} of {len(wanted)} "
-                                  f"arrays differ from what was saved, the first is {bad[0]}")
+            raise unreadable(self.directory / str(step), error) from error
+        self._compare(step, _fingerprints(found["state"]), found["fingerprint"])
         return unflat(found["state"], like)
+
+    def _opened(self, step: int, shapes: dict[str, tuple[int, ...]]) -> StoredParams:
+        directory = self.directory / str(step)
+        try:
+            saved = _partly_loaded(directory, {"fingerprint": {f"params/{path}": np.zeros((), np.uint32) for path in shapes}})
+            params = StoredParams(directory, shapes)
+            found = {f"params/{path}": params.fingerprint(path, fingerprint) for path in shapes}
+        except Exception as error:  # as above
+            raise unreadable(directory, error) from error
+        self._compare(step, found, saved["fingerprint"])
+        return params
+
+    def _compare(self, step: int, found: dict[str, Any], saved: dict[str, Any]) -> None:
+        bad = [name for name in found if int(found[name]) != int(saved[name])]
+        if bad:
+            raise CheckpointError(f"checkpoint {self.directory / str(step)} is damaged: {len(bad)} of {len(found)} "
+                                  f"arrays differ from what was saved, the first is {bad[0]}")
 
     def set_aside(self, newer_than: int) -> None:
         """Rename checkpoints newer than a step to `damaged-STEP`: training goes on before them, nothing is deleted."""

@@ -12,14 +12,16 @@ import numpy as np
 from configs.schema import ConfigError, ModelConfig, QuantConfig
 from data.pipeline import open_data
 from model.call import Call
-from model.served_params import SERVED, serve
+from model.served_params import SERVED
 from model.transformer import bind
 from quant.evidence import Probe
 from quant.export import export_model
 from quant.gguf_export import write_gguf
 from quant.served import Serving
-from quant.source import InMemory
+from quant.source import InMemory, WeightSource
 from quant.verify import verify
+from train import probe
+from train.checkpoint import Checkpoints
 from train.console import Bar, console, human
 from train.run_dir import RunDir
 from train.session import Session, load_params, open_session, parse_source
@@ -36,16 +38,19 @@ def export_run(source: str, out: Path | None, form: str) -> int:
     if out.exists():
         raise ConfigError(f"{out} exists; name a new directory with --out, or remove it first")
     session = open_session(cfg, run.load_facts().get("compute_dtype"))
-    params, step = load_params(session, run, step)
+    stored = Checkpoints(run.checkpoints).stored({path: spec.shape for path, spec in session.specs.items()}, step)
+    for sentence in stored.damaged:
+        console.print(f"[yellow]{sentence}[/]; exporting step {stored.step}")
+    params, step = stored.state, stored.step
     quant = dataclasses.replace(cfg.quant, grid="none" if form == "bf16" else "int4")
-    probe = _probe(session, params, quant)
+    evidence = _probe(session, params, quant)
     with Bar(f"exporting {out}", 1, "tensor") as bar:
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.advance(done - bar.done)
 
-        summary = export_model(InMemory(params), session.specs, cfg.model, quant, out, tokenizer=_TokenizerFiles(session),
-                               report=_measured(run, step), probe=probe, progress=progress)
+        summary = export_model(params, session.specs, cfg.model, quant, out, tokenizer=_TokenizerFiles(session),
+                               report=_measured(run, step), probe=evidence, progress=progress)
     console.print(f"wrote {out}: {human(summary.weights)} weights of step {step} in {summary.bytes / 1e6:.2f} MB "
                   f"({summary.bits_per_weight:.2f} bits per weight), {summary.files} file(s), {summary.tensors} tensors")
     console.print(f"check it with: python launch.py verify {out} --run {run.path}@{step}")
@@ -76,12 +81,12 @@ def _export_gguf(run: RunDir, source: str, out: Path) -> int:
     return 0
 
 
-def _probe(session: Session, params, quant: QuantConfig) -> Probe:
+def _probe(session: Session, params: WeightSource, quant: QuantConfig) -> Probe:
     """Log-probabilities of a few rows under exactly the exported weights, in float32."""
     rows = open_data(session.cfg, session.tokenizer).batch(0)["tokens"][:2, :32]
     serving = Serving(session.cfg.model.dtype, quant.grid, quant.group_size)
-    served = serve(params, session.specs, serving, 1.0, "float32")
-    return Probe.of(np.asarray(rows), forward_logits(session.cfg.model, served, rows, session.platform))
+    rows = np.asarray(rows)
+    return Probe.of(rows, probe.logits(params, session.specs, session.cfg.model, serving, rows, session.platform))
 
 
 def forward_logits(model: ModelConfig, served: dict[str, jax.Array], rows: np.ndarray, platform: str,
