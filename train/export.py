@@ -18,13 +18,13 @@ from quant.evidence import Probe
 from quant.export import export_model
 from quant.gguf_export import write_gguf
 from quant.served import Serving
-from quant.source import InMemory, WeightSource
+from quant.source import WeightSource
 from quant.verify import verify
 from train import probe
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, Restored
 from train.console import Bar, console, human
 from train.run_dir import RunDir
-from train.session import Session, load_params, open_session, parse_source
+from train.session import Session, open_session, parse_source
 from train.weights import load_export
 
 
@@ -38,9 +38,7 @@ def export_run(source: str, out: Path | None, form: str) -> int:
     if out.exists():
         raise ConfigError(f"{out} exists; name a new directory with --out, or remove it first")
     session = open_session(cfg, run.load_facts().get("compute_dtype"))
-    stored = Checkpoints(run.checkpoints).stored({path: spec.shape for path, spec in session.specs.items()}, step)
-    for sentence in stored.damaged:
-        console.print(f"[yellow]{sentence}[/]; exporting step {stored.step}")
+    stored = _stored(session, run, step)
     params, step = stored.state, stored.step
     quant = dataclasses.replace(cfg.quant, grid="none" if form == "bf16" else "int4")
     evidence = _probe(session, params, quant)
@@ -55,6 +53,14 @@ def export_run(source: str, out: Path | None, form: str) -> int:
                   f"({summary.bits_per_weight:.2f} bits per weight), {summary.files} file(s), {summary.tensors} tensors")
     console.print(f"check it with: python launch.py verify {out} --run {run.path}@{step}")
     return 0
+
+
+def _stored(session: Session, run: RunDir, step: int | None) -> Restored:
+    """A run's masters, read from disk as they are needed; says which checkpoints were passed over."""
+    stored = Checkpoints(run.checkpoints).stored({path: spec.shape for path, spec in session.specs.items()}, step)
+    for sentence in stored.damaged:
+        console.print(f"[yellow]{sentence}[/]; taking step {stored.step}")
+    return stored
 
 
 class _TokenizerFiles:
@@ -120,8 +126,7 @@ def verify_directory(directory: Path, source: str | None) -> int:
     if source:
         run, step = parse_source(source)
         session = open_session(run.load_config(), run.load_facts().get("compute_dtype"))
-        params, _ = load_params(session, run, step)
-        reference, specs = InMemory(params), session.specs
+        reference, specs = _stored(session, run, step).state, session.specs
     with Bar(f"verifying {directory}", 1, "tensor") as bar:
         def progress(done: int, total: int) -> None:
             bar.total = total
