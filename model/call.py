@@ -27,7 +27,7 @@ class Call:
     segments    [B, S] int, 0 where a row is padded, else the number of the document within the row
     amount      scalar, share of the grid in the expert weights (quant/served.py)
     serving     how weights are rounded; dtype: of activations and matmul inputs
-    platform    of the mesh the program is compiled for; the registries choose implementations by it
+    platform    of the mesh the program is compiled for (configs/platforms.py); the registries choose by it
     remat       policy of model/remat.py
     unroll      whether the MoE layers are written out instead of looped over
     shards      what this device holds of every array, [B, S] included

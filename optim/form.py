@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from configs import platforms
 from optim.gram import cheaper, gram_flops, gram_newton_schulz, guarded, segments_for
 from optim.newton_schulz import Coefficients, newton_schulz, standard_flops
 
-GRAM_DTYPE = {"cpu": "float32", "gpu": "float16"}
+GRAM_DTYPE = {"cpu": "float32", "gpu": "float16", "hopper": "float16"}
 """Operands of the Gram form, bfloat16 elsewhere. After the division by the norm all values are small, so float16's range
 suffices and its three extra bits allow fewer restarts; a TPU multiplies no float16."""
 
@@ -52,7 +53,7 @@ class Form:
 
 def platform_of(mesh: Mesh | None) -> str:
     """The mesh says where the program will run; the machine that compiles it may be another one."""
-    return mesh.devices.flat[0].platform if mesh is not None else "cpu"
+    return platforms.platform_of(mesh.devices.flat[0]) if mesh is not None else "cpu"
 
 
 def carrier_dtype(platform: str):

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs.param_spec import ParamSpec, Specs
+from configs.platforms import platform_of
 from configs.schema import MeshConfig, RunConfig, require
 from configs.sharding import ROW_AXES, check_model, check_positions, partition
 from train.compat import device_grid
@@ -69,5 +70,5 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def platform(mesh: Mesh) -> str:
-    """cpu, gpu or tpu: of the devices the program is compiled for, which need not be there."""
-    return mesh.devices.flat[0].platform
+    """Of the devices the program is compiled for, which need not be there: see configs/platforms.py."""
+    return platform_of(mesh.devices.flat[0])

@@ -97,4 +97,4 @@ def test_block_rows(rows, experts, platform, block):
 
 
 def test_every_platform_has_an_implementation():
-    assert {implementation(p) for p in ("cpu", "gpu", "tpu")} <= set(IMPLEMENTATIONS)
+    assert {implementation(p) for p in ("cpu", "gpu", "hopper", "tpu")} <= set(IMPLEMENTATIONS)

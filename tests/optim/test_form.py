@@ -24,7 +24,7 @@ def test_choices():
     assert choose_form(192, 200, KELLER, "tpu").describe() == "plain bfloat16"
 
 
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("platform", ["gpu", "hopper", "tpu"])
 def test_accelerator_forms_agree(platform):
     """bfloat16 in and out; the result lies as near to the exact one as the plain bfloat16 iteration does."""
     form = choose_form(32, 128, KELLER, platform)
@@ -39,7 +39,7 @@ def test_accelerator_forms_agree(platform):
     assert error(gram) <= 1.2 * error(plain)
 
 
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("platform", ["gpu", "hopper", "tpu"])
 def test_k2_experts_cost(platform):
     """The plan's FLOPs for Kimi K2's experts: 47.5 PFLOP plain (computed by hand), under 26 on GPUs and on TPUs."""
     specs = experts_of_k2()
