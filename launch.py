@@ -98,7 +98,7 @@ class Generate:
 
     def __call__(self) -> int:
         from eval.chat import Limits, generate
-        from model.sampling import Sampling
+        from model.decode.sampling import Sampling
         limits = Limits(self.max_new_tokens, self.max_replies, self.think_budget, self.context)
         return generate(self.weights, self.prompt, raw=self.raw, task=self.task, length=self.length, tools=self.tools,
                         limits=limits, sampling=Sampling(self.temperature, self.top_p, self.min_p, self.seed))

@@ -29,9 +29,9 @@ import numpy as np
 from bench import measure
 from configs.presets import preset
 from configs.schema import ModelConfig, RunConfig
-from model.counts import train_flops_per_token
 from model.transformer import param_specs
 from train.compat import keep_freed_memory
+from train.counts import train_flops_per_token
 from train.loop import build
 from train.session import open_session
 from train.state import initial_state

@@ -268,7 +268,7 @@ class TrainConfig:
     layers: Literal["scan", "unroll"] = "scan"
     """The MoE layers as one loop, or written out: longer to compile, free for the compiler to overlap."""
     transport: Literal["auto", "all_gather", "all_to_all", "ragged_all_to_all"] = "auto"
-    """How tokens reach experts on other devices of mesh.expert (model/transport.py); auto goes by the machine."""
+    """How tokens reach experts on other devices of mesh.expert (model/transport/); auto goes by the machine."""
     z_loss: float = 0.0
     """Weight of the squared log-sum-exp of the logits."""
     balance_loss: float = 0.0

@@ -113,7 +113,7 @@ def run_episodes(generate: Callable[[dict[int, list[int]]], Mapping[int, Sequenc
 
     generate   number of the episode -> its prompt; gives for each the ids of one reply, up to and including the stop
                token. An episode keeps its number, and a prompt goes on where the last one and its reply ended (until
-               an answer blanks the thoughts before it), so the caller can keep a cache (model/generate.py:Decoder)
+               an answer blanks the thoughts before it), so the caller can keep a cache (model/decode/generate.py:Decoder)
     context    tokens of the longest prompt; see `Episode.next_prompt`
     watch      is shown every message as it arrives
     """

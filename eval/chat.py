@@ -13,8 +13,8 @@ from data.render import KimiRenderer
 from data.tasks import check, make_problem
 from data.tools import Toolbox, tools_by_name
 from eval.screen import Screen
-from model.generate import Decoder, Stats
-from model.sampling import UNLIMITED, Budget, Sampling
+from model.decode.generate import Decoder, Stats
+from model.decode.sampling import UNLIMITED, Budget, Sampling
 from train.console import console
 from train.weights import Weights, load_weights
 

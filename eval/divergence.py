@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from configs.schema import ModelConfig
 from data.pipeline import Batch
 from model.call import Call
-from model.served_params import SERVED
+from model.decode.served_params import SERVED
 from model.transformer import bind
 from train.weights import Weights
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from model.attention_chunked import MASKED, chunked
+from model.kernels.attention_chunked import MASKED, chunked
 
 CHUNK = {"cpu": 128, "gpu": 512, "hopper": 512, "tpu": 512}
 """Positions per chunk. On a CPU a tile of 128 x 128 stays in cache: bench/attention.py."""

@@ -31,7 +31,7 @@ class Call:
     remat       policy of model/remat.py
     unroll      whether the MoE layers are written out instead of looped over
     shards      what this device holds of every array, [B, S] included
-    transport   how tokens reach experts on other devices, an entry of model/transport.py
+    transport   how tokens reach experts on other devices, an entry of model/transport/
     settled     whether amount is known to be 1: weights on the grid then travel as their codes and scales
     """
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from model.attention_chunked import MASKED
+from model.kernels.attention_chunked import MASKED
 
 BLOCK = 512
 """Positions read at once. T must be a multiple of it, or smaller."""

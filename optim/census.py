@@ -97,7 +97,7 @@ def collective(instruction: Instruction, devices: int) -> Collective | None:
 
 def open_trips(loop: Instruction, outer: float) -> float:
     """Mean trips of a loop whose bound is data, inside a loop of `outer` trips. Attention's runs over the tiles on or below
-    the diagonal; a transport's further rounds (model/rounds.py: OVERFLOW) are not needed with balanced experts."""
+    the diagonal; a transport's further rounds (model/transport/rounds.py: OVERFLOW) are not needed with balanced experts."""
     return 0.0 if "/overflow/" in loop.op_name else (outer + 1) / 2
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from jaxtyping import Array
 
 from data.pipeline import Data, open_data
-from model.served_params import serve
+from model.decode.served_params import serve
 from quant.awq import awq_experts
 from quant.calibration import Calibration, calibrate
 from quant.ptq import Quantized, gptq_experts, nearest

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from configs.schema import ModelConfig
 from model.call import Call
-from model.served_params import SERVED
+from model.decode.served_params import SERVED
 from model.transformer import bind
 from quant.calibration import ExpertInputs
 
@@ -37,7 +37,7 @@ def _run(cfg: ModelConfig, params: dict[str, Array], batch: dict[str, Array], pl
 
 def expert_inputs(cfg: ModelConfig, params: dict[str, Array], batch: dict[str, Array], platform: str
                   ) -> tuple[list[ExpertInputs], Float[Array, "B S V"]]:
-    """One entry per MoE layer, and the logits, computed in float32 from served weights (model/served_params.py).
+    """One entry per MoE layer, and the logits, computed in float32 from served weights (model/decode/served_params.py).
 
     `batch` has tokens, positions and segments as in training; padding tokens come out with gates of 0.
     """

@@ -12,7 +12,7 @@ import numpy as np
 from configs.schema import ConfigError, ModelConfig, QuantConfig
 from data.pipeline import open_data
 from model.call import Call
-from model.served_params import SERVED
+from model.decode.served_params import SERVED
 from model.transformer import bind
 from quant.evidence import Probe
 from quant.export import export_model

@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from model.counts import train_flops_per_token
 from train.aot import Compiled
 from train.compat import interpreter
+from train.counts import train_flops_per_token
 from train.interconnect import Interconnect
 from train.roofline import Roofline, Work
 from train.run_dir import config_hash

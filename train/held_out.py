@@ -13,7 +13,7 @@ from configs.schema import ConfigError, ModelConfig
 from data.pipeline import Data
 from model import cross_entropy
 from model.call import Call
-from model.served_params import SERVED
+from model.decode.served_params import SERVED
 from model.transformer import bind
 from quant.served import Serving
 from train import processes

@@ -14,7 +14,6 @@ from rich.table import Table
 
 from configs.schema import ConfigError, RunConfig
 from data.pipeline import Data, open_data
-from model.counts import train_flops_per_token
 from model.shards import shards_of
 from optim.build import build_optimizer, check_state
 from optim.routing import routing_table
@@ -25,6 +24,7 @@ from train import processes
 from train.checkpoint import Checkpoints
 from train.compat import compile_seconds, compiler_options, interpreter, keep_freed_memory
 from train.console import Bar, clock, console, human
+from train.counts import train_flops_per_token
 from train.held_out import Evaluator
 from train.mesh import batch_sharding, param_shardings, replicated
 from train.profile import Profile

@@ -8,12 +8,12 @@ from jax.sharding import AbstractMesh, AxisType
 from rich.table import Table
 
 from configs.schema import RunConfig
-from model.counts import cache_bytes_per_token, parameters, served_bytes, state_bytes, train_flops_per_token
 from model.transformer import param_specs
 from optim.build import plan_of
 from optim.plan import COLUMNS, plan_rows, total_flops
 from optim.routing import routing_table
 from train.console import console, human
+from train.counts import cache_bytes_per_token, parameters, served_bytes, state_bytes, train_flops_per_token
 from train.mesh import param_shardings
 from train.run_dir import config_hash
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.table import Table
 
 from configs.schema import ConfigError, MeshConfig, RunConfig
-from model.counts import state_bytes
 from model.transformer import param_specs
 from train.aot import compile_step
 from train.console import Bar, console, human
+from train.counts import state_bytes
 from train.forecast import MARGIN, Forecast, advice, forecast
 from train.mesh import ROW_AXES
 from train.topology import GIB, Topology, topology

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from configs.param_spec import Specs
 from configs.schema import ModelConfig
 from model.call import Call
-from model.served_params import SERVED, serve
+from model.decode.served_params import SERVED, serve
 from model.transformer import Transformer, bind
 from quant.coverage import group_axis
 from quant.resident import Int4Weight, to_int4

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 from configs.param_spec import Specs
-from model.counts import train_flops_per_token
 from quant.error import grid_error
 from quant.metrics import code_flow, start_history
 from train import processes
 from train.console import console, human
+from train.counts import train_flops_per_token
 from train.metrics import MetricsFile, peak_flops
 from train.run_dir import RunDir
 from train.session import Session

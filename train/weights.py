@@ -12,9 +12,9 @@ from jaxtyping import Array
 
 from configs.schema import ConfigError, ModelConfig
 from data.tokenizer import Tokenizer, load_tokenizer
-from model.generate import Decoder
-from model.sampling import GREEDY, Sampling
-from model.served_params import serve
+from model.decode.generate import Decoder
+from model.decode.sampling import GREEDY, Sampling
+from model.decode.served_params import serve
 from model.transformer import param_specs
 from quant.importer import Imported
 from quant.read_config import read_config
@@ -29,7 +29,7 @@ KINDS = ("bf16", "int4", *BASELINES)
 
 @dataclass(frozen=True)
 class Weights:
-    """What a forward pass needs; `params` are as served (model/served_params.py), so nothing is rounded again. Experts may
+    """What a forward pass needs; `params` are as served (model/decode/served_params.py), so nothing is rounded again. Experts may
     be an Int4Weight (quant/resident.py)."""
 
     name: str

@@ -1,1 +1,1 @@
-"""Kernels written for one kind of chip each. Their interfaces and what they must compute: the registries above."""
+"""Fast forms of what the registries of model/ define, most of them for one kind of chip. Interfaces and meaning: there."""

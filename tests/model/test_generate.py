@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from configs.schema import ConfigError
-from model import generate, latent_cache
-from model.generate import Decoder, Program, Stats, bucket, extend, generate_batch, prefill, room_for, shared_prefix
+from model import latent_cache
+from model.decode import generate
+from model.decode.generate import Decoder, Program, Stats, bucket, extend, generate_batch, prefill, room_for, shared_prefix
+from model.decode.sampling import OUTSIDE, Budget, Sampling, choose, kept, spend
+from model.decode.served_params import SERVED, serve
 from model.latent_cache import BLOCK
-from model.sampling import OUTSIDE, Budget, Sampling, choose, kept, spend
-from model.served_params import SERVED, serve
 from model.transformer import bind, param_specs
 from quant.served import Serving
 from tests.model.networks import EXACT, call_for, random_params, small

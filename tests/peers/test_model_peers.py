@@ -20,7 +20,7 @@ from transformers import DeepseekV3ForCausalLM
 
 from configs.schema import ModelConfig, QuantConfig
 from model import cross_entropy, router
-from model.generate import generate_batch
+from model.decode.generate import generate_batch
 from model.transformer import bind, param_specs
 from quant.hf_config import write_config
 from quant.layout import all_slots

@@ -7,7 +7,7 @@ import pytest
 
 from configs.schema import ModelConfig
 from model.call import Call
-from model.served_params import SERVED
+from model.decode.served_params import SERVED
 from model.transformer import bind, param_specs
 from quant.calibration import ExpertInputs
 from quant.distortion import ExpertWeights, kl_by_position, measure

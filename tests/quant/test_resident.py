@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs.schema import ConfigError
-from model.generate import Program, extend
+from model.decode.generate import Program, extend
 from model.grouped_matmul import grouped_matmul
 from model.transformer import param_specs
 from quant import grid

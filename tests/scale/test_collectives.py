@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from configs.sharding import TOKEN_AXES
-from model import rounds
 from model.shards import shards_of
 from model.transformer import param_specs
+from model.transport import rounds
 from optim.build import build_optimizer
 from optim.census import census
 from quant.resident import bits_per_weight

@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs.schema import MeshConfig
-from model import experts, rounds, transport
+from model import experts, transport
 from model.shards import shards_of
+from model.transport import rounds
 from train.mesh import make_mesh
 
 N, D, F, E, K, WAYS = 24, 16, 8, 16, 3, 4

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorstore
 
-from model.served_params import serve
+from model.decode.served_params import serve
 from quant.evidence import FILE, Probe
 from quant.export import export_model
 from quant.served import Serving

@@ -19,9 +19,9 @@ from jaxtyping import Array, Float, Int
 
 from configs.schema import ModelConfig, require
 from model.call import Call
+from model.decode.sampling import GREEDY, OUTSIDE, UNLIMITED, Budget, Sampling, choose, spend
+from model.decode.served_params import SERVED, serve
 from model.latent_cache import BLOCK
-from model.sampling import GREEDY, OUTSIDE, UNLIMITED, Budget, Sampling, choose, spend
-from model.served_params import SERVED, serve
 from model.transformer import bind, param_specs
 from quant.served import Serving
 
@@ -136,7 +136,7 @@ def _choose(logits_BV, at_B, sampling, budget, thought_B, *, greedy: bool):
 class Decoder:
     """Rows that are continued again and again.
 
-    `params` are as served (model/served_params.py). The cache grows as needed; `positions` says how long a row is
+    `params` are as served (model/decode/served_params.py). The cache grows as needed; `positions` says how long a row is
     expected to become, which saves growing and compiling again. Raises ConfigError on an empty prompt or an unknown
     token id.
     """

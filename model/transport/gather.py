@@ -7,15 +7,16 @@ from functools import partial
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from model import experts, rounds
+from model import experts
 from model.shards import Shards
+from model.transport import rounds
 
 AXIS = ("expert",)
 
 
 def all_gather(x_ND: Array, experts_NK: Array, gates_NK: Array, weights: experts.Weights, shards: Shards, platform: str
                ) -> Array:
-    """See model/transport.py. Here N grows to the tokens of all `expert` devices; the pairs that concern this device's
+    """See model/transport/. Here N grows to the tokens of all `expert` devices; the pairs that concern this device's
     experts go through a buffer of SLACK * N * K rows, in rounds that other devices need not have."""
     ways, held, (N, K) = shards.size(*AXIS), len(weights[1]), experts_NK.shape
     x, chosen, gates = (shards.gather_axis(a, AXIS, 0) for a in (x_ND, experts_NK, gates_NK))

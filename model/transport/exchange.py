@@ -10,21 +10,22 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from configs.sharding import AXES
-from model import dispatch, experts, rounds
+from model import dispatch, experts
 from model.shards import Shards
+from model.transport import rounds
 
 AXIS = "expert"
 
 
 def all_to_all(x_ND: Array, experts_NK: Array, gates_NK: Array, weights: experts.Weights, shards: Shards, platform: str
                ) -> Array:
-    """See model/transport.py. A round moves [expert, capacity] rows out and back, the padding with them."""
+    """See model/transport/. A round moves [expert, capacity] rows out and back, the padding with them."""
     return _transport(_padded, x_ND, experts_NK, gates_NK, weights, shards, platform)
 
 
 def ragged_all_to_all(x_ND: Array, experts_NK: Array, gates_NK: Array, weights: experts.Weights, shards: Shards,
                       platform: str) -> Array:
-    """See model/transport.py. The same buffers; only rows that are there move. Not on CPU, where XLA has none."""
+    """See model/transport/. The same buffers; only rows that are there move. Not on CPU, where XLA has none."""
     return _transport(_ragged, x_ND, experts_NK, gates_NK, weights, shards, platform)
 
 

@@ -17,8 +17,8 @@ from jaxtyping import Array
 
 from model import experts
 from model.shards import Shards
-from model.transport_all_gather import all_gather
-from model.transport_all_to_all import all_to_all, ragged_all_to_all
+from model.transport.exchange import all_to_all, ragged_all_to_all
+from model.transport.gather import all_gather
 
 IMPLEMENTATIONS: dict[str, Callable] = {
     "all_gather": all_gather, "all_to_all": all_to_all, "ragged_all_to_all": ragged_all_to_all}

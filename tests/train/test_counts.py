@@ -4,9 +4,9 @@ import pytest
 
 from configs.presets import PRESETS, preset
 from configs.schema import QuantConfig
-from model import counts
 from model.router import gate_scale
 from model.transformer import param_specs
+from train import counts
 
 PUBLISHED = {
     "kimi_k2": (1_026_408_232_448, 32_861_500_928, 31_687_095_808),
