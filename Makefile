@@ -1,6 +1,7 @@
 # make demo        train the tiny preset on INT4, evaluate, export, verify, generate, report (about 5 minutes on 2 cores)
 # make test        the test suite              make test-peers   comparisons with transformers, torch, compressed-tensors
 # make test-slow   what takes minutes a test: whole products of settings, programs compiled for whole clusters
+# make test-gpu    the kernels on a Hopper GPU (PLATFORM=cuda13 or cuda12)
 # PLATFORM=cuda13  (cuda12, tpu): the same on an accelerator. PYTHON=...: another interpreter.
 
 PLATFORM ?= cpu
@@ -18,7 +19,7 @@ READY := $(VENV)/ready-$(PLATFORM)
 PEERS := .venv-peers/ready
 RUN_PY := $(VENV)/bin/python launch.py
 
-.PHONY: demo test test-peers test-oldest test-slow lint clean-demo
+.PHONY: demo test test-peers test-oldest test-slow test-gpu lint clean-demo
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Abruzzi needs Python 3.11 or newer; name one with PYTHON=...")'
@@ -58,6 +59,9 @@ test-oldest: $(PEERS)
 test-slow: $(READY) $(PEERS)
 	$(VENV)/bin/python -m pytest -q -m slow
 	.venv-peers/bin/python -m pytest -q --override-ini addopts= -m slow tests/peers
+
+test-gpu: $(READY)
+	JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false $(VENV)/bin/python -m pytest -q -m gpu tests/gpu
 
 lint: $(READY)
 	$(VENV)/bin/python -m ruff check .

@@ -19,7 +19,8 @@ def apply(x_ND: Float[Array, "N D"], experts_NK: Int[Array, "N K"], gates_NK: Fl
     """Sum over each token's experts of gate * expert(x). The gate is applied before the down projection, which is linear:
     the K outputs then only need adding, and need not be kept for the gate's gradient."""
     gate_up, down = weights
-    to = checkpoint_name(dispatch.plan(experts_NK, len(down), block_rows(experts_NK.size, len(down))), "routing")
+    block = block_rows(experts_NK.size, len(down), platform)
+    to = checkpoint_name(dispatch.plan(experts_NK, len(down), block), "routing")
     name = implementation(platform)
     hidden = grouped_matmul(dispatch.to_slots(x_ND, to), gate_up, to.block_expert, name)
     gates = dispatch.gates_to_slots(gates_NK, to)[:, None]

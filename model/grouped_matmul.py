@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from model.kernels import grouped_matmul_tpu
+from model.kernels import grouped_matmul_gpu, grouped_matmul_tpu
 from model.project import outer_sum
 from quant.resident import Int4Weight
 
@@ -95,6 +95,18 @@ def _tpu_rows(x, w, block_expert, transposed):
     return grouped_matmul_tpu.rows(x, _unpacked(w, x.dtype), block_expert, transposed)
 
 
+def _hopper_rows(x, w, block_expert, transposed):
+    if not grouped_matmul_gpu.takes(x.dtype, len(x) // len(block_expert), *w.shape[1:]):
+        return _batched_rows(x, w, block_expert, transposed)
+    return grouped_matmul_gpu.rows(x, _unpacked(w, x.dtype), block_expert, transposed)
+
+
+def _hopper_weights(x, y, block_expert, num_experts, dtype):
+    if not grouped_matmul_gpu.takes(x.dtype, len(x) // len(block_expert), x.shape[1], y.shape[1]):
+        return _batched_weights(x, y, block_expert, num_experts, dtype)
+    return grouped_matmul_gpu.weights(x, y, block_expert, num_experts, dtype)
+
+
 _STORED = {"bfloat16": jnp.uint16} if jax.__version_info__ < (0, 11) else {}
 """Up to jax 0.10, XLA's CPU backend widens a whole bfloat16 array and narrows it again wherever a part is written."""
 
@@ -108,24 +120,30 @@ IMPLEMENTATIONS = {
     "batched": GroupedMatmul(_batched_rows, _batched_weights),
     "scanned": GroupedMatmul(_scanned_rows, _scanned_weights),
     "tpu": GroupedMatmul(_tpu_rows, grouped_matmul_tpu.weights),
+    "hopper": GroupedMatmul(_hopper_rows, _hopper_weights),
 }
 """reference: dense over all experts, the definition. batched: one batched product over blocks with gathered weights.
 scanned: block after block with weights and sums in place; on a CPU every product still fills all cores, and nothing is
-gathered (bench/grouped_matmul.py). tpu: model/kernels/grouped_matmul_tpu.py, which takes whole weights only: a layer of
-four-bit experts is unpacked before it."""
+gathered (bench/grouped_matmul.py). tpu, hopper: model/kernels/grouped_matmul_tpu.py and _gpu.py, which take whole weights
+only: a layer of four-bit experts is unpacked before them. What the latter does not take (float32, blocks of few rows, widths
+that are no multiple of 64) is batched."""
 
 
 def implementation(platform: str) -> str:
     """Which entry the platform uses."""
+    if platform == "hopper" and grouped_matmul_gpu.AVAILABLE:
+        return "hopper"
     return {"cpu": "scanned", "tpu": "tpu"}.get(platform, "batched")
 
 
 def block_rows(rows: int, num_experts: int, platform: str = "cpu") -> int:
     """Rows per block: at most a quarter of an expert's mean rows, which keeps the padding of each expert to whole blocks
     under about an eighth, and no more than fill the platform's matrix unit. A TPU's holds a tile of weights while rows
-    stream past it: few rows per tile leave it loading weights."""
-    quarter = max(rows // num_experts // 4, 1)
-    return min(max(1 << (quarter.bit_length() - 1), 8), 512 if platform == "tpu" else 128)
+    stream past it: few rows per tile leave it loading weights. On Hopper an expert with the rows for it gets the 64 of a
+    matrix instruction."""
+    mean = rows // num_experts
+    fewest, most = 64 if platform == "hopper" and mean >= 64 else 8, 512 if platform == "tpu" else 128
+    return min(max(1 << (max(mean // 4, 1).bit_length() - 1), fewest), most)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

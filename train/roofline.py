@@ -18,7 +18,9 @@ from train.interconnect import Interconnect
 _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "replica-id", "iota",
          "domain", "opt-barrier", "copy-done", "async-done", "async-update", "add-dependency"}
 KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu", "mosaic_gpu_v2", "triton_kernel_call")
-"""Targets of Pallas kernels: the compiler cannot count them, they state their own cost (pallas_call's cost_estimate)."""
+"""Targets of Pallas kernels: the compiler cannot count them, they state their own cost: in a name scope, as the kernels of
+model/kernels/hopper.py do, or by pallas_call's cost_estimate."""
+STATED = re.compile(r"flops_(\d+)_bytes_(\d+)")
 
 
 @dataclass
@@ -52,8 +54,9 @@ class Work:
 def label(op_name: str) -> str:
     """The model's part of an operation's path: without loops, transforms and the compiler's wrapping."""
     parts = [p for p in re.sub(r"jit\([^)]*\)|jvp|transpose|vmap|[()]", "", op_name).split("/")
-             if p and p not in ("while", "body", "eval_jaxpr", "closed_call", "checkpoint", "rematted_computation", "cond",
-                                "shard_map", "branch_0_fun", "branch_1_fun")]
+             if p and not STATED.fullmatch(p) and p not in (
+                 "while", "body", "eval_jaxpr", "closed_call", "checkpoint", "rematted_computation", "cond", "shard_map",
+                 "branch_0_fun", "branch_1_fun")]
     return "/".join(parts[-2:]) or "compiler"
 
 
@@ -126,6 +129,8 @@ class Roofline:
         if instruction.kind == "custom-call":
             target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
             if target and target.group(1) in KERNELS:
+                if scope := STATED.search(instruction.op_name):
+                    return float(scope.group(1)), float(scope.group(2)), []
                 stated = re.search(r'\\?"flops\\?":\s*\\?"?(\d+)', instruction.rest)
                 moved = re.search(r'\\?"bytes_accessed\\?":\s*\\?"?(\d+)', instruction.rest)
                 if stated and int(stated.group(1)):

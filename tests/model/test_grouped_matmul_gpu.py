@@ -1,0 +1,87 @@
+"""The Hopper kernels in Pallas' interpreter, threads, barriers and copies included; it reports data races. It runs where
+jax has one (0.12). What it cannot show: WGMMA and TMA as the chip does them (tests/gpu), and that ptxas accepts the code
+(tests/plan/test_kernels_compile.py)."""
+
+import importlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import grouped_matmul
+from model.kernels import grouped_matmul_gpu, hopper
+
+interpreted = pytest.mark.skipif(not hasattr(hopper.plgpu, "InterpretGPUParams"), reason="this jax has no GPU interpreter")
+BLOCK_EXPERT, E = [0, 0, 2, 4], 4
+"""Experts 1 and 3 have no rows, the last block is nobody's."""
+
+
+def here():
+    return hopper.plgpu.force_gpu_interpret_mode(hopper.plgpu.InterpretGPUParams(
+        num_cores_or_threads=3, detect_races=True, out_of_bounds_reads="uninitialized"))
+
+
+def inputs(block, *shapes):
+    """Random bfloat16 of these last axes, a row for every row of the blocks, or (E, ...) as they are."""
+    owned = jnp.repeat(jnp.array(BLOCK_EXPERT), block)[:, None] < E
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    draws = [jax.random.normal(k, s if len(s) > 1 else (len(owned), *s), jnp.bfloat16)
+             for k, s in zip(keys, shapes, strict=True)]
+    return [draw if len(s) > 1 else jnp.where(owned, draw, 0) for draw, s in zip(draws, shapes, strict=True)]
+
+
+@interpreted
+@pytest.mark.parametrize("block, transposed, I, O", [(64, False, 128, 192), (128, True, 192, 320)])
+def test_rows(block, transposed, I, O):
+    """Two cores share the tiles; 192 and 320 columns hang over the last tile's edge; three steps on a ring of a few buffers."""
+    x, w = inputs(block, (I,), (E, O, I) if transposed else (E, I, O))
+    expert = jnp.array(BLOCK_EXPERT)
+    with here():
+        mine = grouped_matmul_gpu.rows(x, w, expert, transposed, cores=2)
+    x64, w64 = np.asarray(x, np.float64).reshape(4, block, I), np.asarray(w, np.float64)
+    w64 = np.concatenate([w64, np.zeros((1, *w.shape[1:]))])[BLOCK_EXPERT]
+    want = np.einsum("bmi,boi->bmo" if transposed else "bmi,bio->bmo", x64, w64).reshape(-1, O)
+    assert mine.dtype == x.dtype
+    assert np.abs(np.asarray(mine, np.float64) - want).max() <= 4e-3 * np.abs(want).max()  # one rounding to bfloat16
+
+
+@interpreted
+def test_weights():
+    """Sums over an expert's blocks; zeros, not what memory held, for experts without rows."""
+    D, F, block = 192, 320, 64
+    x, y = inputs(block, (D,), (F,))
+    with here():
+        mine = np.asarray(grouped_matmul_gpu.weights(x, y, jnp.array(BLOCK_EXPERT), E, jnp.float32, cores=2), np.float64)
+    x64, y64 = (np.asarray(a, np.float64).reshape(4, block, -1) for a in (x, y))
+    want = np.zeros((E + 1, D, F))
+    np.add.at(want, BLOCK_EXPERT, np.einsum("bmd,bmf->bdf", x64, y64))
+    assert np.abs(mine - want[:E]).max() <= 1e-6 * np.abs(want).max() and not mine[[1, 3]].any()
+
+
+@pytest.mark.parametrize("width, tile", [(2048, 256), (2816, 256), (4096, 256), (7168, 256), (1408, 256), (176, 192), (128, 128),
+                                         (64, 64), (320, 192)])
+def test_tiles_hang_over_little(width, tile):
+    assert grouped_matmul_gpu.tile_width(width) == tile
+
+
+@pytest.mark.parametrize("dtype, block, widths, taken", [
+    (jnp.bfloat16, 64, (64, 1408), True), (jnp.float16, 128, (7168, 4096), True), (jnp.bfloat16, 8, (64, 64), False),
+    (jnp.float32, 64, (64, 64), False), (jnp.bfloat16, 64, (64, 72), False)])
+def test_what_the_kernels_take(dtype, block, widths, taken):
+    """The rest is batched: test_three_products walks the registry with blocks of 8."""
+    assert grouped_matmul_gpu.takes(dtype, block, *widths) == taken
+
+
+def test_a_jax_without_mosaic_gpu_takes_the_plain_path(monkeypatch):
+    assert grouped_matmul.implementation("hopper") == "hopper"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "jax.experimental.pallas.mosaic_gpu", None)
+        patch.delattr("jax.experimental.pallas.mosaic_gpu")
+        importlib.reload(hopper)
+        importlib.reload(grouped_matmul_gpu)
+        assert hopper.plgpu is None and grouped_matmul.implementation("hopper") == "batched"
+    importlib.reload(hopper)
+    importlib.reload(grouped_matmul_gpu)
+    assert grouped_matmul.implementation("hopper") == "hopper"
