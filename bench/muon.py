@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import platform
 import statistics
@@ -30,13 +29,15 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 from configs.param_spec import HFTensor, Matrix, ParamSpec  # noqa: E402
 from configs.presets import preset  # noqa: E402
 from configs.schema import OptimConfig  # noqa: E402
+from configs.sharding import AXES  # noqa: E402
 from model.transformer import param_specs  # noqa: E402
 from optim.build import build_optimizer, plan_of, state_shardings  # noqa: E402
 from optim.census import census  # noqa: E402
 from optim.matrices import is_expert  # noqa: E402
 from optim.newton_schulz import coefficients, standard_flops  # noqa: E402
-from optim.plan import COLUMNS, device_bytes, device_flops, plan_rows, total_flops  # noqa: E402
+from optim.plan import COLUMNS, Strategy, device_bytes, device_flops, plan_rows, total_flops  # noqa: E402
 from optim.routing import routing_table  # noqa: E402
+from train.mesh import param_shardings  # noqa: E402
 from train.step import StepConfig, gradients  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
@@ -169,51 +170,41 @@ def compare() -> dict:
 
 # --- scale -----------------------------------------------------------------------------------------------------------
 
-SCALES = ((128, dict(data=1, fsdp=16, expert=8)), (256, dict(data=2, fsdp=16, expert=8)),
-          (384, dict(data=1, fsdp=6, expert=64)), (1024, dict(data=8, fsdp=16, expert=8)))
-CUTS = {"experts": (("expert", "fsdp"),), "embed": (("fsdp", "expert"), ("expert",)), "heads": (("fsdp",), ("expert",))}
+SCALES = (("tpu", dict(fsdp=16, expert=8)), ("tpu", dict(data=2, fsdp=16, expert=8)),
+          ("tpu", dict(fsdp=16, expert=8, context=2)), ("tpu", dict(fsdp=32, expert=16)),
+          ("tpu", dict(data=8, fsdp=16, expert=8)), ("gpu", dict(data=2, fsdp=16, expert=8)),
+          ("gpu", dict(data=8, fsdp=16, expert=8)))
 
 
-def cut(spec: ParamSpec, mesh: AbstractMesh) -> NamedSharding:
-    """Experts over expert * fsdp; every other array over both along the model width where that divides, head-wise
-    projections over one of them along the heads."""
-    entries, used = [], set()
-    for axis, size in zip(spec.axes, spec.shape, strict=True):
-        choices = CUTS.get(axis, ()) if (axis == "experts") == is_expert(spec) else ()
-        fits = [names for names in choices
-                if size % math.prod(mesh.shape[a] for a in names) == 0 and not used & set(names)]
-        entries.append(fits[0] if fits else None)
-        used |= set(fits[0]) if fits else set()
-    return NamedSharding(mesh, P(*entries))
+def useful_bytes(plan, itemsize: int) -> float:
+    """Received by a device on average: each piece of an exchanged matrix leaves once and returns once."""
+    alone = [g for g in plan if g.strategy is not Strategy.ALL_TO_ALL]
+    exchanged = sum(2 * g.held * g.elements * itemsize * (g.shards - 1) / g.shards**2 for g in plan if g not in alone)
+    return exchanged + sum(g.bytes_per_device(itemsize) for g in alone)
 
 
 def scale() -> dict:
-    """K2's own preset and shapes; nothing is compiled. Useful GB: what the exchanged matrices weigh, out and back,
-    without the zeros that fill a group up to the number of devices."""
+    """K2's own preset, shapes and sharding rules; nothing is compiled. Moved, full: what every device receives, with the
+    zeros that fill an exchange up to its fullest owner. Moved, useful: without them."""
     run = preset("kimi_k2")
     specs = param_specs(run.model)
     out, detail = [], ""
-    for chip in ("tpu", "gpu"):
-        for chips, sizes in SCALES:
-            mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-            places = {path: cut(spec, mesh) for path, spec in specs.items()}
-            plan = plan_of(specs, run.optim, chip, mesh=mesh, shardings=places)
-            device = device_flops(plan)
-            useful = sum(2 * sum(m.count_per_device for m in g.members) * g.elements * 2 / g.shards
-                         for g in plan if g.shards > 1)
-            out.append({"chip": chip, "chips": chips, "mesh": sizes, "total_flops": total_flops(plan),
-                        "flops_per_device": device, "bytes_per_device": device_bytes(plan, 2),
-                        "useful_bytes_per_device": useful,
-                        "over_ideal": device * chips / sizes["data"] / total_flops(plan),
-                        "largest_memory": max(g.memory_per_device(2) for g in plan)})
-            if (chip, chips) == ("tpu", 256):
-                detail = table(COLUMNS, plan_rows(plan, 2))
+    for chip, sizes in SCALES:
+        mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
+        plan = plan_of(specs, run.optim, chip, mesh=mesh, shardings=param_shardings(specs, mesh))
+        device, copies = device_flops(plan), sizes.get("data", 1)
+        out.append({"chip": chip, "chips": mesh.size, "mesh": sizes, "total_flops": total_flops(plan),
+                    "flops_per_device": device, "over_ideal": device * mesh.size / copies / total_flops(plan),
+                    "bytes_per_device": device_bytes(plan, 2), "useful_bytes_per_device": useful_bytes(plan, 2),
+                    "largest_memory": max(g.memory_per_device(2) for g in plan)})
+        if chip == "tpu" and sizes == dict(data=2, fsdp=16, expert=8):
+            detail = table(COLUMNS, plan_rows(plan, 2))
     plain = sum(count * standard_flops(m, n, run.optim.newton_schulz_steps)
                 for row in routing_table(specs, run.optim) for count, m, n in row.matrices)
-    rows = [(r["chip"], r["chips"], "x".join(f"{k}{v}" for k, v in r["mesh"].items()), f"{r['total_flops'] / 1e15:.1f}",
+    rows = [(r["chip"], r["chips"], " x ".join(f"{k} {v}" for k, v in r["mesh"].items()), f"{r['total_flops'] / 1e15:.1f}",
              f"{r['flops_per_device'] / 1e12:.0f}", f"{r['over_ideal']:.2f}", f"{r['bytes_per_device'] / 1e9:.2f}",
              f"{r['useful_bytes_per_device'] / 1e9:.2f}", f"{r['largest_memory'] / 2**30:.1f}") for r in out]
-    columns = ("chip", "chips", "mesh", "PFLOP/step", "TFLOP/device", "over ideal", "GB/device", "useful GB",
+    columns = ("chip", "chips", "mesh", "PFLOP/step", "TFLOP/device", "over ideal", "GB moved, full", "GB useful",
                "GiB temp")
     text = (f"{table(columns, rows)}\n\nplain form: {plain / 1e15:.1f} PFLOP per step\n\n"
             f"256 TPU chips in detail:\n{detail}")

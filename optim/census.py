@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,9 @@ from optim.hlo import Instruction, Program
 
 COLLECTIVES = ("all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute", "ragged-all-to-all",
                "collective-broadcast")
+
+GUARD = "guard"
+"""Scope of a conditional whose costlier branch is a way out that a healthy run never takes (optim/gram.py)."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +106,14 @@ def open_trips(loop: Instruction, outer: float) -> float:
     return 0.0 if "/overflow/" in loop.op_name else (outer + 1) / 2
 
 
+def expected_branch(conditional: Instruction, runs: list, cost: Callable[[Any], float]) -> Any:
+    """Of the runs of its branches the costliest, of a guard's the cheapest."""
+    return (min if f"/{GUARD}/" in conditional.op_name else max)(runs, key=cost)
+
+
 def census(hlo: str, devices: int = 1, *, causal: bool = False) -> Census:
     """Count an optimised HLO module. A loop with products or collectives but no known trip count is a ValueError, or,
-    with `causal`, counted as attention over one document per row. Of branches the costliest counts."""
+    with `causal`, counted as attention over one document per row."""
     program = Program(hlo)
 
     def walk(name: str, outer: float, in_loop: bool) -> Census:
@@ -122,7 +132,9 @@ def census(hlo: str, devices: int = 1, *, causal: bool = False) -> Census:
                 moved += [replace(c, times=c.times * expected) for c in inner.collectives]
             elif called := program.called(instruction):
                 inner = [walk(c, outer, in_loop) for c in called]
-                for one in [max(inner, key=lambda c: c.flops)] if instruction.kind == "conditional" else inner:
+                if instruction.kind == "conditional":
+                    inner = [expected_branch(instruction, inner, lambda c: c.flops)]
+                for one in inner:
                     flops += one.flops
                     moved += one.collectives
         return Census(flops, tuple(moved))

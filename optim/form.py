@@ -11,43 +11,40 @@ from jaxtyping import Array
 from configs import platforms
 from optim.gram import cheaper, gram_flops, gram_newton_schulz, guarded, segments_for
 from optim.newton_schulz import Coefficients, newton_schulz, standard_flops
+from optim.symmetric import implementation
 
 GRAM_DTYPE = {"cpu": "float32", "gpu": "float16", "hopper": "float16"}
 """Operands of the Gram form, bfloat16 elsewhere. After the division by the norm all values are small, so float16's range
 suffices and its three extra bits allow fewer restarts; a TPU multiplies no float16."""
 
-BLOCKED_FROM = 1024
-"""Smallest m whose symmetric products are computed by halves on an accelerator; smaller pieces are not worth it."""
-
-BLOCKS = 4
-
 
 @dataclass(frozen=True)
 class Form:
-    """segments None: the plain iteration. Otherwise the Gram form with these restarts."""
+    """segments None: the plain iteration. Otherwise the Gram form with these restarts, its products by `product` of
+    optim/symmetric.py."""
 
     coeffs: Coefficients
     segments: tuple[int, ...] | None
     dtype: str
-    blocks: int
+    product: str
 
     def __call__(self, x: Array) -> Array:
         """[..., m, n] in the carrier dtype to its orthogonal factor in the same."""
         if self.segments is None:
             return newton_schulz(x, self.coeffs, x.dtype)
         if self.dtype == "float32":
-            return gram_newton_schulz(x, self.coeffs, self.segments, jnp.float32, self.blocks)
-        return guarded(x, self.coeffs, self.segments, jnp.dtype(self.dtype), x.dtype, self.blocks)
+            return gram_newton_schulz(x, self.coeffs, self.segments, jnp.float32, self.product)
+        return guarded(x, self.coeffs, self.segments, jnp.dtype(self.dtype), x.dtype, self.product)
 
     def flops(self, m: int, n: int) -> int:
         if self.segments is None:
             return standard_flops(m, n, len(self.coeffs))
-        return gram_flops(m, n, self.segments, self.blocks)
+        return gram_flops(m, n, self.segments, self.product)
 
     def describe(self) -> str:
         if self.segments is None:
             return f"plain {self.dtype}"
-        halves = f" /{self.blocks}" if self.blocks > 1 else ""
+        halves = f", halves by {self.product}" if self.product != "full" else ""
         return f"gram {'+'.join(map(str, self.segments))} {self.dtype}{halves}"
 
 
@@ -63,10 +60,9 @@ def carrier_dtype(platform: str):
 
 def choose_form(m: int, n: int, coeffs: Coefficients, platform: str) -> Form:
     """The cheapest safe form for an m x n matrix."""
-    small = min(m, n)
-    blocks = BLOCKS if platform != "cpu" and small >= BLOCKED_FROM and small % (128 * BLOCKS) == 0 else 1
+    product = implementation(platform, min(m, n), max(m, n))
     dtype = GRAM_DTYPE.get(platform, "bfloat16")
     segments = segments_for(coeffs, dtype)
-    if cheaper(m, n, segments, blocks):
-        return Form(coeffs, segments, dtype, blocks)
-    return Form(coeffs, None, jnp.dtype(carrier_dtype(platform)).name, 1)
+    if cheaper(m, n, segments, product):
+        return Form(coeffs, segments, dtype, product)
+    return Form(coeffs, None, jnp.dtype(carrier_dtype(platform)).name, "full")

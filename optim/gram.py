@@ -3,20 +3,22 @@
 With R = X X^T every step is X <- P X for a polynomial P of R, and R <- P R P. So several steps can be taken on m x m
 matrices before X itself (m x n) is touched: Q <- P Q, then X <- Q X. Rounding makes R drift away from X X^T, and the
 drift grows until the result explodes; a restart, which recomputes R from X, bounds it. How many steps a format stands
-was measured on the worst spectra we know (tests/optim/test_gram.py repeats that for every set); on the matrices of a
-run, `guarded` watches. (The idea is Dao-AILab's Gram Newton-Schulz.)
+was measured on the worst spectra we know (tests/optim/test_newton_schulz.py repeats that for every set); on the
+matrices of a run, `guarded` watches. (The idea is Dao-AILab's Gram Newton-Schulz.)
 """
 
 from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from optim.census import GUARD
 from optim.newton_schulz import Coefficients, matmul, newton_schulz, normalize, singular_value_band, standard_flops
+from optim.symmetric import IMPLEMENTATIONS
 
 STEPS_PER_RESTART = {"float32": 3, "float16": 3, "bfloat16": 2}
 """Longest segment after the first. One more in bfloat16 lets singular values grow 35 % over the band of the keller set
@@ -31,29 +33,13 @@ GUARD_SLACK = 1.1
 """A matrix whose RMS singular value exceeds the top of the band by this factor has exploded."""
 
 
-def symmetric(x: Float[Array, "*B m k"], y: Float[Array, "*B m k"], blocks: int) -> Float[Array, "*B m m"]:
-    """x y^T where the result is known to be symmetric: only blocks on and under the diagonal are multiplied, a share
-    (blocks + 1) / (2 blocks) of the full product, and the rest is mirrored. Needs m divisible by `blocks`."""
-    if blocks == 1:
-        return matmul("...ik,...jk->...ij", x, y)
-    m = x.shape[-2]
-    size = m // blocks
-    rows = []
-    for i in range(blocks):
-        end = (i + 1) * size
-        row = matmul("...ik,...jk->...ij", x[..., i * size:end, :], y[..., :end, :])
-        rows.append(jnp.pad(row, [(0, 0)] * (row.ndim - 1) + [(0, m - end)]))
-    lower = jnp.concatenate(rows, axis=-2)
-    under = np.arange(m)[:, None] // size >= np.arange(m)[None, :] // size
-    return jnp.where(under, lower, jnp.swapaxes(lower, -1, -2))
-
-
 def gram_newton_schulz(x: Float[Array, "*B m n"], coeffs: Coefficients, segments: tuple[int, ...], dtype,
-                       blocks: int = 1) -> Float[Array, "*B m n"]:
+                       product: str = "full") -> Float[Array, "*B m n"]:
     """As `newton_schulz`, restarting after each of `segments` (their sum is the number of steps).
 
-    `blocks`: see `symmetric`; every m x m product here is one of commuting symmetric matrices.
+    `product`: of optim/symmetric.py; every m x m product here is one of commuting symmetric matrices.
     """
+    symmetric = IMPLEMENTATIONS[product].multiply
     tall = x.shape[-2] > x.shape[-1]
     x = normalize(x).astype(dtype)
     if tall:
@@ -61,22 +47,22 @@ def gram_newton_schulz(x: Float[Array, "*B m n"], coeffs: Coefficients, segments
     identity = jnp.eye(x.shape[-2], dtype=dtype)
     start = 0
     for length in segments:
-        r, q = symmetric(x, x, blocks), None
+        r, q = symmetric(x, x), None
         for i, (a, b, c) in enumerate(coeffs[start:start + length]):
-            p = a * identity + b * r + c * symmetric(r, r, blocks)
-            q = p if q is None else symmetric(p, q, blocks)
+            p = a * identity + b * r + c * symmetric(r, r)
+            q = p if q is None else symmetric(p, q)
             if i < length - 1:
-                r = symmetric(symmetric(p, r, blocks), p, blocks)
+                r = symmetric(symmetric(p, r), p)
         x = matmul("...ik,...kj->...ij", q, x)
         start += length
     return jnp.swapaxes(x, -1, -2) if tall else x
 
 
-def gram_flops(m: int, n: int, segments: tuple[int, ...], blocks: int = 1) -> int:
+def gram_flops(m: int, n: int, segments: tuple[int, ...], product: str = "full") -> int:
     """Of one matrix: per segment X X^T and Q X, and of m x m products one square per step, and per step after the
     first one for Q and two for R."""
     m, n = min(m, n), max(m, n)
-    share = (blocks + 1) / (2 * blocks)
+    share = IMPLEMENTATIONS[product].share(m)
     return round(sum(2 * m * m * n * (1 + share) + 2 * m**3 * share * (4 * length - 3) for length in segments))
 
 
@@ -89,15 +75,16 @@ def segments_for(coeffs: Coefficients, dtype: str) -> tuple[int, ...]:
 
 
 def guarded(x: Float[Array, "*B m n"], coeffs: Coefficients, segments: tuple[int, ...], dtype, fallback_dtype,
-            blocks: int = 1) -> Float[Array, "*B m n"]:
+            product: str = "full") -> Float[Array, "*B m n"]:
     """`gram_newton_schulz`, replaced by the plain iteration for the whole batch if any matrix came out too large or
     not finite. Costs one pass over the result; the second computation runs only when it is needed."""
-    y = gram_newton_schulz(x, coeffs, segments, dtype, blocks)
+    y = gram_newton_schulz(x, coeffs, segments, dtype, product)
     limit = math.sqrt(min(x.shape[-2:])) * singular_value_band(coeffs, 0.0)[1] * GUARD_SLACK
     sound = jnp.all(jnp.sum(jnp.square(y.astype(jnp.float32)), axis=(-2, -1)) <= limit**2)
-    return lax.cond(sound, lambda: y.astype(x.dtype), lambda: newton_schulz(x, coeffs, fallback_dtype).astype(x.dtype))
+    with jax.named_scope(GUARD):
+        return lax.cond(sound, lambda: y.astype(x.dtype), lambda: newton_schulz(x, coeffs, fallback_dtype).astype(x.dtype))
 
 
-def cheaper(m: int, n: int, segments: tuple[int, ...], blocks: int) -> bool:
+def cheaper(m: int, n: int, segments: tuple[int, ...], product: str) -> bool:
     """Whether the Gram form saves at least a tenth; below that its extra passes over memory eat the gain."""
-    return gram_flops(m, n, segments, blocks) < 0.9 * standard_flops(m, n, sum(segments))
+    return gram_flops(m, n, segments, product) < 0.9 * standard_flops(m, n, sum(segments))

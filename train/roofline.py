@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
-from optim.census import Collective, collective, open_trips
+from optim.census import Collective, collective, expected_branch, open_trips
 from optim.hlo import Instruction, Program
 from train.interconnect import Interconnect
 
@@ -102,7 +102,7 @@ class Roofline:
         elif kind in ("conditional", "call", "async-start"):
             runs = [self.run(c, outer) for c in self.program.called(instruction)]
             if runs:
-                work.add(max(runs, key=lambda w: w.seconds))
+                work.add(expected_branch(instruction, runs, lambda w: w.seconds))
         else:
             flops, moved, inner = self._cost(work, computation, instruction)
             compute, memory = flops / self.peak, moved / self.memory_rate

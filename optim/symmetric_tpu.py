@@ -1,0 +1,117 @@
+"""x y^T on TPU where the result is known to be symmetric: a Pallas kernel that multiplies tiles on and under the diagonal
+only, and writes each of the others as the mirror image of the tile it has just finished.
+
+Mirrored in the core, the upper half costs one write. Left to the compiler (optim/symmetric.py: `rows`) it costs the half
+that blocks as wide as the matrix compute twice, and three more passes over the result.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+LANES = 128
+"""Both sizes must be multiples of it: tiles are made of whole registers."""
+
+LARGEST_TILE = 1024
+"""A tile's side and its share of k: 512 FLOPs per byte fetched, what the fastest cores do in that time, in 24 MiB."""
+
+VMEM_LIMIT = 40 << 20
+"""Two of each tile, the float32 sum and its mirror image. The smallest core, tpu7x's, has 64 MiB."""
+
+
+def symmetric(x: Float[Array, "*B m k"], y: Float[Array, "*B m k"]) -> Float[Array, "*B m m"]:
+    """x y^T, summed in float32, in the dtype of x. Exactly symmetric but for the blocks on the diagonal, which are
+    computed in full. m and k must be multiples of LANES."""
+    *batch, m, k = x.shape
+    count, tile, step = math.prod(batch), _tile(m), _tile(k)
+    schedule = _schedule(m // tile, k // step)
+    spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1, grid=(count, schedule.shape[1]),
+        in_specs=[pl.BlockSpec((1, tile, step), lambda b, s, at: (b, at[0, s], at[2, s])),
+                  pl.BlockSpec((1, tile, step), lambda b, s, at: (b, at[1, s], at[2, s]))],
+        out_specs=pl.BlockSpec((1, tile, tile), lambda b, s, at: (b, at[3, s], at[4, s])),
+        scratch_shapes=[pltpu.VMEM((tile, tile), jnp.float32)])
+    pairs = (m // tile) * (m // tile + 1) // 2
+    moved = count * (2 * pairs * tile * k + m * m) * x.dtype.itemsize
+    run = pl.pallas_call(
+        partial(_kernel, steps=k // step, part=_part(tile)), grid_spec=spec,
+        out_shape=jax.ShapeDtypeStruct((count, m, m), x.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT),
+        cost_estimate=pl.CostEstimate(flops=round(2 * count * m * m * k * share(m)), bytes_accessed=moved,
+                                      transcendentals=0))
+    out = run(jnp.asarray(schedule), x.reshape(count, m, k), y.reshape(count, m, k))
+    return out.reshape(*batch, m, m)
+
+
+def share(m: int) -> float:
+    """Multiplications over those of the full product."""
+    tiles, parts = m // _tile(m), _tile(m) // _part(_tile(m))
+    return ((tiles - 1) + (parts + 1) / parts) / (2 * tiles)
+
+
+def _tile(size: int) -> int:
+    return max(t for t in range(LANES, LARGEST_TILE + 1, LANES) if size % t == 0)
+
+
+def _part(tile: int) -> int:
+    """Width of the blocks in a tile on the diagonal: that of a matrix unit."""
+    return 2 * LANES if tile % (2 * LANES) == 0 else LANES
+
+
+def _schedule(tiles: int, steps: int) -> Int[np.ndarray, "5 S"]:
+    """Tile of x, tile of y, step along k, row and column of the tile of the result, in the order of the grid. An entry
+    whose row is not that of x is the mirror image; it fetches nothing, its tiles of x and y are those of the one before."""
+    out = []
+    for i in range(tiles):
+        for j in range(i + 1):
+            out += [(i, j, k, i, j) for k in range(steps)]
+            out += [(i, j, steps - 1, j, i)] if j < i else []
+    return np.array(out, np.int32).T
+
+
+def _kernel(at, x, y, out, total, *, steps: int, part: int):
+    s = pl.program_id(1)
+    i, j, k = at[0, s], at[1, s], at[2, s]
+    multiplied = at[3, s] == i
+    tile = total.shape[0]
+
+    @pl.when(multiplied & (k == 0))
+    def _():
+        total[...] = jnp.zeros_like(total)
+
+    @pl.when(multiplied & (i != j))
+    def _():
+        total[...] += _dot(x[0], y[0])
+
+    @pl.when(i == j)
+    def _():
+        for start in range(0, tile, part):
+            end = start + part
+            total[start:end, :end] += _dot(x[0, start:end], y[0, :end])
+
+    @pl.when(multiplied & (i != j) & (k == steps - 1))
+    def _():
+        out[0] = total[...].astype(out.dtype)
+
+    @pl.when((i == j) & (k == steps - 1))
+    def _():
+        row, column = (lax.broadcasted_iota(jnp.int32, (tile, tile), axis) // part for axis in (0, 1))
+        out[0] = jnp.where(row >= column, total[...], total[...].T).astype(out.dtype)
+
+    @pl.when(jnp.logical_not(multiplied))
+    def _():
+        out[0] = total[...].T.astype(out.dtype)
+
+
+def _dot(x: Array, y: Array) -> Array:
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(x, y, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
