@@ -89,6 +89,8 @@ class ModelConfig:
     """Written to the exported config."""
     eos_token_id: int = 258
     """Written to the exported config; generation stops there."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Further ids at which generation stops; exported as a list behind eos_token_id."""
     pad_token_id: int = 257
     """Written to the exported config."""
     dtype: Dtype = "bfloat16"
@@ -97,9 +99,15 @@ class ModelConfig:
     def __post_init__(self):
         positive = ("vocab_size hidden_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim "
                     "qk_rope_head_dim v_head_dim intermediate_size moe_intermediate_size n_routed_experts "
-                    "num_experts_per_tok n_shared_experts n_group topk_group")
+                    "num_experts_per_tok n_shared_experts n_group topk_group max_position_embeddings "
+                    "yarn_original_positions")
         for name in positive.split():
             require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ["routed_scaling_factor", "rms_norm_eps", "yarn_beta_fast", "yarn_beta_slow"]:
+            require(getattr(self, name) > 0, f"model.{name} must be positive, not {getattr(self, name)}")
+        require(self.q_lora_rank is None or self.q_lora_rank >= 1,
+                f"model.q_lora_rank must be at least 1, or None for no latent, not {self.q_lora_rank}")
+        require(self.rope_theta > 1, f"model.rope_theta must be greater than 1, not {self.rope_theta}")
         require(0 <= self.first_k_dense_replace < self.num_hidden_layers,
                 f"model.first_k_dense_replace={self.first_k_dense_replace} leaves no MoE layer "
                 f"of {self.num_hidden_layers}; lower it")

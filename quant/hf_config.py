@@ -52,10 +52,15 @@ def quantization_config(group_size: int) -> dict[str, Any]:
             "kv_cache_scheme": None, "quant_method": "compressed-tensors", "quantization_status": "compressed"}
 
 
+def stops(model: ModelConfig) -> int | list[int]:
+    """eos_token_id as Hugging Face has it: one id, or a list."""
+    return [model.eos_token_id, *model.stop_token_ids] if model.stop_token_ids else model.eos_token_id
+
+
 def write_config(model: ModelConfig, quant: QuantConfig) -> dict[str, Any]:
     """The content of config.json for a model and the grid of its routed experts."""
     config: dict[str, Any] = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
-    config |= {name: getattr(model, name) for name in SAME_NAME}
+    config |= {name: getattr(model, name) for name in SAME_NAME} | {"eos_token_id": stops(model)}
     config |= {"num_key_value_heads": model.num_attention_heads, "torch_dtype": model.dtype}
     config |= FIXED | HARMLESS
     config["rope_scaling"] = None
@@ -68,5 +73,5 @@ def write_config(model: ModelConfig, quant: QuantConfig) -> dict[str, Any]:
 
 def generation_config(model: ModelConfig) -> dict[str, Any]:
     """The content of generation_config.json."""
-    return {"bos_token_id": model.bos_token_id, "eos_token_id": model.eos_token_id, "pad_token_id": model.pad_token_id,
+    return {"bos_token_id": model.bos_token_id, "eos_token_id": stops(model), "pad_token_id": model.pad_token_id,
             "do_sample": True, "temperature": 1.0, "max_length": model.max_position_embeddings}

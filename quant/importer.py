@@ -36,7 +36,7 @@ GRID_NAMES = {"kimi7": "absmax/7", "ct75": "absmax/7.5 (codes down to -8)", "oth
 class Imported:
     """Weights of a directory, by the paths of the ParamSpec table.
 
-    skipped   tensors that are recognised and not part of the network: multi-token prediction, towers
+    skipped   tensors that are recognised and not part of the network, by what they are: {reason: names}
     packed    stored arrays that were INT4 in the file
     """
 
@@ -98,24 +98,40 @@ class Imported:
             raise ConfigError(f"{where}: {name} has shape {list(shape)}, but config.json implies {list(slot.shape)}")
         return names
 
-    def _unused(self, used: set[str], last_layer: int) -> list[str]:
-        skipped = []
+    def _unused(self, used: set[str], last_layer: int) -> dict[str, list[str]]:
+        skipped: dict[str, list[str]] = defaultdict(list)
         for name in sorted(self.checkpoint.tensors.keys() - used):
-            parts = name.removeprefix(self._prefix).split(".")
-            beyond = parts[:2] == ["model", "layers"] and parts[2].isdigit() and int(parts[2]) > last_layer
-            if not (beyond or not name.startswith(self._prefix) or parts[-1] == "inv_freq"):
-                raise ConfigError(
-                    f"{self.checkpoint.files[name]}: {name} is no tensor of this network; the config and the "
-                    "weights do not belong together"
-                )
-            skipped.append(name)
-        return skipped
+            reason = self._why_unused(name, last_layer)
+            if reason is None:
+                raise ConfigError(f"{self.checkpoint.files[name]}: {name} is no tensor of this network; the config and the "
+                                  "weights do not belong together")
+            skipped[reason].append(name)
+        return dict(skipped)
+
+    def _why_unused(self, name: str, last_layer: int) -> str | None:
+        """A layer behind the last one is multi-token prediction if it joins two hidden states (arXiv 2412.19437, 2.2)."""
+        if not name.startswith(self._prefix):
+            return "outside the language model"
+        parts = name.removeprefix(self._prefix).split(".")
+        if parts[-1] == "inv_freq":
+            return "rope frequencies, which follow from config.json"
+        if parts[:2] != ["model", "layers"] or len(parts) < 4 or not parts[2].isdigit() or int(parts[2]) <= last_layer:
+            return None
+        joins = f"{self._prefix}model.layers.{parts[2]}.eh_proj.weight" in self.checkpoint
+        return f"multi-token prediction, layer {parts[2]}" if joins else None
 
     def _tensor(self, slot: Slot) -> np.ndarray:
-        """Values in the checkpoint's orientation, float32."""
+        """Values in the checkpoint's orientation, float32, all of them finite."""
         stem = self._stem(slot)
-        if stem not in self._packed:
-            return self.checkpoint.read(self._prefix + slot.name).astype(np.float32)
+        name = f"{stem}.weight_scale" if stem in self._packed else self._prefix + slot.name
+        values = self._unpacked(slot) if stem in self._packed else self.checkpoint.read(name).astype(np.float32)
+        if not np.isfinite(values).all():
+            raise ConfigError(f"{self.checkpoint.files[name]}: {name} holds NaN or infinity; the file was damaged, or written "
+                              "by a run that had diverged")
+        return values
+
+    def _unpacked(self, slot: Slot) -> np.ndarray:
+        stem = self._stem(slot)
         projection = self._packed[stem]
         if self._for_training and slot.spec.on_grid:
             codes, scales = projection.codes(self.checkpoint), projection.scales(self.checkpoint).astype(np.float32)

@@ -44,7 +44,10 @@ def check_index(checkpoint: Checkpoint, report: Report) -> None:
     index = load_json(path, report)
     if index is None:
         return
-    weight_map = index.get("weight_map", {})
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        report.error("index", f"{path.name} holds no weight_map of names to files; fetch it again")
+        return
     for name, file in weight_map.items():
         if not (checkpoint.directory / file).exists():
             report.error("index", f"{name} should lie in {file}, which does not exist; fetch that file")
@@ -55,7 +58,8 @@ def check_index(checkpoint: Checkpoint, report: Report) -> None:
     for name in sorted(checkpoint.tensors.keys() - weight_map.keys()):
         report.error("index", f"{name} is in {checkpoint.files[name]} but not in the index; loaders will not see it")
     total = sum(entry.size for entry in checkpoint.tensors.values())
-    stated = index.get("metadata", {}).get("total_size")
+    metadata = index.get("metadata")
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
     if stated != total:
         report.warn("index", f"metadata.total_size is {stated}, but the tensors hold {total} bytes")
     for stem in sorted({name.rpartition(".")[0] for name in weight_map if name.endswith(".weight_packed")}):

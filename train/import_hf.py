@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from configs.param_spec import ParamSpec, Specs
 from configs.schema import ConfigError, RunConfig, require
 from optim.build import build_optimizer
 from quant.importer import Imported
@@ -42,6 +45,7 @@ def one_directory(sources: Sequence[Path]) -> Iterator[Path]:
     require("config.json" in names, f"config.json is not among {', '.join(names)}; name it too")
     twice = next((name for name in names if names.count(name) > 1), None)
     require(twice is None, f"{twice} is given twice, from different directories")
+    require(any(name.endswith(".safetensors") for name in names), "no .safetensors file is named; give all shards")
     with tempfile.TemporaryDirectory() as folder:
         for path in sources:
             (Path(folder) / path.name).symlink_to(path.resolve())
@@ -62,6 +66,29 @@ def import_checkpoint(sources: Sequence[Path], base: RunConfig, run: RunDir) -> 
         return _import(directory, ", ".join(map(str, sources)), base, run)
 
 
+def _place(files: Imported, specs: Specs, shardings: dict[str, jax.sharding.Sharding], dtype: jnp.dtype, named: str
+           ) -> dict[str, jax.Array]:
+    """Every array on its devices. The host holds one device's part of one array at a time, and one tensor of the files;
+    what several devices hold alike is read once."""
+    holders: dict[str, dict[tuple, list[jax.Device]]] = {path: defaultdict(list) for path in specs}
+    for path, spec in specs.items():
+        for device, index in shardings[path].addressable_devices_indices_map(spec.shape).items():
+            holders[path][tuple((cut.start, cut.stop) for cut in index)].append(device)
+
+    def array(path: str, spec: ParamSpec) -> jax.Array:
+        on_devices = []
+        for index, devices in holders[path].items():
+            part = files.region(path, tuple(slice(*cut) for cut in index))
+            part = part.astype(jnp.float32 if spec.update == "router_bias" else dtype, copy=False)
+            on_devices += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+            bar.advance(part.size)
+        return jax.make_array_from_single_device_arrays(spec.shape, shardings[path], on_devices)
+
+    total = sum(len(parts) * math.prod(shardings[path].shard_shape(specs[path].shape)) for path, parts in holders.items())
+    with Bar(f"importing {named}", total, "weight") as bar:
+        return {path: array(path, spec) for path, spec in specs.items()}
+
+
 def _import(directory: Path, named: str, base: RunConfig, run: RunDir) -> int:
     if run.exists() or Checkpoints(run.checkpoints).steps():
         raise ConfigError(f"{run.path} exists; name a new directory with --run")
@@ -75,14 +102,10 @@ def _import(directory: Path, named: str, base: RunConfig, run: RunDir) -> int:
     shardings = param_shardings(session.specs, session.mesh)
     optimizer = build_optimizer(session.specs, cfg.optim, cfg.train.steps, mesh=session.mesh, shardings=shardings)
 
-    params = {}
-    with Bar(f"importing {named}", len(session.specs), "array") as bar:
-        for path, spec in session.specs.items():
-            dtype = jnp.float32 if spec.update == "router_bias" else jnp.dtype(cfg.optim.master_dtype)
-            params[path] = jax.make_array_from_callback(
-                spec.shape, shardings[path], lambda index, path=path, dtype=dtype: files.region(path, index).astype(dtype))
-            bar.advance()
-    for note in (*found.notes, *(f"left out: {name}" for name in files.skipped)):
+    params = _place(files, session.specs, shardings, jnp.dtype(cfg.optim.master_dtype), named)
+    left_out = (f"left out, {reason}: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+                for reason, names in files.skipped.items())
+    for note in (*found.notes, *left_out):
         console.print(note, markup=False)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state_shardings(cfg, session.specs, optimizer, session.mesh))
     state = TrainState(params, jax.jit(optimizer.init, out_shardings=placed.optimizer)(params),

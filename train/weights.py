@@ -41,7 +41,8 @@ class Weights:
 
     def decoder(self, rows: int, sampling: Sampling = GREEDY, positions: int = 0) -> Decoder:
         """Rows that go on with these weights."""
-        return Decoder(self.model, self.params, rows, stop_ids=self.tokenizer.stop_ids, dtype=self.dtype,
+        stops = {*self.tokenizer.stop_ids, self.model.eos_token_id, *self.model.stop_token_ids}
+        return Decoder(self.model, self.params, rows, stop_ids=tuple(sorted(stops)), dtype=self.dtype,
                        platform=self.platform, sampling=sampling, positions=positions)
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling = GREEDY) -> list[list[int]]:
@@ -63,11 +64,11 @@ def load_weights(source: str, dtype: str | None = None) -> Weights:
     directory = Path(where.partition("@")[0])
     if (directory / "checkpoints").is_dir():
         return _from_run(source, where, kind, dtype)
-    if (directory / "model.safetensors.index.json").exists():
+    if any(directory.glob("*.safetensors")):
         if kind in BASELINES:
             raise ConfigError(f"{source}: an exported directory has no masters to apply {kind} to; leave out :{kind}")
         return load_export(directory if kind is None else Path(where), dtype, packed=None if kind is None else kind == "int4")
-    raise ConfigError(f"{where} is neither a run directory (no checkpoints/) nor an exported one (no safetensors index)")
+    raise ConfigError(f"{where} is neither a run directory (no checkpoints/) nor an exported one (no safetensors file)")
 
 
 def _from_run(source: str, where: str, kind: str | None, dtype: str | None) -> Weights:

@@ -80,9 +80,9 @@ def config_of(case: dict) -> ModelConfig:
                  bos_token_id=0, eos_token_id=1, pad_token_id=2)
 
 
-def weights_of(cfg: ModelConfig, case: dict, seed: int) -> dict[str, jax.Array]:
+def weights_of(cfg: ModelConfig, bias: float, seed: int) -> dict[str, jax.Array]:
     """Random weights whose two latents are small, so that the epsilon inside their norms matters."""
-    params = random_params(cfg, std=0.15, bias=case["bias"], seed=seed)
+    params = random_params(cfg, std=0.15, bias=bias, seed=seed)
     for path in params:
         if path.endswith("q_a"):
             params[path] = params[path] * 0.02
@@ -92,25 +92,31 @@ def weights_of(cfg: ModelConfig, case: dict, seed: int) -> dict[str, jax.Array]:
 
 
 def transformers_twin(cfg: ModelConfig, params: dict[str, jax.Array], folder) -> DeepseekV3ForCausalLM:
-    """The same weights in transformers, through files; a missing or unexpected key is a failure."""
+    """The same weights in transformers, through files."""
     arrays = {path: np.asarray(x) for path, x in params.items()}
     tensors = {slot.name: np.ascontiguousarray(slot.to_hf(arrays[slot.path][slot.block]))
                for slot in all_slots(param_specs(cfg))}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(write_config(cfg, QuantConfig(grid="none"))))
+    return read_by_transformers(folder)
+
+
+def read_by_transformers(folder) -> DeepseekV3ForCausalLM:
+    """In float32; a missing or unexpected key is a failure."""
     model, report = DeepseekV3ForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     return model.eval()
 
 
-def tokens_and_segments(cfg: ModelConfig, left_out: bool, seed: int, shape=(3, 29)) -> tuple[np.ndarray, np.ndarray]:
+def tokens_and_segments(cfg: ModelConfig, left_out: bool | tuple[int, ...], seed: int, positions: int = 29
+                        ) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of random tokens; `left_out` is how many are padding at the end of each, or whether any are."""
+    if isinstance(left_out, bool):
+        left_out = (2, 6, 10) if left_out else (0, 0, 0)
+    shape = len(left_out), positions
     tokens = np.random.default_rng(seed).integers(3, cfg.vocab_size, shape).astype(np.int32)
-    segments = np.ones(shape, np.int32)
-    if left_out:
-        for row in range(shape[0]):
-            segments[row, shape[1] - 4 * row - 2:] = 0
-    return tokens, segments
+    return tokens, (np.arange(positions) < positions - np.array(left_out)[:, None]).astype(np.int32)
 
 
 def twin_forward(twin, tokens, segments) -> tuple[np.ndarray, list[tuple[np.ndarray, ...]]]:
@@ -125,8 +131,9 @@ def twin_forward(twin, tokens, segments) -> tuple[np.ndarray, list[tuple[np.ndar
     return logits.numpy(), routed
 
 
-def our_forward(cfg, params, tokens, segments, monkeypatch) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Jitted logits, and the chosen experts of every MoE layer, seen by a callback inside the scan."""
+def our_forward(cfg, params, tokens, segments, monkeypatch, options=None) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Jitted logits, and the chosen experts of every MoE layer, seen by a callback inside the scan. `options`: of the
+    compiler."""
     chosen = []
     original = router.Router.__call__
 
@@ -137,12 +144,14 @@ def our_forward(cfg, params, tokens, segments, monkeypatch) -> tuple[np.ndarray,
 
     monkeypatch.setattr(router.Router, "__call__", watched)
 
-    @jax.jit
     def forward(params, tokens, call):
         network = bind(cfg, params)
         return network.logits(network(tokens, call)[0], call)
 
-    logits = np.asarray(forward(params, tokens, call_for(tokens, segments)))
+    given = params, tokens, call_for(tokens, segments)
+    if not jax.config.jax_disable_jit:
+        forward = jax.jit(forward).lower(*given).compile(compiler_options=options)
+    logits = np.asarray(forward(*given))
     jax.effects_barrier()
     return logits, chosen
 
@@ -163,19 +172,11 @@ def routing_margin(cfg: ModelConfig, router_logits: np.ndarray, bias: np.ndarray
     return np.minimum(of_groups, eligible[:, -cfg.num_experts_per_tok] - eligible[:, -cfg.num_experts_per_tok - 1])
 
 
-def compare(case: dict, seed: int, folder, monkeypatch) -> tuple[float, int]:
-    """`compare_config` of a case of the grid."""
-    return compare_config(config_of(case), case, seed, folder, monkeypatch)
-
-
-def compare_config(cfg: ModelConfig, case: dict, seed: int, folder, monkeypatch) -> tuple[float, int]:
-    """Asserts equal experts and logits; returns the relative error and the number of compared choices. `case` says how
-    large the router's bias is and whether tokens at the ends are left out."""
-    params = weights_of(cfg, case, seed)
-    tokens, segments = tokens_and_segments(cfg, case["left_out"], seed)
-    twin = transformers_twin(cfg, params, folder)
+def compare(cfg: ModelConfig, params: dict[str, jax.Array], twin, tokens: np.ndarray, segments: np.ndarray, monkeypatch,
+            options=None) -> tuple[float, int]:
+    """Asserts equal experts and logits; returns the relative error and the number of compared choices."""
     theirs, routed = twin_forward(twin, tokens, segments)
-    ours, chosen = our_forward(cfg, params, tokens, segments, monkeypatch)
+    ours, chosen = our_forward(cfg, params, tokens, segments, monkeypatch, options)
     assert len(chosen) == len(routed) == cfg.num_moe_layers
     valid, compared = segments > 0, 0
     for layer, (mine, (router_logits, other)) in enumerate(zip(chosen, routed)):
@@ -190,7 +191,10 @@ def compare_config(cfg: ModelConfig, case: dict, seed: int, folder, monkeypatch)
 
 @pytest.mark.parametrize("index, case", list(enumerate(covering(GRID))))
 def test_logits_and_experts(index, case, tmp_path, monkeypatch):
-    _, compared = compare(case, index, tmp_path, monkeypatch)
+    cfg = config_of(case)
+    params = weights_of(cfg, case["bias"], index)
+    tokens, segments = tokens_and_segments(cfg, case["left_out"], index)
+    _, compared = compare(cfg, params, transformers_twin(cfg, params, tmp_path), tokens, segments, monkeypatch)
     assert compared > 50, "too few clear routing choices to mean anything"
 
 
@@ -221,7 +225,7 @@ GRADIENT_CASES = [
 @pytest.mark.parametrize("case", GRADIENT_CASES)
 def test_gradients(case, tmp_path):
     cfg = replace(config_of(case), vocab_size=64)
-    params = weights_of(cfg, case, seed=0)
+    params = weights_of(cfg, case["bias"], seed=0)
     tokens, segments = tokens_and_segments(cfg, case["left_out"], 1)
     valid = (segments[:, 1:] > 0).astype(np.float32)
 
@@ -258,7 +262,7 @@ def test_gradients(case, tmp_path):
 def test_greedy_generation(tmp_path):
     """Prompts of three lengths, decoded together here and one by one there."""
     cfg = config_of(GRADIENT_CASES[0])
-    params = weights_of(cfg, GRADIENT_CASES[0], seed=3)
+    params = weights_of(cfg, GRADIENT_CASES[0]["bias"], seed=3)
     prompts = [np.random.default_rng(n).integers(3, cfg.vocab_size, n).tolist() for n in (3, 21, 9)]
     ours = generate_batch(cfg, params, prompts, max_new_tokens=12, stop_ids=(), serving=EXACT, amount=0,
                           dtype="float32", platform="cpu")

@@ -79,7 +79,7 @@ def rewrite(directory, change):
 def test_multi_token_prediction_is_skipped_and_reported(tmp_path):
     directory = export(tmp_path / "mtp")
     rewrite(directory, lambda t: t.update({"model.layers.3.eh_proj.weight": np.zeros((4, 4), np.float32)}))
-    assert Imported(directory, SPECS).skipped == ["model.layers.3.eh_proj.weight"]
+    assert Imported(directory, SPECS).skipped == {"multi-token prediction, layer 3": ["model.layers.3.eh_proj.weight"]}
 
 
 @pytest.mark.parametrize("change, message", [
@@ -87,6 +87,7 @@ def test_multi_token_prediction_is_skipped_and_reported(tmp_path):
     (lambda t: t.update({"model.norm.weight": np.zeros(3, np.float32)}), r"model.norm.weight has shape \[3\]"),
     (lambda t: t.update({"model.norm.weight": np.zeros(64, np.float16)}), "F16"),
     (lambda t: t.update({"model.layers.1.mystery": np.zeros(3, np.float32)}), "mystery is no tensor of this network"),
+    (lambda t: t.update({"model.layers.3.self_attn.o_proj.weight": np.zeros(3, np.float32)}), "layers.3.* is no tensor"),
     (lambda t: t.pop("model.layers.1.mlp.experts.0.up_proj.weight_scale"), "do not fit together"),
 ])
 def test_wrong_tensors_are_named(tmp_path, change, message):
@@ -94,6 +95,13 @@ def test_wrong_tensors_are_named(tmp_path, change, message):
     rewrite(directory, change)
     with pytest.raises(ConfigError, match=message):
         Imported(directory, SPECS)
+
+
+def test_a_weight_that_is_no_number_is_named(tmp_path):
+    directory = export(tmp_path / "nan")
+    rewrite(directory, lambda t: t["model.layers.1.mlp.experts.0.up_proj.weight_scale"].fill(np.nan))
+    with pytest.raises(ConfigError, match="experts.0.up_proj.weight_scale holds NaN"):
+        Imported(directory, SPECS).region("moe.mlp.experts_gate_up")
 
 
 def test_a_missing_shard_and_a_missing_index_entry_are_named(exported, tmp_path):
@@ -152,6 +160,36 @@ def test_old_and_new_rope_spellings_mean_the_same(tmp_path):
     assert read_config(directory).model == model
 
 
+def test_every_stop_token_is_kept(tmp_path):
+    """A list in config.json, and what generation_config.json adds; written again as one list."""
+    directory = export(tmp_path / "stops")
+    edit(directory, eos_token_id=[61, 5])
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+    model = read_config(directory).model
+    assert (model.eos_token_id, model.stop_token_ids) == (61, (5, 7))
+    again = export(tmp_path / "again", model)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((again / name).read_text())["eos_token_id"] == [61, 5, 7]
+    assert read_config(again).model == model
+
+
+@pytest.mark.parametrize("bad", ["x", [], {}, True, None, -1, 0.5, float("nan"), float("inf")])
+def test_no_value_of_a_field_gets_past_the_reader_as_another_type(tmp_path, bad):
+    """Every field with every kind of value: understood, or refused in one sentence."""
+    directory = export(tmp_path / "any", ModelConfig(**{**MODEL.__dict__, "yarn_factor": 2.0}))
+    config = json.loads((directory / "config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    for part in (config, config["rope_scaling"], config["quantization_config"], group, group["weights"]):
+        for key in part:
+            kept, part[key] = part[key], bad
+            (directory / "config.json").write_text(json.dumps(config))
+            try:
+                read_config(directory)
+            except ConfigError as error:
+                assert "\n" not in str(error), error
+            part[key] = kept
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -174,7 +212,11 @@ def test_old_and_new_rope_spellings_mean_the_same(tmp_path):
             "truncate",
         ),
         ({"torch_dtype": "float16"}, "float16"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "convert them to bf16"),
+        ({"quantization_config": {"quant_method": "awq"}}, "'awq'"),
+        ({"vocab_size": 64.0}, "not a whole number"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be positive"),
+        ({"text_config": {"model_type": "qwen3_moe"}}, "qwen3_moe"),
         ({"num_key_value_heads": 1}, "num_key_value_heads"),
     ],
 )
@@ -193,4 +235,4 @@ def test_a_wrapped_language_model_is_read_with_its_prefix(tmp_path):
     (directory / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": text}))
     config = read_config(directory)
     assert (config.model, config.prefix) == (MODEL, "language_model.")
-    assert Imported(directory, SPECS, prefix=config.prefix).skipped == ["vision_tower.weight"]
+    assert Imported(directory, SPECS, prefix=config.prefix).skipped == {"outside the language model": ["vision_tower.weight"]}

@@ -1,16 +1,19 @@
 """`launch.py import`: a directory or its files, and what is refused before anything is written."""
 
 import json
+import math
 import shutil
 
 import numpy as np
 import pytest
 
 import launch
-from configs.schema import ModelConfig, QuantConfig
+from configs.schema import MeshConfig, ModelConfig, QuantConfig
 from model.transformer import param_specs
 from quant.export import export_model
+from quant.importer import Imported
 from quant.source import InMemory
+from train.mesh import make_mesh, param_shardings
 from train.run_dir import RunDir
 from train.stop import EXIT_DONE, EXIT_USAGE
 from train.weights import load_weights
@@ -53,6 +56,30 @@ def test_files_from_two_directories_are_one_checkpoint(checkpoint, weights, tmp_
     for path, array in imported(run).items():
         np.testing.assert_array_equal(np.asarray(array), weights[path], err_msg=path)
     assert str(files[0]) in RunDir(run).load_facts()["imported_from"]
+
+
+def test_a_mesh_gets_its_parts_one_by_one(checkpoint, weights, tmp_path, monkeypatch):
+    """Never more than one device's part of an array is asked for, and what two devices hold alike only once."""
+    asked, region = [], Imported.region
+
+    def watched(self, path, index=()):
+        part = region(self, path, index)
+        asked.append((path, str(index), part.size))
+        return part
+
+    monkeypatch.setattr(Imported, "region", watched)
+    run = tmp_path / "run"
+    assert launch.main(["import", str(checkpoint), "--run", str(run), *SMALL, "--mesh.data", "2", "--mesh.fsdp", "2",
+                        "--mesh.expert", "2"]) == EXIT_DONE
+    monkeypatch.undo()
+    assert len({part[:2] for part in asked}) == len(asked)
+    shardings = param_shardings(SPECS, make_mesh(MeshConfig(data=2, fsdp=2, expert=2)))
+    for path, spec in SPECS.items():
+        sizes = [size for other, _, size in asked if other == path]
+        assert sum(sizes) == spec.size and set(sizes) == {math.prod(shardings[path].shard_shape(spec.shape))}, path
+    assert max(size for path, _, size in asked if path == "moe.mlp.experts_gate_up") * 4 == SPECS["moe.mlp.experts_gate_up"].size
+    for path, array in imported(run).items():
+        np.testing.assert_array_equal(np.asarray(array), weights[path], err_msg=path)
 
 
 def cut_off(directory):
@@ -110,6 +137,7 @@ def test_damage_is_one_sentence_and_nothing_is_written(checkpoint, tmp_path, cap
     (lambda d: [d, d / "config.json"], "is a directory"),
     (lambda d: [d / "config.json", d / "config.json"], "given twice"),
     (lambda d: [], "name what to import"),
+    (lambda d: [d / "config.json"], "no .safetensors file"),
 ])
 def test_a_wrong_list_is_one_sentence(checkpoint, tmp_path, capsys, pick, message):
     run = tmp_path / "run"
