@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import measure
+from configs.platforms import platform_of
 from configs.presets import preset
 from configs.schema import ModelConfig
 from model import experts
@@ -58,7 +59,7 @@ def measured(model: ModelConfig, dtype: str) -> list[dict]:
         x = jax.random.normal(keys[2], (tokens, D), dtype)
         chosen = jax.lax.top_k(jax.random.normal(keys[3], (tokens, E)), K)[1]
         gates = jnp.full((tokens, K), 1 / K)
-        step = jax.jit(lambda x, w, chosen=chosen, gates=gates: experts.apply(x, chosen, gates, w, jax.default_backend()))
+        step = jax.jit(lambda x, w, chosen=chosen, gates=gates: experts.apply(x, chosen, gates, w, platform_of(jax.devices()[0])))
         compiled = {name: step.lower(x, w).compile() for name, w in held.items()}
         times = measure.in_turns({name: partial(compiled[name], x, w) for name, w in held.items()}, rounds=9)
         bits = {name: (c.memory_analysis().argument_size_in_bytes - x.nbytes) * 8 / weights for name, c in compiled.items()}

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from model.kernels import grouped_matmul_gpu, grouped_matmul_tpu
+from model.kernels import grouped_matmul_decode, grouped_matmul_gpu, grouped_matmul_tpu
 from model.project import outer_sum
 from quant.resident import Int4Weight
 
@@ -96,9 +96,12 @@ def _tpu_rows(x, w, block_expert, transposed):
 
 
 def _hopper_rows(x, w, block_expert, transposed):
-    if not grouped_matmul_gpu.takes(x.dtype, len(x) // len(block_expert), *w.shape[1:]):
-        return _batched_rows(x, w, block_expert, transposed)
-    return grouped_matmul_gpu.rows(x, _unpacked(w, x.dtype), block_expert, transposed)
+    block = len(x) // len(block_expert)
+    if grouped_matmul_gpu.takes(x.dtype, block, *w.shape[1:]):
+        return grouped_matmul_gpu.rows(x, _unpacked(w, x.dtype), block_expert, transposed)
+    if not transposed and grouped_matmul_decode.takes(x.dtype, block, w):
+        return grouped_matmul_decode.rows(x, w, block_expert)
+    return _batched_rows(x, w, block_expert, transposed)
 
 
 def _hopper_weights(x, y, block_expert, num_experts, dtype):
@@ -124,9 +127,10 @@ IMPLEMENTATIONS = {
 }
 """reference: dense over all experts, the definition. batched: one batched product over blocks with gathered weights.
 scanned: block after block with weights and sums in place; on a CPU every product still fills all cores, and nothing is
-gathered (bench/grouped_matmul.py). tpu, hopper: model/kernels/grouped_matmul_tpu.py and _gpu.py, which take whole weights
-only: a layer of four-bit experts is unpacked before them. What the latter does not take (float32, blocks of few rows, widths
-that are no multiple of 64) is batched."""
+gathered (bench/grouped_matmul.py). tpu: model/kernels/grouped_matmul_tpu.py. hopper: grouped_matmul_gpu.py for blocks of 64
+rows and more, grouped_matmul_decode.py for the forward product of smaller ones, batched for what neither takes (float32, odd
+widths). Except for the decoding kernel, kernels take whole weights only: a layer of four-bit experts is unpacked before
+them."""
 
 
 def implementation(platform: str) -> str:
@@ -140,9 +144,10 @@ def block_rows(rows: int, num_experts: int, platform: str = "cpu") -> int:
     """Rows per block: at most a quarter of an expert's mean rows, which keeps the padding of each expert to whole blocks
     under about an eighth, and no more than fill the platform's matrix unit. A TPU's holds a tile of weights while rows
     stream past it: few rows per tile leave it loading weights. On Hopper an expert with the rows for it gets the 64 of a
-    matrix instruction."""
+    large matrix instruction, else the 16 of a small one."""
     mean = rows // num_experts
-    fewest, most = 64 if platform == "hopper" and mean >= 64 else 8, 512 if platform == "tpu" else 128
+    fewest = (64 if mean >= 64 else 16) if platform == "hopper" else 8
+    most = 512 if platform == "tpu" else 128
     return min(max(1 << (max(mean // 4, 1).bit_length() - 1), fewest), most)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from configs.platforms import platform_of
 from configs.schema import ConfigError, ModelConfig
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.decode.generate import Decoder
@@ -103,7 +104,8 @@ def load_export(directory: Path, dtype: str | None = None, packed: bool | None =
     dense = {path: spec for path, spec in specs.items() if path not in at_four_bits}
     params = {path: jnp.asarray(files.region(path)) for path in dense}
     served = serve(params, dense, Serving(config.model.dtype, "none"), 0.0, dtype) | at_four_bits
-    return Weights(str(directory), config.model, served, _tokenizer(directory, config.model), dtype, jax.default_backend())
+    return Weights(str(directory), config.model, served, _tokenizer(directory, config.model), dtype,
+                   platform_of(jax.devices()[0]))
 
 
 def tokenizer_file(directory: Path) -> str | None:

@@ -8,7 +8,8 @@ import pytest
 from configs.platforms import platform_of
 from model import dispatch
 from model.grouped_matmul import IMPLEMENTATIONS, block_rows, grouped_matmul
-from model.kernels import grouped_matmul_gpu
+from model.kernels import grouped_matmul_decode, grouped_matmul_gpu
+from quant.resident import to_int4
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(platform_of(jax.devices()[0]) != "hopper", reason="needs a Hopper GPU")]
 
@@ -82,6 +83,24 @@ def test_against_the_plain_entry(load):
         mine, plain = (np.asarray(IMPLEMENTATIONS[name].rows(x, w, to.block_expert, False), np.float32)
                        for name in ("hopper", "batched"))
         assert np.abs(mine - plain).max() <= 8e-3 * np.abs(plain).max()
+
+
+@pytest.mark.parametrize("tokens, D, F, E, K", [(1, 2048, 2816, 64, 6), (8, 7168, 4096, 16, 8), (300, 1408, 2048, 16, 2)])
+def test_decoding(tokens, D, F, E, K):
+    """A few rows per expert: near float64, and four-bit weights give what they give unpacked, bit for bit."""
+    experts = routed("spread", tokens, E, K)
+    to = dispatch.plan(experts, E, block_rows(experts.size, E, "hopper"))
+    assert to.block in grouped_matmul_decode.BLOCKS
+    keys = jax.random.split(jax.random.key(1), 2)
+    x = dispatch.to_slots(jax.random.normal(keys[0], (tokens, D), jnp.bfloat16), to)
+    packed = to_int4(jax.random.normal(keys[1], (E, D, F)), -2, 32)
+    whole = packed.astype(jnp.bfloat16)
+    mine = np.asarray(IMPLEMENTATIONS["hopper"].rows(x, packed, to.block_expert, False), np.float64)
+    np.testing.assert_array_equal(mine, IMPLEMENTATIONS["hopper"].rows(x, whole, to.block_expert, False))
+    w64 = np.concatenate([np.asarray(whole, np.float64), np.zeros((1, D, F))])
+    for block, e in enumerate(np.asarray(to.block_expert)):
+        at = slice(block * to.block, (block + 1) * to.block)
+        close(mine[at], np.asarray(x[at], np.float64) @ w64[e])
 
 
 def test_jax_own_kernel_agrees():

@@ -92,7 +92,7 @@ def test_weight_sums_stay_in_float32():
 
 @pytest.mark.parametrize("rows, experts, platform, block", [
     (1, 16, "cpu", 8), (256, 16, "cpu", 8), (16384, 64, "cpu", 64), (32768, 16, "cpu", 128), (32768, 16, "tpu", 512),
-    (65536, 384, "hopper", 64), (98304, 64, "hopper", 128), (512, 384, "hopper", 8)])
+    (65536, 384, "hopper", 64), (98304, 64, "hopper", 128), (512, 384, "hopper", 16)])
 def test_block_rows(rows, experts, platform, block):
     assert block_rows(rows, experts, platform) == block
 

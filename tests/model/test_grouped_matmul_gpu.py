@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from model import grouped_matmul
-from model.kernels import grouped_matmul_gpu, hopper
+from model.kernels import grouped_matmul_decode, grouped_matmul_gpu, hopper
+from quant.resident import Int4Weight, to_int4
 
 interpreted = pytest.mark.skipif(not hasattr(hopper.plgpu, "InterpretGPUParams"), reason="this jax has no GPU interpreter")
 BLOCK_EXPERT, E = [0, 0, 2, 4], 4
@@ -58,6 +59,32 @@ def test_weights():
     want = np.zeros((E + 1, D, F))
     np.add.at(want, BLOCK_EXPERT, np.einsum("bmd,bmf->bdf", x64, y64))
     assert np.abs(mine - want[:E]).max() <= 1e-6 * np.abs(want).max() and not mine[[1, 3]].any()
+
+
+@pytest.mark.parametrize("block", grouped_matmul_decode.BLOCKS)
+def test_decoding(block):
+    """A few rows per expert, in Triton's interpreter: near float64, and four-bit weights give what they give unpacked, bit
+    for bit."""
+    I, O = 128, 256
+    x, w = inputs(block, (I,), (E, I, O))
+    packed, expert = to_int4(w, -2, 32), jnp.array(BLOCK_EXPERT)
+    whole = packed.astype(jnp.bfloat16)
+    assert grouped_matmul_decode.takes(x.dtype, block, whole) and grouped_matmul_decode.takes(x.dtype, block, packed)
+    mine = grouped_matmul_decode.rows(x, whole, expert, interpret=True)
+    np.testing.assert_array_equal(mine, grouped_matmul_decode.rows(x, packed, expert, interpret=True))
+    w64 = np.concatenate([np.asarray(whole, np.float64), np.zeros((1, I, O))])[BLOCK_EXPERT]
+    want = np.einsum("bmi,bio->bmo", np.asarray(x, np.float64).reshape(4, block, I), w64).reshape(-1, O)
+    assert np.abs(np.asarray(mine, np.float64) - want).max() <= 4e-3 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("block, I, O, dtype, axis, taken", [
+    (16, 2048, 2816, jnp.bfloat16, None, True), (32, 1408, 2048, jnp.bfloat16, -2, True),
+    (8, 128, 128, jnp.bfloat16, None, False), (16, 128, 192, jnp.bfloat16, None, False),
+    (16, 128, 128, jnp.float32, None, False), (16, 128, 128, jnp.bfloat16, -1, False)])
+def test_what_the_decoding_kernel_takes(block, I, O, dtype, axis, taken):
+    w = jax.ShapeDtypeStruct((2, I, O), dtype) if axis is None else Int4Weight(
+        jax.ShapeDtypeStruct((2, I, O), jnp.int4), None, axis, 32)
+    assert grouped_matmul_decode.takes(dtype, block, w) == taken
 
 
 @pytest.mark.parametrize("width, tile", [(2048, 256), (2816, 256), (4096, 256), (7168, 256), (1408, 256), (176, 192), (128, 128),

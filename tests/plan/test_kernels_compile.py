@@ -1,16 +1,16 @@
 """Kernels compiled, down to the GPU's own instructions, for a Hopper GPU that is not here. Needs the extra plan-gpu."""
 
 import importlib.util
-import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from model.kernels import grouped_matmul_gpu
+from model.kernels import grouped_matmul_decode, grouped_matmul_gpu
 from optim.hlo import Program
-from train.roofline import STATED
+from quant.resident import Int4Weight
+from train.roofline import KERNELS, STATED
 from train.topology import topology
 
 pytestmark = [pytest.mark.slow,
@@ -19,17 +19,21 @@ E = 4
 BF16 = jnp.bfloat16
 
 
-def compiled(machine, function, *shapes):
-    """The program of `function` on (shape, dtype) arrays, for the first GPU of a machine."""
+array = jax.ShapeDtypeStruct
+
+
+def compiled(machine, function, *arrays):
+    """The program of `function` on trees of abstract arrays, for the first GPU of a machine."""
     device = topology(machine).devices()[0]
-    arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device)) for shape, dtype in shapes]
-    return jax.jit(function).lower(*arrays).compile()
+    placed = jax.tree.map(lambda a: array(a.shape, a.dtype, sharding=SingleDeviceSharding(device)), arrays)
+    with jax.default_device(device):  # Triton asks which device it is for, as in train/aot.py
+        return jax.jit(function).lower(*placed).compile()
 
 
 def kernels(program):
-    """The custom calls of Mosaic, and the FLOPs that each states."""
+    """FLOPs that each kernel in a program states."""
     found = [i for scope in Program(program.as_text()).computations.values() for i in scope.values()
-             if i.kind == "custom-call" and re.search(r'custom_call_target="mosaic_gpu', i.rest)]
+             if i.kind == "custom-call" and any(f'custom_call_target="{target}"' in i.rest for target in KERNELS)]
     return [int(STATED.search(i.op_name).group(1)) for i in found]
 
 
@@ -39,12 +43,22 @@ def test_grouped_matmul(D, F, block):
     """Forward, gradient of the rows, gradient of the weights at Moonlight's, K2's and tiny widths: one kernel each, which
     states its FLOPs, and no temporary array worth the name: least of all one as large as gathered weights."""
     M = 6 * block
-    x, y, blocks = ((M, D), BF16), ((M, F), BF16), ((6,), jnp.int32)
-    for function, shapes in (
-            (lambda x, w, b: grouped_matmul_gpu.rows(x, w, b, False), (x, ((E, D, F), BF16), blocks)),
-            (lambda y, w, b: grouped_matmul_gpu.rows(y, w, b, True), (y, ((E, D, F), BF16), blocks)),
+    x, y, w, blocks = array((M, D), BF16), array((M, F), BF16), array((E, D, F), BF16), array((6,), jnp.int32)
+    for function, arrays in (
+            (lambda x, w, b: grouped_matmul_gpu.rows(x, w, b, False), (x, w, blocks)),
+            (lambda y, w, b: grouped_matmul_gpu.rows(y, w, b, True), (y, w, blocks)),
             (lambda x, y, b: grouped_matmul_gpu.weights(x, y, b, E, BF16), (x, y, blocks)),
             (lambda x, y, b: grouped_matmul_gpu.weights(x, y, b, E, jnp.float32), (x, y, blocks))):
-        program = compiled("h200-1", function, *shapes)
+        program = compiled("h200-1", function, *arrays)
         assert kernels(program) == [2 * M * D * F]
         assert program.memory_analysis().temp_size_in_bytes < 16384
+
+
+@pytest.mark.parametrize("I, O", [(2048, 2816), (7168, 4096)])
+@pytest.mark.parametrize("on_grid", [False, True])
+def test_decoding(on_grid, I, O):
+    """One kernel that reads the weights, or their codes and scales, as they lie: nothing is unpacked, copied or gathered."""
+    w = Int4Weight(array((E, I, O), jnp.int4), array((E, I // 32, O), BF16), -2, 32) if on_grid else array((E, I, O), BF16)
+    program = compiled("h200-1", grouped_matmul_decode.rows, array((8 * 16, I), BF16), w, array((8,), jnp.int32))
+    assert kernels(program) == [2 * 8 * 16 * I * O]
+    assert program.memory_analysis().temp_size_in_bytes == 0

@@ -1,0 +1,103 @@
+"""The forward grouped product where an expert has a few rows, as in decoding, on Hopper GPUs: bound by reading weights.
+
+Pallas' Triton backend, one program for each block of rows and tile of columns. Weights are read once for each block, whole
+or as four-bit codes with their scales (quant/resident.py), which become bf16(code * scale) in registers: the value that
+unpacking gives, bit for bit. Two codes lie in a byte, neighbours along the output, so a byte feeds two products, of the
+even and of the odd columns.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from model.kernels.hopper import stated
+from quant.resident import Int4Weight
+
+try:
+    from jax.experimental.pallas import triton
+except (ImportError, AttributeError):  # another jax: the registry then takes the plain entry
+    triton = None
+
+BLOCKS = (16, 32)
+"""Rows of a block that the kernel takes: 16 are the fewest of a matrix instruction."""
+
+STEP, WIDTH = 64, 128
+"""Of the contraction and of the columns that a program multiplies at a time: whole groups of scales, and sectors of 32
+bytes also of codes. Expected to be good, not yet measured."""
+
+WARPS, STAGES = 4, 4
+
+
+def takes(dtype, block: int, w: Array | Int4Weight) -> bool:
+    """Whether the kernel can multiply rows of `dtype` with these weights [E, I, O]."""
+    _, inputs, outputs = w.shape
+    on_grid = isinstance(w, Int4Weight)
+    return (triton is not None and block in BLOCKS and dtype == jnp.bfloat16 and inputs % STEP == 0 and outputs % WIDTH == 0
+            and (w.axis == -2 and STEP % w.group == 0 if on_grid else w.dtype == dtype))
+
+
+def rows(x: Float[Array, "M I"], w: Float[Array, "E I O"] | Int4Weight, block_expert: Int[Array, "M/b"], interpret: bool = False
+         ) -> Float[Array, "M O"]:
+    """GroupedMatmul.rows, not transposed."""
+    (M, I), (E, _, O), blocks = x.shape, w.shape, len(block_expert)
+    if isinstance(w, Int4Weight):
+        parts, pick = 2, partial(_on_grid, group=w.group)
+        operands = lax.bitcast_convert_type(w.codes.reshape(E, I, O // 2, 2), jnp.int8), w.scales.reshape(E, -1, O // 2, 2)
+    else:
+        parts, pick, operands = 1, _whole, (w,)
+    block = M // blocks
+
+    def kernel(expert_of, x, *refs):
+        *weights, out = refs
+        number, tile = pl.program_id(0), pl.program_id(1)
+        expert, here = expert_of[number], pl.ds(number * block, block)
+        nothing = (jnp.zeros((block, WIDTH // parts), jnp.float32),) * parts
+
+        def store(results):
+            columns = pl.ds(tile * (WIDTH // parts), WIDTH // parts)
+            for part, result in enumerate(results):
+                triton.store(out.at[here, columns, np.int32(part)], result.astype(out.dtype))
+
+        def add(step, results):
+            rows = triton.load(x.at[here, pl.ds(step * STEP, STEP)])
+            picked = pick(*weights, expert, step, tile)
+            return tuple(total + lax.dot_general(rows, part, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+                         for total, part in zip(results, picked, strict=True))
+
+        @pl.when(expert < E)
+        def _():
+            store(lax.fori_loop(0, I // STEP, add, nothing))
+
+        @pl.when(expert >= E)
+        def _():
+            store(nothing)
+
+    run = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((M, O // parts, parts), x.dtype), grid=(blocks, O // WIDTH),
+                         interpret=interpret, compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES))
+    moved = min(blocks, E) * sum(a.size // E * a.dtype.itemsize for a in operands) + (x.size + M * O) * x.dtype.itemsize
+    with stated(2 * M * I * O, moved):
+        return run(block_expert.astype(jnp.int32), x, *operands).reshape(M, O)
+
+
+def _whole(w, expert, step, tile) -> tuple[Array]:
+    return (triton.load(w.at[expert, pl.ds(step * STEP, STEP), pl.ds(tile * WIDTH, WIDTH)]),)
+
+
+def _on_grid(codes, scales, expert, step, tile, *, group: int) -> tuple[Array, Array]:
+    """Weights of the even and of the odd columns of a tile."""
+    groups, half = STEP // group, WIDTH // 2
+    both = triton.load(codes.at[expert, pl.ds(step * STEP, STEP), pl.ds(tile * half, half)]).astype(jnp.int32)
+
+    def unpacked(part):
+        code = lax.shift_right_arithmetic(lax.shift_left(both, 28 - 4 * part), 28).astype(jnp.float32)
+        scale = triton.load(scales.at[expert, pl.ds(step * groups, groups), pl.ds(tile * half, half), np.int32(part)])
+        return (code.reshape(groups, group, half) * scale.astype(jnp.float32)[:, None]).reshape(STEP, half).astype(jnp.bfloat16)
+
+    return unpacked(0), unpacked(1)
