@@ -13,7 +13,7 @@ from data.render import KimiRenderer
 from data.tasks import check, make_problem
 from data.tools import Toolbox, tools_by_name
 from eval.screen import Screen
-from model.decode.generate import Decoder, Stats
+from model.decode.generate import Decoder, Stats, tokens_per_s
 from model.decode.sampling import UNLIMITED, Budget, Sampling
 from train.console import console
 from train.weights import Weights, load_weights
@@ -34,6 +34,7 @@ class Limits:
     context: int | None = None
 
     def __post_init__(self):
+        require(self.reply >= 1, f"--max-new-tokens must be at least 1, not {self.reply}")
         require(self.thinking is None or self.thinking >= 0, f"--think-budget cannot be {self.thinking}")
         require(self.context is None or self.context > self.reply,
                 f"--context {self.context} leaves no room beside replies of --max-new-tokens {self.reply}")
@@ -44,6 +45,7 @@ def generate(source: str, text: str, *, raw: bool, task: str, length: int, tools
     """Print the reply to `text`, or, without one, to a held-out problem of a built-in task; `raw` goes on with the text
     as it stands."""
     require(not (tools and not text), "--tools are for a prompt of your own; a built-in task brings its tools along")
+    text = text.encode("utf-8", "replace").decode()  # a shell hands over bytes that are no UTF-8 as lone surrogates
     problem, offered = None, [] if raw else tools_by_name(tools)
     if not text:
         require(not raw, "--raw continues a text: give one as the prompt")
@@ -65,13 +67,24 @@ def generate(source: str, text: str, *, raw: bool, task: str, length: int, tools
 def _continue(weights: Weights, decoder: Decoder, text: str, limit: int) -> int:
     prompt = [weights.tokenizer.bos_id, *weights.tokenizer.encode(text)]
     screen, stats = Screen(console, weights.tokenizer), Stats()
+    _note_length(weights, len(prompt) + limit)
     console.print(text, end="", style="bold", markup=False)
     for token in decoder.stream(prompt, limit, stats=stats):
         screen.token(token)
     screen.end_of_reply()
-    console.print(f"{stats.prompt_tokens} prompt tokens, {stats.new_tokens} new, first after {stats.first_token_s:.2f} s, "
-                  f"then {stats.tokens_per_s:.1f} tokens/s", style="dim")
+    console.print(f"{stats.prompt_tokens} prompt tokens, {stats.new_tokens} new, {_pace(stats)}", style="dim")
     return 0
+
+
+def _note_length(weights: Weights, positions: int) -> None:
+    promised = weights.model.max_position_embeddings
+    if positions > promised:
+        console.print(f"note: prompt and reply may reach {positions} positions, and the model is meant for {promised}",
+                      style="yellow")
+
+
+def _pace(*replies: Stats) -> str:
+    return f"first token after {replies[0].first_token_s:.2f} s with compiling, then {tokens_per_s(*replies):.1f} tokens/s"
 
 
 def _converse(weights: Weights, decoder: Decoder, episode: Episode, limits: Limits) -> None:
@@ -80,6 +93,7 @@ def _converse(weights: Weights, decoder: Decoder, episode: Episode, limits: Limi
 
     def reply(prompts: dict[int, list[int]]) -> dict[int, list[int]]:
         budget, stats, ids = UNLIMITED, Stats(), []
+        _note_length(weights, len(prompts[0]) + limits.reply)
         if limits.thinking is not None:
             left = max(0, limits.thinking - episode.bill.thinking)
             budget = Budget(special[tok.THINK], special[tok.THINK_END], left)
@@ -104,11 +118,8 @@ def _converse(weights: Weights, decoder: Decoder, episode: Episode, limits: Limi
 def bill(spent: Bill, replies: list[Stats]) -> str:
     """What a conversation cost, in one line."""
     new = sum(r.new_tokens for r in replies)
-    decoding = sum(r.total_s - r.first_token_s for r in replies)
-    rate = (new - len(replies)) / decoding if decoding > 0 else float("nan")
     return (f"{spent.thinking} thinking + {spent.answer} answer + {spent.tool} tool = {new} new tokens in {len(replies)} "
-            f"replies; {sum(r.read_tokens for r in replies)} prompt tokens read; first token after "
-            f"{replies[0].first_token_s:.2f} s, then {rate:.1f} tokens/s")
+            f"replies; {sum(r.read_tokens for r in replies)} prompt tokens read; {_pace(*replies)}")
 
 
 def _judge(problem: Problem, episode: Episode) -> None:

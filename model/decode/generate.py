@@ -44,20 +44,23 @@ class Program:
 
 @dataclass
 class Stats:
-    """Filled in by `Decoder.stream` while it runs. Seconds; the first call of a shape includes its compilation."""
+    """Filled in by `Decoder.stream` while it runs. Seconds from its start; what a shape's first call takes includes its
+    compilation, so the second token's time stands apart: from there on nothing is compiled."""
 
     prompt_tokens: int = 0
     read_tokens: int = 0
     """Of the prompt, those that were not in the cache yet."""
     new_tokens: int = 0
     first_token_s: float = 0.0
+    second_token_s: float = 0.0
     total_s: float = 0.0
 
-    @property
-    def tokens_per_s(self) -> float:
-        """Of decoding: tokens after the first, over the time they took."""
-        decoding = self.total_s - self.first_token_s
-        return (self.new_tokens - 1) / decoding if self.new_tokens > 1 and decoding > 0 else float("nan")
+
+def tokens_per_s(*replies: Stats) -> float:
+    """Of decoding: tokens after each reply's second, over the time they took."""
+    steady = [r for r in replies if r.new_tokens > 2]
+    seconds = sum(r.total_s - r.second_token_s for r in steady)
+    return sum(r.new_tokens - 2 for r in steady) / seconds if seconds > 0 else float("nan")
 
 
 def bucket(n: int, least: int) -> int:
@@ -181,6 +184,8 @@ class Decoder:
             stats.new_tokens, stats.total_s = n + 1, time.perf_counter() - start
             if n == 0:
                 stats.first_token_s = stats.total_s
+            if n == 1:
+                stats.second_token_s = stats.total_s
             yield value
             if value in self.stop_ids:
                 return

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from configs.schema import ConfigError
+from configs.schema import ConfigError, ModelConfig
 from data.render import KimiRenderer
 from data.tasks import make_problem
 from data.tokenizer import load_tokenizer
@@ -19,7 +19,7 @@ TOKENIZER = load_tokenizer("bytes")
 class Script:
     """Stands for weights and decoder: streams what the rows hold, and notes the budgets it was given."""
 
-    tokenizer = TOKENIZER
+    tokenizer, model = TOKENIZER, ModelConfig(max_position_embeddings=500)
 
     def __init__(self, rows):
         self.rows, self.budgets = rows, []
@@ -30,7 +30,7 @@ class Script:
     def stream(self, prompt, limit, budget, stats):
         self.budgets.append(budget.tokens)
         row = next(row for row in self.rows if row[:len(prompt)] == prompt)
-        stats.prompt_tokens, stats.read_tokens, stats.first_token_s = len(prompt), 7, 0.5
+        stats.prompt_tokens, stats.read_tokens, stats.first_token_s, stats.second_token_s = len(prompt), 7, 0.5, 1.5
         for token in row[len(prompt):row.index(TOKENIZER.eos_id, len(prompt)) + 1]:
             stats.new_tokens, stats.total_s = stats.new_tokens + 1, 0.5 + stats.new_tokens
             yield token
@@ -63,7 +63,8 @@ def test_a_tool_loop_on_the_screen(monkeypatch, screen):
     assert "\x1b[1;36mf\x1b[0m" in shown, "calls are highlighted"
     assert f"result  {problem.messages[2]['content']}" in shown
     tokens = KimiRenderer(TOKENIZER).rows(problem.messages, problem.tools)[0].trained
-    assert f"= {tokens} new tokens in 4 replies; 28 prompt tokens read; first token after 0.50 s" in shown
+    assert (f"= {tokens} new tokens in 4 replies; 28 prompt tokens read; first token after 0.50 s with compiling, "
+            "then 1.0 tokens/s") in shown
     assert "28 thinking + 5 answer" in shown  # three keys of 6, `=` and a digit, 8 marks; a digit and 4 ends of message
     assert f"right: the answer is {problem.answer}" in shown
 
@@ -71,6 +72,11 @@ def test_a_tool_loop_on_the_screen(monkeypatch, screen):
 def test_the_budget_of_thoughts_is_for_the_whole_conversation(monkeypatch, screen):
     script = talk(monkeypatch, make_problem("pointer_chase", 0, 0, 3), thinking=20)
     assert script.budgets == [20, 12, 4, 0]  # each thought costs six letters and two marks
+
+
+def test_a_conversation_longer_than_the_model_is_meant_for_is_noted(monkeypatch, screen):
+    talk(monkeypatch, make_problem("pointer_chase", 0, 0, 3), reply=400)
+    assert "positions, and the model is meant for 500" in screen.getvalue()
 
 
 def test_failures_and_limits_are_said(monkeypatch, screen):

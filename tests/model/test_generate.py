@@ -8,7 +8,18 @@ import pytest
 from configs.schema import ConfigError
 from model import latent_cache
 from model.decode import generate
-from model.decode.generate import Decoder, Program, Stats, bucket, extend, generate_batch, prefill, room_for, shared_prefix
+from model.decode.generate import (
+    Decoder,
+    Program,
+    Stats,
+    bucket,
+    extend,
+    generate_batch,
+    prefill,
+    room_for,
+    shared_prefix,
+    tokens_per_s,
+)
 from model.decode.sampling import OUTSIDE, Budget, Sampling, choose, kept, spend
 from model.decode.served_params import SERVED, serve
 from model.latent_cache import BLOCK
@@ -97,7 +108,8 @@ def test_batch_stream_and_single_rows_agree(params):
     stats = Stats()
     assert list(decoder(params).stream(PROMPTS[1], 9, stats=stats)) == out[1]
     assert (stats.prompt_tokens, stats.read_tokens, stats.new_tokens) == (18, 18, 9)
-    assert 0 < stats.first_token_s < stats.total_s and stats.tokens_per_s > 0
+    assert 0 < stats.first_token_s < stats.second_token_s < stats.total_s and tokens_per_s(stats) > 0
+    assert tokens_per_s(stats, stats) == pytest.approx(tokens_per_s(stats)) and np.isnan(tokens_per_s(Stats(new_tokens=2)))
 
 
 def test_a_conversation_goes_on_in_its_cache(params):
