@@ -131,9 +131,10 @@ def twin_forward(twin, tokens, segments) -> tuple[np.ndarray, list[tuple[np.ndar
     return logits.numpy(), routed
 
 
-def our_forward(cfg, params, tokens, segments, monkeypatch, options=None) -> tuple[np.ndarray, list[np.ndarray]]:
+def our_forward(cfg, params, tokens, segments, monkeypatch, options=None, platform="cpu"
+                ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Jitted logits, and the chosen experts of every MoE layer, seen by a callback inside the scan. `options`: of the
-    compiler."""
+    compiler; `platform`: whose entries of the registries are used."""
     chosen = []
     original = router.Router.__call__
 
@@ -148,7 +149,7 @@ def our_forward(cfg, params, tokens, segments, monkeypatch, options=None) -> tup
         network = bind(cfg, params)
         return network.logits(network(tokens, call)[0], call)
 
-    given = params, tokens, call_for(tokens, segments)
+    given = params, tokens, call_for(tokens, segments, platform=platform)
     if not jax.config.jax_disable_jit:
         forward = jax.jit(forward).lower(*given).compile(compiler_options=options)
     logits = np.asarray(forward(*given))
@@ -173,10 +174,10 @@ def routing_margin(cfg: ModelConfig, router_logits: np.ndarray, bias: np.ndarray
 
 
 def compare(cfg: ModelConfig, params: dict[str, jax.Array], twin, tokens: np.ndarray, segments: np.ndarray, monkeypatch,
-            options=None) -> tuple[float, int]:
+            options=None, platform="cpu") -> tuple[float, int]:
     """Asserts equal experts and logits; returns the relative error and the number of compared choices."""
     theirs, routed = twin_forward(twin, tokens, segments)
-    ours, chosen = our_forward(cfg, params, tokens, segments, monkeypatch, options)
+    ours, chosen = our_forward(cfg, params, tokens, segments, monkeypatch, options, platform)
     assert len(chosen) == len(routed) == cfg.num_moe_layers
     valid, compared = segments > 0, 0
     for layer, (mine, (router_logits, other)) in enumerate(zip(chosen, routed)):
