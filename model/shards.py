@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array
 
 from configs.param_spec import ParamSpec
-from configs.sharding import TOKEN_AXES, Partition, partition
+from configs.sharding import Partition, partition
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,6 @@ class Shards:
             return x
         chunks = jnp.split(self.gather_axis(x, ("context",), dim), 2 * ways, dim)
         return jnp.concatenate(chunks[::2] + chunks[::-2], dim)
-
-    def tokens_everywhere(self) -> tuple[str, ...]:
-        """Mesh axes along which devices hold different tokens."""
-        return self.split(TOKEN_AXES)
 
 
 ONE_DEVICE = Shards()

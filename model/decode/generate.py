@@ -20,10 +20,9 @@ from jaxtyping import Array, Float, Int
 from configs.schema import ModelConfig, require
 from model.call import Call
 from model.decode.sampling import GREEDY, OUTSIDE, UNLIMITED, Budget, Sampling, choose, spend
-from model.decode.served_params import SERVED, serve
+from model.decode.served_params import SERVED
 from model.latent_cache import BLOCK
-from model.transformer import bind, param_specs
-from quant.served import Serving
+from model.transformer import bind
 
 CHUNK = 256
 """New tokens of a row that go through the network together when a prompt goes on: bounds the logits in memory."""
@@ -240,15 +239,3 @@ def shared_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     length = min(len(one), len(other))
     differ = np.flatnonzero(np.asarray(one[:length]) != np.asarray(other[:length]))
     return int(differ[0]) if len(differ) else length
-
-
-def generate_batch(cfg: ModelConfig, params: dict[str, Array], prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
-                   stop_ids: tuple[int, ...], serving: Serving, amount: float, dtype: str, platform: str,
-                   sampling: Sampling = GREEDY) -> list[list[int]]:
-    """Continuations of all prompts, generated together; the prompts may differ in length. `params` are masters, seen
-    as `serving` and `amount` say (0 plain, 1 on the grid); with `served_params.SERVED` they are taken as they are."""
-    if not prompts:
-        return []
-    weights = params if serving == SERVED else serve(params, param_specs(cfg), serving, amount, dtype)
-    decoder = Decoder(cfg, weights, len(prompts), stop_ids=stop_ids, dtype=dtype, platform=platform, sampling=sampling)
-    return list(decoder.reply(dict(enumerate(prompts)), max_new_tokens).values())

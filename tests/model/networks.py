@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,9 @@ import numpy as np
 
 from configs.schema import ModelConfig
 from model.call import Call
+from model.decode.generate import Decoder
+from model.decode.sampling import GREEDY, Sampling
+from model.decode.served_params import SERVED, serve
 from model.transformer import param_specs
 from quant.served import Serving
 
@@ -46,3 +50,15 @@ def call_for(tokens, segments=None, serving: Serving = EXACT, amount: float = 0.
     for t in range(1, segments.shape[1]):
         positions[:, t] = np.where(segments[:, t] == segments[:, t - 1], positions[:, t - 1] + 1, 0)
     return Call(jnp.asarray(positions), jnp.asarray(segments), jnp.float32(amount), serving, dtype=dtype, **more)
+
+
+def generate_batch(cfg: ModelConfig, params: dict[str, jax.Array], prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+                   stop_ids: tuple[int, ...], serving: Serving, amount: float, dtype: str, platform: str,
+                   sampling: Sampling = GREEDY) -> list[list[int]]:
+    """Continuations of all prompts, generated together; the prompts may differ in length. `params` are masters, seen
+    as `serving` and `amount` say (0 plain, 1 on the grid); with `served_params.SERVED` they are taken as they are."""
+    if not prompts:
+        return []
+    weights = params if serving == SERVED else serve(params, param_specs(cfg), serving, amount, dtype)
+    decoder = Decoder(cfg, weights, len(prompts), stop_ids=stop_ids, dtype=dtype, platform=platform, sampling=sampling)
+    return list(decoder.reply(dict(enumerate(prompts)), max_new_tokens).values())

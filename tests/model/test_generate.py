@@ -14,7 +14,6 @@ from model.decode.generate import (
     Stats,
     bucket,
     extend,
-    generate_batch,
     prefill,
     room_for,
     shared_prefix,
@@ -25,7 +24,7 @@ from model.decode.served_params import SERVED, serve
 from model.latent_cache import BLOCK
 from model.transformer import bind, param_specs
 from quant.served import Serving
-from tests.model.networks import EXACT, call_for, random_params, small
+from tests.model.networks import EXACT, call_for, generate_batch, random_params, small
 
 CFG = small(n_group=2, topk_group=1, yarn_factor=4.0, hidden_size=64, moe_intermediate_size=32)
 INT4 = Serving("bfloat16", "int4", 32)

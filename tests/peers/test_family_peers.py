@@ -26,6 +26,7 @@ from tests.peers.test_model_peers import (
     weights_of,
 )
 from tests.scale.networks import FAST_COMPILE
+from train.console import Bar
 
 SHARED = dict(vocab_size=160, bos_token_id=0, eos_token_id=1, pad_token_id=2, qk_nope_head_dim=8, qk_rope_head_dim=4,
               v_head_dim=8, kv_lora_rank=16, dtype="float32")
@@ -70,18 +71,21 @@ def test_whole_grid(structure, tmp_path, monkeypatch):
     torch.set_num_threads(1)
     rng = np.random.default_rng(list(map(ord, str(structure))))
     rest = [name for name in GRID if name not in (*SHAPES, "mscale", "left_out")]
+    cases = [structure | dict(zip(rest, values)) for values in itertools.product(*(GRID[name] for name in rest))]
     errors, compared = [], 0
-    for seed, values in enumerate(itertools.product(*(GRID[name] for name in rest))):
-        case = structure | dict(zip(rest, values)) | {"mscale": GRID["mscale"][rng.integers(len(GRID["mscale"]))]}
-        cfg = replace(config_of(case), num_hidden_layers=case["dense"] + 1)
-        params = weights_of(cfg, case["bias"], seed)
-        tokens, segments = tokens_and_segments(cfg, (0, 0, 2, 7), seed, positions=12)
-        with jax.disable_jit():
-            error, clear = compare(cfg, params, transformers_twin(cfg, params, tmp_path), tokens, segments, monkeypatch,
-                                   platform="gpu")
-        monkeypatch.undo()
-        errors.append(error)
-        compared += clear
+    with Bar(str(structure), len(cases), "case") as bar:  # shown with -s
+        for seed, case in enumerate(cases):
+            case["mscale"] = GRID["mscale"][rng.integers(len(GRID["mscale"]))]
+            cfg = replace(config_of(case), num_hidden_layers=case["dense"] + 1)
+            params = weights_of(cfg, case["bias"], seed)
+            tokens, segments = tokens_and_segments(cfg, (0, 0, 2, 7), seed, positions=12)
+            with jax.disable_jit():
+                error, clear = compare(cfg, params, transformers_twin(cfg, params, tmp_path), tokens, segments, monkeypatch,
+                                       platform="gpu")
+            monkeypatch.undo()
+            errors.append(error)
+            compared += clear
+            bar.advance()
     print(f"{structure}: {len(errors)} cases, {compared} choices of experts alike, largest relative error {max(errors):.1e}")
 
 

@@ -20,11 +20,10 @@ from transformers import DeepseekV3ForCausalLM
 
 from configs.schema import ModelConfig, QuantConfig
 from model import cross_entropy, router
-from model.decode.generate import generate_batch
 from model.transformer import bind, param_specs
 from quant.hf_config import write_config
 from quant.layout import all_slots
-from tests.model.networks import EXACT, call_for, random_params, small
+from tests.model.networks import EXACT, call_for, generate_batch, random_params, small
 
 TOLERANCE = 1e-5
 """Largest difference of logits over the largest logit. The same mathematics in two orders of float32 sums differs by
