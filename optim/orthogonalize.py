@@ -17,15 +17,14 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from optim import plan as plan_file
 from optim.matrices import MatrixLayout
 from optim.newton_schulz import newton_schulz_cut
-from optim.plan import Group, Member, Strategy, exchanges
+from optim.plan import STACK_BYTES, Group, Member, Strategy, exchanges
 
 
-def _chunk(count: int, bytes_each: int) -> int:
-    """Largest divisor of `count` whose matrices fit CHUNK_BYTES, at least 1."""
-    fits = max(1, plan_file.CHUNK_BYTES // max(bytes_each, 1))
+def _chunk(count: int, bytes_each: int, limit: int) -> int:
+    """Largest divisor of `count` whose matrices fit the limit, at least 1."""
+    fits = max(1, limit // max(bytes_each, 1))
     return max(d for d in range(1, min(count, fits) + 1) if count % d == 0)
 
 
@@ -54,7 +53,7 @@ def _where_it_lies(x: Array, layout: MatrixLayout, group: Group) -> Array:
         return inner.assemble([form(b) for form, b in zip(group.forms, inner.blocks(part))], part.shape)
 
     each = math.prod(shape[lead:]) * x.dtype.itemsize
-    return _in_place(merged, _chunk(merged.shape[0], each), body).reshape(shape)
+    return _in_place(merged, _chunk(merged.shape[0], each, group.chunk), body).reshape(shape)
 
 
 def _pack(x: Array, member: Member, group: Group, mesh: Mesh | None) -> Array:
@@ -189,7 +188,7 @@ def _separate(stack: Array, members: Iterable[tuple[Array, Member]]) -> list[Arr
 def _local(group: Group, arrays: list[Array]) -> list[Array]:
     """Small arrays are stacked into one batch; a larger one keeps the device busy by itself and is not copied."""
     pairs = list(zip(arrays, group.members))
-    small = [pair for pair in pairs if pair[0].size * pair[0].dtype.itemsize <= plan_file.STACK_BYTES]
+    small = [pair for pair in pairs if pair[0].size * pair[0].dtype.itemsize <= STACK_BYTES]
     done = {}
     if len(small) > 1:
         whole = _whole_matrices(jnp.concatenate([_pack(x, member, group, None) for x, member in small]), group)

@@ -33,8 +33,10 @@ Factor = tuple[int, tuple[str, ...]]
 """Size of an array axis and the mesh axes that cut it, outermost first."""
 
 
-CHUNK_BYTES = 128 * 2**20
-"""Matrices worked on at a time on one device; a single larger slice of the leading axis is worked on whole."""
+CHUNK_BYTES = {"cpu": 4 * 2**20}
+ACCELERATOR_CHUNK_BYTES = 64 * 2**20
+"""Matrices worked on at a time on one device of a platform; a single larger slice of the leading axis is worked on whole.
+On a CPU about what its caches hold, which is faster too; elsewhere two of Kimi K2's experts, one for each core of a chip."""
 
 STACK_BYTES = 2**20
 """Arrays up to this size are stacked with others of their group where they lie; more would only be copied."""
@@ -76,6 +78,7 @@ class Group:
     rows, cols   the array axes that form rows and columns after flipping, with the mesh axes that cut them
     splits       blocks of the last column axis, each a matrix of its own
     forms        how each block is orthogonalised where it is whole
+    chunk        bytes of whole matrices worked on at a time
     axes         mesh axes that cut rows or columns, in mesh order
     shards       devices along those axes
     exchange     of ALL_TO_ALL: groups of the same number travel together
@@ -91,6 +94,7 @@ class Group:
     members: tuple[Member, ...]
     forms: tuple[Form, ...]
     coeffs: Coefficients
+    chunk: int
     exchange: int = 0
     first: int = 0
     owners: int = 1
@@ -145,7 +149,7 @@ class Group:
         held = self.count_per_device * self.elements * itemsize
         largest = max(math.prod(m.shape) // m.count * self._slice(m) for m in self.members) * itemsize
         copies = 1 if self.strategy is Strategy.LOCAL else 3
-        return copies * held + CHUNK_COPIES * min(held, max(CHUNK_BYTES, largest))
+        return copies * held + CHUNK_COPIES * min(held, max(self.chunk, largest))
 
     @staticmethod
     def _slice(member: Member) -> int:
@@ -223,7 +227,8 @@ def make_plan(specs: Specs, paths: list[str], coeffs: Coefficients, platform: st
         shards = math.prod(mesh.shape[a] for a in axes) if axes else 1
         held = sum(member.count_per_device for member in members)
         strategy = Strategy.LOCAL if shards == 1 else Strategy.GATHER if held == 1 else Strategy.ALL_TO_ALL
-        group = Group(strategy, rows, cols, splits, axes, shards, tuple(members), (), coeffs)
+        chunk = CHUNK_BYTES.get(platform, ACCELERATOR_CHUNK_BYTES)
+        group = Group(strategy, rows, cols, splits, axes, shards, tuple(members), (), coeffs, chunk)
         group = replace(group, owners=shards, forms=tuple(choose_form(m, n, coeffs, platform) for m, n in group.blocks))
         groups.append(_two_dimensional_if_cheaper(group, 4 if platform == "cpu" else 2))
     return _with_owners(groups)

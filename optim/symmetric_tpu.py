@@ -79,10 +79,14 @@ def _schedule(tiles: int, steps: int) -> Int[np.ndarray, "5 S"]:
 
 
 def _kernel(at, x, y, out, total, *, steps: int, part: int):
+    """Works on strips of `part` columns in loops: unrolled, a tile of 1024 takes the compiler seconds."""
     s = pl.program_id(1)
     i, j, k = at[0, s], at[1, s], at[2, s]
     multiplied = at[3, s] == i
     tile = total.shape[0]
+
+    def strips(body):
+        lax.fori_loop(0, tile // part, lambda n, _: body(pl.ds(pl.multiple_of(n * part, part), part), n), None)
 
     @pl.when(multiplied & (k == 0))
     def _():
@@ -90,13 +94,14 @@ def _kernel(at, x, y, out, total, *, steps: int, part: int):
 
     @pl.when(multiplied & (i != j))
     def _():
-        total[...] += _dot(x[0], y[0])
+        def multiply(strip, n):
+            total[:, strip] += _dot(x[0], y[0, strip])
+        strips(multiply)
 
     @pl.when(i == j)
     def _():
         for start in range(0, tile, part):
-            end = start + part
-            total[start:end, :end] += _dot(x[0, start:end], y[0, :end])
+            total[start:, start:start + part] += _dot(x[0, start:], y[0, start:start + part])
 
     @pl.when(multiplied & (i != j) & (k == steps - 1))
     def _():
@@ -104,12 +109,16 @@ def _kernel(at, x, y, out, total, *, steps: int, part: int):
 
     @pl.when((i == j) & (k == steps - 1))
     def _():
-        row, column = (lax.broadcasted_iota(jnp.int32, (tile, tile), axis) // part for axis in (0, 1))
-        out[0] = jnp.where(row >= column, total[...], total[...].T).astype(out.dtype)
+        def mirror_above(strip, n):
+            column = lax.broadcasted_iota(jnp.int32, (part, tile), 1) // part
+            out[0, strip] = jnp.where(column <= n, total[strip], total[:, strip].T).astype(out.dtype)
+        strips(mirror_above)
 
     @pl.when(jnp.logical_not(multiplied))
     def _():
-        out[0] = total[...].T.astype(out.dtype)
+        def mirror(strip, n):
+            out[0, strip] = total[:, strip].T.astype(out.dtype)
+        strips(mirror)
 
 
 def _dot(x: Array, y: Array) -> Array:

@@ -186,7 +186,7 @@ def test_a_single_matrix_is_gathered():
 def test_temporary_memory_is_bounded(monkeypatch):
     """Large stacks are overwritten in place, a chunk at a time: the plan's bound holds for the compiled program, and
     the loop's FLOPs are those of the plan."""
-    monkeypatch.setattr(plan_file, "CHUNK_BYTES", 2**20)
+    monkeypatch.setitem(plan_file.CHUNK_BYTES, "cpu", 2**20)
     mesh = mesh_of(expert=8)
     specs = experts(layers=16, count=8, width=512, hidden=256)
     places = shardings(specs, mesh)
