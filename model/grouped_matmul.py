@@ -163,11 +163,12 @@ def _forward(x, w, block_expert, name):
     return IMPLEMENTATIONS[name].rows(x, w, block_expert, False), (x, w, block_expert)
 
 
-def _backward(name, saved, y):
+def gradients(name: str, saved: tuple, y: Float[Array, "M F"]) -> tuple:
+    """Of x and w for the cotangent y; saved: (x, w, block_expert)."""
     x, w, block_expert = saved
     dx = IMPLEMENTATIONS[name].rows(y, w, block_expert, True)
     dw = IMPLEMENTATIONS[name].weights(x, y, block_expert, len(w), w.dtype)
     return dx, dw, None
 
 
-grouped_matmul.defvjp(_forward, _backward)
+grouped_matmul.defvjp(_forward, gradients)
