@@ -2,17 +2,20 @@
 
 One registry, one signature: `(q, k, v, segments, at, scale, chunk) -> (out, max_logit)`. Keys are those of a whole row;
 queries may be some of its positions, `at`, ascending (a device's part of a long row). `reference` holds all logits at
-once and is the definition; `chunked` is linear in memory and skips what nobody may see. Documents are contiguous,
-numbered from 1; 0 is padding, whose outputs are finite and meaningless.
+once and is the definition; `chunked` and `hopper` are linear in memory and skip what nobody may see. Documents are
+contiguous, numbered from 1; 0 is padding, whose outputs are finite and meaningless.
 """
 
 from __future__ import annotations
+
+import warnings
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from model.kernels import attention_gpu
 from model.kernels.attention_chunked import MASKED, chunked
 
 CHUNK = {"cpu": 128, "gpu": 512, "hopper": 512, "tpu": 512}
@@ -36,15 +39,21 @@ def reference(q: Float[Array, "B S H k"], k: Float[Array, "B T H k"], v: Float[A
     return out, jax.lax.stop_gradient(jnp.max(logits, axis=(0, 2, 3)))
 
 
-IMPLEMENTATIONS = {"reference": reference, "chunked": chunked}
+IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "hopper": attention_gpu.attend}
 
 
 def implementation(platform: str, seq_len: int) -> str:
     """Which entry suits the platform and the sequence length: from two chunks on, tiles win on time and memory."""
+    if platform == "hopper" and seq_len > attention_gpu.TILE:
+        return "hopper"
     return "chunked" if seq_len > CHUNK[platform] else "reference"
 
 
 def causal(q, k, v, segments, at, scale: float, platform: str) -> tuple[Array, Array]:
-    """Attention by the implementation of the platform the program is compiled for; shapes as `reference`."""
+    """Attention by the implementation of the platform the program is compiled for; shapes as `reference`. Where the
+    Hopper kernels do not take the operands, a warning says why, and another GPU's entry is used."""
     name = implementation(platform, k.shape[1])
+    if name == "hopper" and (why := attention_gpu.refusal(q, v)):
+        warnings.warn(f"attention goes through XLA: {why}", stacklevel=2)
+        name = implementation("gpu", k.shape[1])
     return IMPLEMENTATIONS[name](q, k, v, segments, at, scale, CHUNK[platform])

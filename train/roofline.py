@@ -19,7 +19,7 @@ _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "afte
          "domain", "opt-barrier", "copy-done", "async-done", "async-update", "add-dependency"}
 KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu", "mosaic_gpu_v2", "triton_kernel_call")
 """Targets of Pallas kernels: the compiler cannot count them, they state their own cost: in a name scope, as the kernels of
-model/kernels/hopper.py do, or by pallas_call's cost_estimate."""
+kernels/hopper.py do, or by pallas_call's cost_estimate."""
 STATED = re.compile(r"flops_(\d+)_bytes_(\d+)")
 
 

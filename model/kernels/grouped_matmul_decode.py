@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from model.kernels.hopper import stated
+from kernels.hopper import stated
 from quant.resident import Int4Weight
 
 try:

@@ -1,4 +1,4 @@
-"""Grouped matmul on Hopper GPUs: a Pallas kernel for each of the three products, in the frame of model/kernels/hopper.py.
+"""Grouped matmul on Hopper GPUs: a Pallas kernel for each of the three products, in the frame of kernels/hopper.py.
 
 Blocks of rows belong to one expert each (model/dispatch.py), so a tile of the forward product, or of the gradient of the
 rows, is a plain matrix product with the weights of a known expert; a tile of the gradient of the weights sums over the
@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from model.kernels import hopper
+from kernels import hopper
 
 AVAILABLE = hopper.plgpu is not None
 

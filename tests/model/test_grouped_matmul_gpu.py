@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import hopper
 from model import grouped_matmul
-from model.kernels import grouped_matmul_decode, grouped_matmul_gpu, hopper
+from model.kernels import grouped_matmul_decode, grouped_matmul_gpu
 from quant.resident import Int4Weight, to_int4
 
 interpreted = pytest.mark.skipif(not hasattr(hopper.plgpu, "InterpretGPUParams"), reason="this jax has no GPU interpreter")

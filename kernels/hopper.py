@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -46,6 +47,8 @@ class Tiles:
     source    (at, step) -> an index into each operand
     multiply  (accumulator, worker, *buffers): adds one step's product
     target    (at, worker) -> index of the part in the output, the last two its first row and column
+    mirrored  whether the output is symmetric: of each part only squares on and under the diagonal are stored, and those
+              under it a second time, transposed, above it
     """
 
     count: int
@@ -55,6 +58,7 @@ class Tiles:
     source: Callable[..., tuple]
     multiply: Callable[..., None]
     target: Callable[..., tuple]
+    mirrored: bool = False
 
 
 def transpose(ref):
@@ -143,13 +147,26 @@ def run(tiles: Tiles, tables: tuple[Array, ...], operands: tuple[Array, ...], ou
                 result = pl.run_scoped(lambda acc: product(acc, steps, before), plgpu.ACC(tiles.part)).astype(out.dtype)
                 *outer, row, column = tiles.target(at, warpgroup)
                 chunks = tiles.part[1] // chunk
-                for i in range(chunks):
-                    slot = lax.rem(number * chunks + i, 2)
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # all but the other slot's
-                    staged[warpgroup, slot] = result[:, i * chunk:(i + 1) * chunk]
-                    plgpu.commit_smem()
+
+                def store(slot, row, column):
                     plgpu.copy_smem_to_gmem(staged.at[warpgroup, slot], target.at[(
-                        *outer, pl.ds(row, tiles.part[0]), pl.ds(column + i * chunk, chunk))])
+                        *outer, pl.ds(row, tiles.part[0]), pl.ds(column, chunk))])
+
+                for i in range(chunks):
+                    piece, at_column = result[:, i * chunk:(i + 1) * chunk], column + i * chunk
+                    if tiles.mirrored:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        staged[warpgroup, 0] = piece
+                        transpose(staged.at[warpgroup, 1])[...] = plgpu.layout_cast(piece, plgpu.Layout.WGMMA_TRANSPOSED)
+                        plgpu.commit_smem()
+                        pl.when(at_column <= row)(partial(store, 0, row, at_column))
+                        pl.when(at_column < row)(partial(store, 1, at_column, row))
+                    else:
+                        slot = lax.rem(number * chunks + i, 2)
+                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # all but the other slot's
+                        staged[warpgroup, slot] = piece
+                        plgpu.commit_smem()
+                        store(slot, row, at_column)
 
             over_tiles(work)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -157,8 +174,8 @@ def run(tiles: Tiles, tables: tuple[Array, ...], operands: tuple[Array, ...], ou
     call = plgpu.kernel(
         kernel, out_type=out, grid=(cores,), grid_names=("core",), num_threads=WORKERS + 1, thread_name="warpgroup",
         scratch_types={
-            "buffers": [plgpu.SMEM((stages, *box), dtype, transforms=_swizzled(dtype, box[1])) for box in tiles.boxes],
-            "staged": plgpu.SMEM((WORKERS, 2, tiles.part[0], chunk), out.dtype, transforms=_swizzled(out.dtype, chunk)),
+            "buffers": [plgpu.SMEM((stages, *box), dtype, transforms=swizzled(dtype, box[1])) for box in tiles.boxes],
+            "staged": plgpu.SMEM((WORKERS, 2, tiles.part[0], chunk), out.dtype, transforms=swizzled(out.dtype, chunk)),
             "full": plgpu.Barrier(num_arrivals=len(operands), num_barriers=stages),
             "empty": plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages)},
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup))
@@ -172,7 +189,7 @@ def stated(flops: int, moved: int):
     return jax.named_scope(f"flops_{flops}_bytes_{moved}")
 
 
-def _swizzled(dtype, columns: int) -> tuple:
+def swizzled(dtype, columns: int) -> tuple:
     """How TMA and WGMMA want a buffer laid out: tiles of 8 rows, as wide as a swizzle reaches."""
     swizzle = plgpu.find_swizzle(columns * jnp.dtype(dtype).itemsize * 8)
     return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)

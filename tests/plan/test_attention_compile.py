@@ -1,0 +1,51 @@
+"""Attention compiled, down to the GPU's own instructions, for a Hopper GPU that is not here. Needs the extra plan-gpu."""
+
+import dataclasses
+import importlib.util
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs.presets import preset
+from configs.schema import MeshConfig
+from model import attention
+from tests.plan.test_kernels_compile import BF16, array, compiled, kernels
+from train.aot import compile_step
+from train.topology import topology
+
+pytestmark = [pytest.mark.slow,
+              pytest.mark.skipif(not importlib.util.find_spec("jax_plugins"), reason="needs the extra plan-gpu")]
+
+
+@pytest.mark.parametrize("d, v", [(192, 128), (128, 128), (64, 64)])
+def test_attention(d, v):
+    """Forward and backward are three kernels, which state their FLOPs, and nothing of the size of the logits is left."""
+    B, S, H = 1, 4096, 2
+
+    def loss(q, k, v, segments):
+        out, top = attention.causal(q, k, v, segments, jnp.arange(S), 0.1, "hopper")
+        return jnp.sum(out.astype(jnp.float32)), top
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        program = compiled("h200-1", jax.grad(loss, argnums=(0, 1, 2), has_aux=True), *[array((B, S, H, d), BF16)] * 2,
+                           array((B, S, H, v), BF16), array((B, S), jnp.int32))
+    pairs = B * H * S * S  # of a query and a key, half of which see each other; two FLOPs each
+    assert sorted(kernels(program)) == sorted(pairs * n for n in (d + v, 2 * d + v, 2 * d + 2 * v))
+    # output, its gradient, and a few numbers per row
+    assert program.memory_analysis().temp_size_in_bytes < 3 * B * S * H * v * 2 + 64 * B * S * H
+
+
+def test_in_the_train_step():
+    """A step of a small K2-shaped model: attention is kernels in every layer, and is not repeated under remat names."""
+    cfg = preset("tiny")
+    model = dataclasses.replace(cfg.model, num_hidden_layers=3, hidden_size=256, moe_intermediate_size=128,
+                                qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+    cfg = dataclasses.replace(cfg, model=model, mesh=MeshConfig(data=1), train=dataclasses.replace(
+        cfg.train, batch_size=2, seq_len=512, accumulate=1, remat="names"))
+    program = compile_step(cfg, topology("h200-1")).program
+    calls = [i for scope in program.computations.values() for i in scope.values()
+             if i.kind == "custom-call" and "mosaic_gpu" in i.rest and "_attend" in i.op_name]
+    assert len(calls) == 3 * (1 + 1), "the dense layer's and the scanned layers'"
