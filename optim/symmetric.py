@@ -1,4 +1,4 @@
-"""x y^T where the result is known to be symmetric, as x x^T or a product of commuting symmetric matrices is: three ways.
+"""x y^T where the result is known to be symmetric, as x x^T or a product of commuting symmetric matrices is: four ways.
 
 A mesh's platform and the shape choose one (`implementation`); `full` is the reference of the others.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from optim import symmetric_tpu
+from optim import symmetric_gpu, symmetric_tpu
 from optim.newton_schulz import matmul
 
 WORTH_IT = 1024
@@ -34,21 +35,27 @@ def full(x: Float[Array, "*B m k"], y: Float[Array, "*B m k"]) -> Float[Array, "
     return matmul("...ik,...jk->...ij", x, y)
 
 
-def rows(x: Float[Array, "*B m k"], y: Float[Array, "*B m k"]) -> Float[Array, "*B m m"]:
+def rows(x: Float[Array, "*B m k"], y: Float[Array, "*B m k"], blocks: int) -> Float[Array, "*B m m"]:
     """Every block row up to its diagonal block, and above that the mirror image of the rows below. Needs m divisible by
-    BLOCKS."""
-    size = x.shape[-2] // BLOCKS
+    `blocks`."""
+    size = x.shape[-2] // blocks
     lower = [matmul("...ik,...jk->...ij", x[..., i * size:(i + 1) * size, :], y[..., :(i + 1) * size, :])
-             for i in range(BLOCKS)]
+             for i in range(blocks)]
     whole = [jnp.concatenate([lower[i], *(jnp.swapaxes(lower[j][..., i * size:(i + 1) * size], -1, -2)
-                                          for j in range(i + 1, BLOCKS))], axis=-1) for i in range(BLOCKS)]
+                                          for j in range(i + 1, blocks))], axis=-1) for i in range(blocks)]
     return jnp.concatenate(whole, axis=-2)
+
+
+def by_rows(blocks: int) -> Product:
+    """`rows` with so many block rows."""
+    return Product(partial(rows, blocks=blocks), lambda m: (blocks + 1) / (2 * blocks))
 
 
 IMPLEMENTATIONS = {
     "full": Product(full, lambda m: 1.0),
-    "rows": Product(rows, lambda m: (BLOCKS + 1) / (2 * BLOCKS)),
+    "rows": by_rows(BLOCKS),
     "tpu": Product(symmetric_tpu.symmetric, symmetric_tpu.share),
+    "hopper": Product(symmetric_gpu.symmetric, symmetric_gpu.share),
 }
 
 
@@ -58,4 +65,6 @@ def implementation(platform: str, m: int, n: int) -> str:
         return "full"
     if platform == "tpu":
         return "tpu" if m % symmetric_tpu.LANES == n % symmetric_tpu.LANES == 0 else "full"
+    if platform == "hopper" and symmetric_gpu.takes(m, n):
+        return "hopper"
     return "rows" if m % (128 * BLOCKS) == 0 else "full"

@@ -25,7 +25,7 @@ def test_choices():
     """Square matrices stay plain; wide ones take the Gram form, in halves where they are large; never by halves on a CPU."""
     assert choose_form(7168, 8192, KELLER, "tpu").describe() == "gram 3+2 bfloat16, halves by tpu"
     assert choose_form(2048, 7168, KELLER, "gpu").describe() == "gram 3+2 float16, halves by rows"
-    assert choose_form(2048, 7168, KELLER, "hopper").describe() == "gram 3+2 float16, halves by rows"
+    assert choose_form(2048, 7168, KELLER, "hopper").describe() == "gram 3+2 float16, halves by hopper"
     assert choose_form(7168, 2048, KELLER, "cpu").describe() == "gram 3+2 float32"
     assert choose_form(128, 128, KELLER, "cpu").describe() == "plain float32"
     assert choose_form(192, 200, KELLER, "tpu").describe() == "plain bfloat16"

@@ -1,0 +1,49 @@
+"""Half products on Hopper: the kernel in Pallas' interpreter, with its race detector (jax 0.12), and which tiles it takes.
+That it compiles: tests/plan/test_symmetric_gpu.py; on a device: tests/gpu/test_symmetric.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.hopper import plgpu
+from optim import symmetric_gpu
+from optim.symmetric import implementation
+
+
+@pytest.mark.parametrize("m", [64, 128, 192, 1408, 2048, 7168])
+def test_every_square_is_stored_once(m):
+    """Of 64 x 64: those on and under the diagonal from the tile they lie in, the others as mirror images."""
+    times = np.zeros((m // 64, m // 64), int)
+    for i, j in symmetric_gpu._schedule(m).T:
+        rows, columns = (np.arange(size // 64) + at * (size // 64) for at, size in
+                         ((i, symmetric_gpu.HEIGHT), (j, symmetric_gpu.WIDTH)))
+        for r in rows[rows < m // 64]:
+            for c in columns[columns <= r]:
+                times[r, c] += 1
+                times[c, r] += c < r
+    assert (times == 1).all()
+
+
+def test_shares():
+    """Nearly a half of the full product for Kimi K2's matrices; what it does not take goes by block rows or in full."""
+    assert symmetric_gpu.share(2048) == 0.5625 and symmetric_gpu.share(7168) == pytest.approx(0.518, abs=1e-3)
+    assert [implementation("hopper", *sizes) for sizes in ((1408, 2048), (2048, 2049), (1030, 2048), (512, 2048))] \
+        == ["hopper", "rows", "full", "full"]
+
+
+@pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="this jax has no GPU interpreter")
+@pytest.mark.parametrize("batch, m, k, dtype, tolerance", [
+    ((2,), 192, 128, jnp.float16, 1e-3), ((), 320, 64, jnp.bfloat16, 4e-3)])
+def test_interpreted(batch, m, k, dtype, tolerance):
+    """x x^T to one rounding of the result, tiles over the edge, two cores sharing them; mirrored to the bit."""
+    x = jax.random.normal(jax.random.key(0), (*batch, m, k)).astype(dtype)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(
+            num_cores_or_threads=3, detect_races=True, out_of_bounds_reads="uninitialized")):
+        out = symmetric_gpu.symmetric(x, x, cores=2)
+    assert out.dtype == dtype and out.shape == (*batch, m, m)
+    x64, out = np.asarray(x, np.float64), np.asarray(out, np.float64)
+    want = x64 @ np.swapaxes(x64, -1, -2)
+    assert np.abs(out - want).max() <= tolerance * np.abs(want).max()
+    under = np.arange(m)[:, None] // 64 > np.arange(m) // 64
+    np.testing.assert_array_equal(out[..., under], np.swapaxes(out, -1, -2)[..., under])
