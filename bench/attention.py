@@ -1,6 +1,10 @@
-"""Every attention implementation, forward and backward, against the naive form.
+"""Every attention that runs on this device, forward and backward, against the naive form and the matrix units' limit.
 
     python -m bench.attention
+
+On a CPU the shapes are small and ratios are of CPU time; on an accelerator they are those of the family's layers, and
+times are the clock's. The limit is one square product in the same run; useful FLOPs count the pairs of a query and a key
+that see each other.
 """
 
 from __future__ import annotations
@@ -9,37 +13,67 @@ import jax
 import jax.numpy as jnp
 
 from bench import measure
+from configs.platforms import platform_of
 from model.attention import CHUNK, IMPLEMENTATIONS, implementation
+from model.kernels import attention_gpu
 
-SHAPES = {"tiny": (32, 256, 4, 48, 32), "laptop": (8, 512, 4, 96, 64), "2048": (1, 2048, 4, 96, 64)}
+SHAPES = {"tiny": (32, 256, 4, 48, 32), "laptop": (8, 512, 4, 96, 64), "2048": (1, 2048, 4, 96, 64),
+          "moonlight 4096": (2, 4096, 16, 192, 128), "K2 4096": (1, 4096, 64, 192, 128), "K2 32768": (1, 32768, 8, 192, 128)}
 """Rows, positions, heads, query width, value width."""
 
+ON_A_CPU = ("tiny", "laptop", "2048")
+LOGITS = 8 << 30
+"""Bytes of logits above which the naive form is left out."""
 
-def row(name: str, dtype) -> dict:
-    B, S, H, d, v = SHAPES[name]
+
+def entries(platform: str, q: jax.Array, v: jax.Array) -> list[str]:
+    """Of the registry, those that run here on these operands."""
+    (B, S, H, _), out = q.shape, []
+    for kind in IMPLEMENTATIONS:
+        if kind == "hopper" and (platform != "hopper" or attention_gpu.refusal(q, v)):
+            continue
+        if kind == "reference" and 4 * B * H * S * S > LOGITS:
+            continue
+        out.append(kind)
+    return out
+
+
+def row(name: str, dtype, limit: float) -> dict:
+    """`limit`: FLOPs per second of the square product."""
+    platform, (B, S, H, d, v) = platform_of(jax.devices()[0]), SHAPES[name]
     keys = jax.random.split(jax.random.key(0), 4)
     q, k = (jax.random.normal(key, (B, S, H, d), dtype) for key in keys[:2])
     value, g = (jax.random.normal(key, (B, S, H, v), dtype) for key in keys[2:])
-    segments, chunk = jnp.ones((B, S), jnp.int32), CHUNK[jax.default_backend()]
+    segments, chunk = jnp.ones((B, S), jnp.int32), CHUNK[platform]
     at = jnp.arange(S)
     forward, backward = {}, {}
-    for kind, attend in IMPLEMENTATIONS.items():
+    for kind in entries(platform, q, value):
+        attend = IMPLEMENTATIONS[kind]
         f = jax.jit(lambda q, k, v, attend=attend: attend(q, k, v, segments, at, 0.1, chunk)[0])
         pull = jax.jit(lambda q, k, v, g, f=f: jax.vjp(f, q, k, v)[1](g))
         forward[kind], backward[kind] = (lambda f=f: f(q, k, value)), (lambda pull=pull: pull(q, k, value, g))
     times = {"forward": measure.in_turns(forward), "backward": measure.in_turns(backward)}
-    ratio = {part: round(t["chunked"]["cpu_ms"] / t["reference"]["cpu_ms"], 2) for part, t in times.items()}
-    return {"shape": name, "B": B, "S": S, "H": H, "dtype": jnp.dtype(dtype).name, "chunk": chunk,
-            "chosen": implementation(jax.default_backend(), S), "chunked over reference": ratio, "times": times}
+    clock = "cpu_ms" if platform == "cpu" else "wall_ms"
+    useful = B * H * S * (S + 1) * (d + v)  # a query and a key: 2 (d + v) FLOPs forward; both passes of vjp: 3 times as many
+    share = {f"{kind} {part}": round(flops / (t[kind]["wall_ms"] * 1e-3) / limit, 3)
+             for (part, t), flops in zip(times.items(), (useful, 3 * useful)) for kind in t}
+    ratio = {f"{kind} {part}": round(t[kind][clock] / t["reference"][clock], 2)
+             for part, t in times.items() for kind in t if kind != "reference" and "reference" in t}
+    return {"shape": name, "B": B, "S": S, "H": H, "widths": [d, v], "dtype": jnp.dtype(dtype).name, "chunk": chunk,
+            "chosen": implementation(platform, S), f"{clock} over reference": ratio, "share of the limit": share,
+            "times": times}
 
 
 def main() -> None:
-    rows = []
-    for name in SHAPES:
-        for dtype in (jnp.float32, jnp.bfloat16):
-            rows.append(row(name, dtype))
-            print(f"{name:8} {rows[-1]['dtype']:8} CPU time of chunked over reference: "
-                  f"{rows[-1]['chunked over reference']}", flush=True)
+    rows, on_cpu = [], jax.default_backend() == "cpu"
+    for dtype in (jnp.float32, jnp.bfloat16) if on_cpu else (jnp.bfloat16,):
+        limit = measure.product_flops(1024 if on_cpu else 8192, dtype)
+        for name in SHAPES:
+            if (name in ON_A_CPU) == on_cpu:
+                rows.append(row(name, dtype, limit))
+                ratio = next(value for key, value in rows[-1].items() if key.endswith("over reference"))
+                print(f"{name:15} {rows[-1]['dtype']:8} time over the naive form: {ratio}; share of the limit: "
+                      f"{rows[-1]['share of the limit']}", flush=True)
     print(f"wrote {measure.write('attention', rows).name}")
 
 

@@ -34,6 +34,13 @@ def in_turns(candidates: dict[str, Callable[[], Any]], rounds: int = 5, calls: i
     return best
 
 
+def product_flops(size: int, dtype) -> float:
+    """FLOPs per second of a square product, the best of five: the limit of this device's matrix units."""
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    product = jax.jit(lambda x: x @ x)
+    return 2 * size**3 / (in_turns({"product": lambda: product(x)})["product"]["wall_ms"] * 1e-3)
+
+
 def machine() -> dict[str, Any]:
     """Date, hardware and versions."""
     model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
