@@ -1,5 +1,5 @@
 """Half products on Hopper: the kernel in Pallas' interpreter, with its race detector (jax 0.12), and which tiles it takes.
-That it compiles: tests/plan/test_symmetric_gpu.py; on a device: tests/gpu/test_symmetric.py."""
+That it compiles: tests/plan/test_symmetric_compile.py; on a device: tests/gpu/test_symmetric.py."""
 
 import jax
 import jax.numpy as jnp
