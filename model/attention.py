@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from model.kernels import attention_gpu
+from model.kernels import attention_gpu, attention_tpu
 from model.kernels.attention_chunked import MASKED, chunked
 
-CHUNK = {"cpu": 128, "gpu": 512, "hopper": 512, "tpu": 512}
-"""Positions per chunk. On a CPU a tile of 128 x 128 stays in cache: bench/attention.py."""
+CHUNK = {"cpu": 128, "gpu": 512, "hopper": 512, "tpu": 1024}
+"""Positions per chunk. On a CPU a tile of 128 x 128 stays in cache: bench/attention.py. On a TPU the products of a tile
+should take longer than what a grid step costs besides, a third of a microsecond."""
 
 
 def visible_BST(segments_BT: Int[Array, "B T"], at_S: Int[Array, "S"]) -> Array:
@@ -39,14 +40,16 @@ def reference(q: Float[Array, "B S H k"], k: Float[Array, "B T H k"], v: Float[A
     return out, jax.lax.stop_gradient(jnp.max(logits, axis=(0, 2, 3)))
 
 
-IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "hopper": attention_gpu.attend}
+IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "hopper": attention_gpu.attend, "tpu": attention_tpu.attend}
 
 
 def implementation(platform: str, seq_len: int) -> str:
     """Which entry suits the platform and the sequence length: from two chunks on, tiles win on time and memory."""
     if platform == "hopper" and seq_len > attention_gpu.TILE:
         return "hopper"
-    return "chunked" if seq_len > CHUNK[platform] else "reference"
+    if seq_len <= CHUNK[platform]:
+        return "reference"
+    return "tpu" if platform == "tpu" else "chunked"
 
 
 def causal(q, k, v, segments, at, scale: float, platform: str) -> tuple[Array, Array]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 class Dispatch:
     """A permutation with padding. N tokens, K choices each, M slots (a multiple of `block`).
 
-    slot_of        [N, K] the slot of a token's k-th choice; every pair has one
+    slot_of        [N, K] the slot of a token's k-th choice; M or more for pairs that nobody works on
     token_of       [M] the token of a slot, N where the slot is padding
     block_expert   [M/block] the expert of each block, ascending; E for the blocks that this routing leaves over
     """
@@ -26,16 +26,18 @@ class Dispatch:
 
 
 def plan(experts_NK: Int[Array, "N K"], num_experts: int, block: int) -> Dispatch:
-    """Slots for the chosen experts. M is the worst case over all routings: sum_e ceil(n_e / block) blocks."""
+    """Slots for the chosen experts; a pair with expert E has none. M is the worst case over all routings:
+    sum_e ceil(n_e / block) blocks."""
     pairs, K = experts_NK.size, experts_NK.shape[1]
+    num_blocks = (pairs + min(num_experts, pairs) * (block - 1)) // block
     expert_of = experts_NK.reshape(-1)
     order = jnp.argsort(expert_of, stable=True)
     counts = jnp.zeros(num_experts, jnp.int32).at[expert_of].add(1)
     blocks_of = -(-counts // block)
     first_slot = block * (jnp.cumsum(blocks_of) - blocks_of)
-    rank = jnp.arange(pairs) - (jnp.cumsum(counts) - counts)[expert_of[order]]
-    slots = first_slot[expert_of[order]] + rank
-    num_blocks = (pairs + min(num_experts, pairs) * (block - 1)) // block
+    sorted_experts, place = expert_of[order], jnp.arange(pairs)
+    slots = (first_slot - jnp.cumsum(counts) + counts)[sorted_experts] + place
+    slots = jnp.where(sorted_experts < num_experts, slots, num_blocks * block + place)
     return Dispatch(
         slot_of=jnp.zeros(pairs, jnp.int32).at[order].set(slots, unique_indices=True).reshape(-1, K),
         token_of=jnp.full(num_blocks * block, len(experts_NK), jnp.int32).at[slots].set(order // K, unique_indices=True),

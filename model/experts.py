@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -16,19 +17,43 @@ from model.layers import swiglu
 Weights = tuple[Float[Array, "E D 2*F"], Float[Array, "E F D"]]
 """Gate and up in one array, and down."""
 
+EVEN_LOAD = "even_load_"
+"""Name scope, with the share of rows behind it that have work if every expert gets the same number of pairs: kernels skip
+the others, and who counts a compiled program's operations reads it there (optim/census.py)."""
+
 
 def apply(x_ND: Float[Array, "N D"], experts_NK: Int[Array, "N K"], gates_NK: Float[Array, "N K"], weights: Weights,
-          platform: str) -> Float[Array, "N D"]:
-    """Sum over each token's experts of gate * expert(x). The gate is applied before the down projection, which is linear:
-    the K outputs then only need adding, and need not be kept for the gate's gradient."""
+          platform: str, filled: float = 1.0) -> Float[Array, "N D"]:
+    """Sum over each token's experts of gate * expert(x); the expert E is nobody and gives zero. `filled`: the share of pairs
+    that are expected not to be nobody's.
+    """
+    to = slots(experts_NK, weights, platform)
+    first = partial(_matmul_of_copies, x_ND)
+    return dispatch.from_slots(in_slots(first, gates_NK, weights, to, platform, filled), to)
+
+
+def slots(experts_NK: Int[Array, "N K"], weights: Weights, platform: str) -> dispatch.Dispatch:
+    """Where pairs go, in blocks that suit the platform."""
+    held = len(weights[1])
+    return checkpoint_name(dispatch.plan(experts_NK, held, block_rows(experts_NK.size, held, platform)), "routing")
+
+
+def in_slots(first: Callable[[Array, dispatch.Dispatch, str], Float[Array, "M 2*F"]], gates_NK: Float[Array, "N K"],
+             weights: Weights, to: dispatch.Dispatch, platform: str, filled: float = 1.0) -> Float[Array, "M D"]:
+    """gate * expert(row) of every slot; zero for padding, whatever row it has. first(gate_up, to, name): the rows in their
+    slots times the first weights.
+
+    The gate is applied before the down projection, which is linear: the K outputs then only need adding, and need not be
+    kept for the gate's gradient.
+    """
     gate_up, down = weights
-    block = block_rows(experts_NK.size, len(down), platform)
-    to = checkpoint_name(dispatch.plan(experts_NK, len(down), block), "routing")
-    name = implementation(platform)
-    hidden = _matmul_of_copies(x_ND, gate_up, to, name)
-    gates = dispatch.gates_to_slots(gates_NK, to)[:, None]
-    hidden = (swiglu(hidden).astype(jnp.float32) * gates).astype(x_ND.dtype)
-    return dispatch.from_slots(grouped_matmul(hidden, down, to.block_expert, name), to)
+    name, M = implementation(platform), len(to.token_of)
+    busy = min(filled * gates_NK.size + len(down) * (to.block - 1) / 2, M)
+    with jax.named_scope(f"{EVEN_LOAD}{busy / M:.4f}"):
+        hidden = first(gate_up, to, name)
+        gates = dispatch.gates_to_slots(gates_NK, to)[:, None]
+        hidden = (swiglu(hidden).astype(jnp.float32) * gates).astype(hidden.dtype)
+        return grouped_matmul(hidden, down, to.block_expert, name)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

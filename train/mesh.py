@@ -49,6 +49,9 @@ def check_mesh(cfg: RunConfig, mesh: Mesh) -> None:
     check_model(cfg.model, mesh.shape)
     check_positions(cfg.train.seq_len, mesh.shape)
     check_rows(cfg.train.batch_size, cfg.train.accumulate, mesh)
+    require(mesh.shape["expert"] == 1 or cfg.train.transport != "ragged_all_to_all" or platform(mesh) != "cpu",
+            "train.transport ragged_all_to_all does not exist on cpu devices; take all_to_all, which moves the same and the "
+            "padding of its buffers, or auto")
 
 
 def param_sharding(spec: ParamSpec, mesh: Mesh) -> NamedSharding:

@@ -55,9 +55,12 @@ class Places(NamedTuple):
     def bounds(self, chunk: int) -> tuple[Int[Array, "n"], Int[Array, "n"]]:
         """For each query chunk the first key chunk that any of its documents reaches back to, and the end: the chunk
         behind its last query's."""
+        return jnp.min(self.starts()[:, ::chunk], axis=0) // chunk, self.at[chunk - 1::chunk] // chunk + 1
+
+    def starts(self) -> Int[Array, "B S"]:
+        """Where each query's document begins."""
         new = jnp.pad(self.keys[:, 1:] != self.keys[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-        start_BT = lax.cummax(jnp.where(new, jnp.arange(self.keys.shape[1]), 0), axis=1)
-        return jnp.min(start_BT[:, self.at[::chunk]], axis=0) // chunk, self.at[chunk - 1::chunk] // chunk + 1
+        return lax.cummax(jnp.where(new, jnp.arange(self.keys.shape[1]), 0), axis=1)[:, self.at]
 
 
 def _part(x: Array, i: Array, chunk: int, axis: int = 2) -> Array:

@@ -53,7 +53,7 @@ def _rows_kernel(expert, source, x, w, out, *, num_experts: int, transposed: boo
 
     @pl.when(used)
     def _():
-        out[...] = _dot(x[...], w[0], 1, 1 if transposed else 0).astype(out.dtype)
+        out[...] = dot(x[...], w[0], 1, 1 if transposed else 0).astype(out.dtype)
 
     @pl.when(jnp.logical_not(used))
     def _():
@@ -89,11 +89,11 @@ def _weights_kernel(expert, source, x, y, zeros, out, total, *, num_experts: int
 
     @pl.when(used & first)
     def _():
-        total[...] = _dot(x[...], y[...], 0, 0)
+        total[...] = dot(x[...], y[...], 0, 0)
 
     @pl.when(used & jnp.logical_not(first))
     def _():
-        total[...] += _dot(x[...], y[...], 0, 0)
+        total[...] += dot(x[...], y[...], 0, 0)
 
     @pl.when(used & last)
     def _():
@@ -104,7 +104,7 @@ def _weights_kernel(expert, source, x, y, zeros, out, total, *, num_experts: int
         out[...] = jnp.zeros_like(out)
 
 
-def _dot(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
+def dot(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), precision=precision,
                            preferred_element_type=jnp.float32)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from model import experts
+from model.grouped_matmul import grouped_matmul
 from model.shards import Shards
 from model.transport import rounds
 
@@ -26,17 +27,24 @@ def all_gather(x_ND: Array, experts_NK: Array, gates_NK: Array, weights: experts
     worst = ways * N * min(K, held)
     capacity = rounds.room(N * K, worst)
     count = 1 if capacity == worst else -(-lines.count[0] // capacity)
-    one_round = partial(_round, capacity=capacity, platform=platform)
+    one_round = partial(_round, capacity=capacity, filled=min(N * K / capacity, 1.0), platform=platform)
     found = rounds.total(one_round, count, (x, gates, weights), (lines, chosen))
-    return shards.scatter_axis(found.astype(x_ND.dtype), AXIS, 0)
+    return shards.scatter_axis(found, AXIS, 0)
 
 
-def _round(number, variables, constants, *, capacity: int, platform: str) -> Array:
-    """float32 [tokens, D]: what the experts here add, for one buffer of pairs. Rows are added to their tokens, not
-    collected per token: that would be K rows for every token of the group."""
+def _round(number, variables, constants, *, capacity: int, filled: float, platform: str) -> Array:
+    """[tokens, D]: what the experts here add, for one buffer of pairs. Tokens are copied straight into their experts' slots,
+    and rows added to their tokens, not collected per token: that would be K rows for every token of the group. Padding gets
+    some token's row, with gate 0. A token has few rows here, so they are added in the compute dtype, like the devices'
+    results afterwards."""
     (x, gates, weights), (lines, chosen) = variables, constants
     window = lines.window(number, capacity)
-    rows = jnp.take(x, window.token_of, axis=0, mode="fill", fill_value=0)
-    expert, gate = window.fill(chosen, len(weights[1]) - 1), window.fill(gates, 0.0)
-    out = experts.apply(rows, expert[:, None], gate[:, None], weights, platform)
-    return jnp.zeros(x.shape, jnp.float32).at[window.token_of].add(out.astype(jnp.float32), mode="drop")
+    expert, gate = (window.fill(a, otherwise)[:, None] for a, otherwise in ((chosen, len(weights[1])), (gates, 0.0)))
+    to = experts.slots(expert, weights, platform)
+    token_of = jnp.append(window.token_of, len(x))[to.token_of]
+
+    def first(gate_up, to, name):
+        return grouped_matmul(jnp.take(x, token_of, axis=0, mode="clip"), gate_up, to.block_expert, name)
+
+    out = experts.in_slots(first, gate, weights, to, platform, filled)
+    return jnp.zeros(x.shape, out.dtype).at[token_of].add(out, mode="drop")

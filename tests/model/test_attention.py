@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from model import attention
 from model.transformer import bind, param_specs
@@ -11,7 +12,8 @@ from tests.model.networks import call_for, small
 
 SCALE = 0.3
 HERE = ("reference", "chunked")
-"""Entries that run on any device; tests/model/test_attention_gpu.py has the other."""
+"""Entries that run on any device. Those of chips that are not there have tests of their own, in Pallas' slow interpreters:
+here and in tests/model/test_attention_gpu.py."""
 
 
 def inputs(B, S, H=3, d=24, v=20, dtype=jnp.float32, seed=0):
@@ -102,9 +104,31 @@ def test_some_of_a_rows_queries(name):
     np.testing.assert_allclose(top, logits.max((0, 2, 3)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("at", [np.arange(200), np.r_[24:88, 136:200]], ids=["all", "two chunks of a device"])
+def test_tpu_kernels(at):
+    """Two tiles of queries and keys, documents and padding across both: outputs, maxima and the three gradients."""
+    q, k, v, g = inputs(2, 200, H=1)
+    segments, q, g, at = packed(2, 200, "packed"), q[:, at], g[:, at], jnp.asarray(at)
+
+    def run(name):
+        def total(q, k, v):
+            out, top = attention.IMPLEMENTATIONS[name](q, k, v, segments, at, SCALE, 128)
+            out = jnp.where((segments[:, at] > 0)[..., None, None], out, 0)
+            return jnp.sum(out * g), (out, top)
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    with pltpu.force_tpu_interpret_mode():
+        mine = run("tpu")
+    for one, other in zip(jax.tree.leaves(mine[0][1]) + list(mine[1]), jax.tree.leaves((want := run("reference"))[0][1])
+                          + list(want[1]), strict=True):
+        assert np.abs(np.asarray(one) - np.asarray(other)).max() <= 2e-6 * np.abs(np.asarray(other)).max()
+
+
 @pytest.mark.parametrize("platform", attention.CHUNK)
 def test_long_sequences_are_tiled(platform):
-    assert attention.implementation(platform, 32768) == ("hopper" if platform == "hopper" else "chunked")
+    own = {"hopper", "tpu"}
+    assert attention.implementation(platform, 32768) == (platform if platform in own else "chunked")
 
 
 def test_32k_context_fits():

@@ -41,6 +41,18 @@ def test_every_pair_has_one_slot_of_its_expert(kind, N, block):
     assert np.all(np.diff(np.asarray(to.block_expert)) >= 0)
 
 
+def test_pairs_of_nobody_have_no_slot():
+    """Free rows of a transport's buffer bring the expert E: they take no block from those that are in use."""
+    experts = np.array([[4], [E], [1], [E], [4]])
+    to = dispatch.plan(jnp.asarray(experts), E, 8)
+    M, slot_of = len(to.token_of), np.asarray(to.slot_of)[:, 0]
+    assert slot_of[[1, 3]].min() >= M and np.asarray(to.token_of)[slot_of[[0, 2, 4]]].tolist() == [0, 2, 4]
+    assert int(np.sum(np.asarray(to.block_expert) < E)) == 2 and int(np.sum(np.asarray(to.token_of) < 5)) == 3
+    x = jax.random.normal(jax.random.key(0), (5, D))
+    back = dispatch.from_slots(dispatch.to_slots(x, to), to)
+    np.testing.assert_array_equal(back, x * np.array([1, 0, 1, 0, 1])[:, None])
+
+
 def test_copies_and_sums_are_adjoint():
     """<to_slots(x), y> = <x, from_slots(y)>, and each is the other's gradient."""
     to = dispatch.plan(jnp.asarray(chosen("skewed")), E, 8)
