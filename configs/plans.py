@@ -10,7 +10,7 @@ from dataclasses import replace
 from configs.deepseek_v3 import deepseek_v3
 from configs.kimi_k2 import kimi_k2, kimi_k2_thinking
 from configs.moonlight import moonlight_16b
-from configs.schema import MeshConfig, RunConfig
+from configs.schema import MeshConfig, QuantConfig, RunConfig
 
 MACHINES = {
     "moonlight_16b_v6e_16": "v6e:4x4",
@@ -23,19 +23,21 @@ MACHINES = {
 
 
 def moonlight_16b_v6e_16() -> RunConfig:
-    """31 GiB a chip: momentum in bf16, one row of 8192 a microbatch."""
+    """31 GiB a chip: momentum in bf16, two rows of 8192 a microbatch. Experts over two neighbours only: tokens cost wires
+    for every one of them, weights once a microbatch."""
     base = moonlight_16b()
-    return replace(base, optim=replace(base.optim, momentum_dtype="bfloat16"),
-                   mesh=MeshConfig(data=1, fsdp=4, expert=4),
-                   train=replace(base.train, accumulate=256))
+    return replace(base, optim=replace(base.optim, momentum_dtype="bfloat16"), quant=QuantConfig(grid="int4"),
+                   mesh=MeshConfig(data=1, fsdp=8, expert=2),
+                   train=replace(base.train, accumulate=128))
 
 
 def kimi_k2_v5p_512() -> RunConfig:
-    """The published 67 M tokens a step; 16 devices share the experts of a layer, 32 their storage."""
+    """The published 67 M tokens a step, experts on the grid from the first one; 16 devices share the experts of a layer, 32
+    their storage. Attention over 4096 positions is cheap to compute again, its outputs would take 15 GiB."""
     base = kimi_k2()
-    return replace(base, optim=replace(base.optim, momentum_dtype="bfloat16"),
+    return replace(base, optim=replace(base.optim, momentum_dtype="bfloat16"), quant=QuantConfig(grid="int4"),
                    mesh=MeshConfig(data=1, fsdp=32, expert=16),
-                   train=replace(base.train, accumulate=16))
+                   train=replace(base.train, accumulate=8, remat="layer"))
 
 
 def kimi_k2_tpu7x_256() -> RunConfig:

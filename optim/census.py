@@ -111,6 +111,12 @@ def expected_branch(conditional: Instruction, runs: list, cost: Callable[[Any], 
     return (min if f"/{GUARD}/" in conditional.op_name else max)(runs, key=cost)
 
 
+def even_share(kernel: Instruction) -> float:
+    """Of the work that an expert kernel states, the share that even experts give it (model/experts.py: EVEN_LOAD)."""
+    found = re.search(r"even_load_([0-9.]+)", kernel.op_name)
+    return float(found.group(1)) if found else 1.0
+
+
 def census(hlo: str, devices: int = 1, *, causal: bool = False) -> Census:
     """Count an optimised HLO module. A loop with products or collectives but no known trip count is a ValueError, or,
     with `causal`, counted as attention over one document per row."""

@@ -57,13 +57,12 @@ class Interconnect:
             return LATENCY + max(c.bytes * (r.members - 1) / r.members / r.exchange for r in rings)
         if c.kind == "collective-permute":
             return LATENCY + c.bytes / max(r.rate / 2 for r in rings)
-        # Rings in several directions carry a share each; a slower network outside carries what comes from outside.
-        fast = [r for r in rings if r.rate >= max(x.rate for x in rings) / 8]
-        slow = [r for r in rings if r not in fast]
-        inner = c.received / sum(r.rate for r in fast)
-        outer = max((c.received * (r.members - 1) / r.members / r.rate / math.prod(x.members for x in fast)
-                     for r in slow), default=0.0)
-        return LATENCY + max(inner, outer)
+        # Rings in several directions carry a share each; and what comes along one direction enters through the members of
+        # the others together, each at its own rate.
+        places = math.prod(r.members for r in rings)
+        cut = max((r.members - 1) / r.members / (places / r.members) / r.rate for r in rings)
+        others = (c.group - 1) / c.group
+        return LATENCY + c.received * max(1 / sum(r.rate for r in rings), cut / others)
 
     def _rings_of(self, members: tuple[int, ...]) -> tuple[Ring, ...]:
         devices = [self.devices[m] for m in members if m < len(self.devices)]

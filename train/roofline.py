@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
-from optim.census import Collective, collective, expected_branch, open_trips
+from optim.census import Collective, collective, even_share, expected_branch, open_trips
 from optim.hlo import Instruction, Program
 from train.interconnect import Interconnect
 
@@ -54,7 +54,7 @@ class Work:
 def label(op_name: str) -> str:
     """The model's part of an operation's path: without loops, transforms and the compiler's wrapping."""
     parts = [p for p in re.sub(r"jit\([^)]*\)|jvp|transpose|vmap|[()]", "", op_name).split("/")
-             if p and not STATED.fullmatch(p) and p not in (
+             if p and not STATED.fullmatch(p) and not p.startswith("even_load_") and p not in (
                  "while", "body", "eval_jaxpr", "closed_call", "checkpoint", "rematted_computation", "cond", "shard_map",
                  "branch_0_fun", "branch_1_fun")]
     return "/".join(parts[-2:]) or "compiler"
@@ -129,13 +129,8 @@ class Roofline:
         if instruction.kind == "custom-call":
             target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
             if target and target.group(1) in KERNELS:
-                if scope := STATED.search(instruction.op_name):
-                    return float(scope.group(1)), float(scope.group(2)), []
-                stated = re.search(r'\\?"flops\\?":\s*\\?"?(\d+)', instruction.rest)
-                moved = re.search(r'\\?"bytes_accessed\\?":\s*\\?"?(\d+)', instruction.rest)
-                if stated and int(stated.group(1)):
-                    bytes_moved = float(moved.group(1)) if moved else self._traffic(computation, instruction)
-                    return float(stated.group(1)), bytes_moved, []
+                if stated := _stated(instruction):
+                    return *(even_share(instruction) * n for n in stated), []
                 work.silent.add(label(instruction.op_name))
             elif target and target.group(1) in ("AllocateBuffer", "AssumeGatherIndicesInBound"):
                 return 0.0, 0.0, []
@@ -147,7 +142,7 @@ class Roofline:
         for called in self.program.called(instruction):
             for one in self.program.computations.get(called, {}).values():
                 if found := collective(one, self.wires.mesh.size):
-                    inner.append(replace(found, overlaps=True))
+                    inner.append(_scattering(found) if "all-reduce-scatter" in called else replace(found, overlaps=True))
                 else:
                     more, found_inside = self._inside(called, one)
                     flops, inner = flops + more, inner + found_inside
@@ -167,9 +162,10 @@ class Roofline:
             body = self.program.computations[called[0]]
             read = [min(r, self._read_inside(body, i)) for i, r in enumerate(read)]
             root = next((i for i in body.values() if i.root), None)
-            if root is not None and root.kind == "dynamic-update-slice":
-                update = self.program.operand_shapes(called[0], root)[1]
-                written = min(written, sum(s.bytes for s in update))
+            if root is not None and root.kind in ("dynamic-update-slice", "scatter"):
+                update = self.program.operand_shapes(called[0], root)[1 if root.kind == "dynamic-update-slice" else 2]
+                rows = sum(s.bytes for s in update)
+                written = min(written, rows if root.kind == "dynamic-update-slice" else 2 * rows)
         return sum(read) + written
 
     def _read_inside(self, body: dict[str, Instruction], number: int) -> float:
@@ -184,6 +180,19 @@ class Roofline:
                 continue
             if user.kind in ("dynamic-slice", "slice", "gather"):
                 total += user.bytes
-            elif user.kind != "dynamic-update-slice" or operands[0] != name:
+            elif user.kind not in ("dynamic-update-slice", "scatter") or operands[0] != name:
                 return float("inf")
         return total
+
+
+def _stated(kernel: Instruction) -> tuple[float, float] | None:
+    """FLOPs and bytes by the kernel's own word."""
+    if scope := STATED.search(kernel.op_name):
+        return float(scope.group(1)), float(scope.group(2))
+    found = [re.search(rf'\\?"{name}\\?":\s*\\?"?(\d+)', kernel.rest) for name in ("flops", "bytes_accessed")]
+    return tuple(float(f.group(1)) for f in found) if all(found) and int(found[0].group(1)) else None
+
+
+def _scattering(c: Collective) -> Collective:
+    """A TPU's reduce-scatter, which it writes as a fusion of an all-reduce and a slice and waits for."""
+    return replace(c, kind="reduce-scatter", bytes=c.bytes // c.group)

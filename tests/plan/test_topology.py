@@ -8,7 +8,9 @@ import pytest
 
 from configs.schema import ConfigError
 from optim.census import Collective
+from optim.hlo import Program
 from train.interconnect import LATENCY, Interconnect
+from train.roofline import Roofline
 from train.topology import CHIPS, topology
 
 
@@ -92,3 +94,46 @@ def test_between_nodes_only_the_network_is_left():
     assert seconds(wires, "all-gather", 8e9, "expert") == pytest.approx(7e9 / (chip.link * chip.wire))
     assert seconds(wires, "all-gather", 8e9, "fsdp") == pytest.approx(8e9 * 63 / 64 / (chip.outside * chip.wire))
     assert seconds(wires, "all-to-all", 8e9, "fsdp") > 8 * seconds(wires, "all-to-all", 8e9, "expert")
+
+
+def test_what_comes_along_an_axis_has_to_come_through_it():
+    """A line of two chips across and a ring of eight along: the ring's share of an all-gather's bytes is 7/8 of them, which
+    enter a pair of chips by the links of both."""
+    wires = machine("v5p:2x8x8", {"fsdp": 8, "expert": 16})
+    link = CHIPS["v5p"].link * CHIPS["v5p"].wire
+    whole = 8e9 * 15 / 16 / (2 * link + link)
+    assert seconds(wires, "all-gather", 8e9, "expert") == pytest.approx(max(whole, 8e9 * 7 / 8 / 2 / (2 * link)))
+    slow = machine("h100:64x8", {"fsdp": 64, "expert": 8})
+    outside = CHIPS["h100"].outside * CHIPS["h100"].wire
+    assert seconds(slow, "all-gather", 8e9, "fsdp", "expert") == pytest.approx(8e9 * 63 / 64 / 8 / outside)
+
+
+KERNELS = """HloModule m, is_scheduled=true
+
+%all-reduce-scatter.1 (a: bf16[64,128]) -> bf16[8,128] {
+  %a = bf16[64,128]{1,0} parameter(0)
+  %r = bf16[64,128]{1,0} all-reduce(%a), replica_groups=[8,8]<=[64], to_apply=%add
+  %n = s32[] constant(0)
+  ROOT %s = bf16[8,128]{1,0} dynamic-slice(%r, %n, %n), dynamic_slice_sizes={8,128}
+}
+
+ENTRY %main (a: bf16[64,128]) -> bf16[8,128] {
+  %a = bf16[64,128]{1,0} parameter(0)
+  %k = bf16[64,128]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", NOTES
+  ROOT %f = bf16[8,128]{1,0} fusion(%k), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+NOTES = ('metadata={op_name="jit(f)/transpose(jvp(even_load_0.7500))/pallas_call"}, '
+         'backend_config={"cost_estimate":{"flops":"4000","bytes_accessed":"800"}}')
+
+
+def test_what_a_program_says_is_read_as_what_it_is():
+    """Of an expert kernel the share that even experts fill; of a fused all-reduce and slice a reduce-scatter, waited for."""
+    wires = machine("v5p:4x4x4", {"fsdp": 8, "expert": 8})
+    work = Roofline(Program(KERNELS.replace("NOTES", NOTES)), wires).step()
+    (scatter,) = work.collectives
+    assert (scatter.kind, scatter.bytes, scatter.received) == ("reduce-scatter", 8 * 128 * 2, 7 * 8 * 128 * 2)
+    assert work.exposed == wires.seconds(scatter) > 0 and work.hidden == 0
+    assert work.flops == 3000 and not work.silent
