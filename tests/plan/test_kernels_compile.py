@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from model import experts
 from model.kernels import grouped_matmul_decode, grouped_matmul_gpu
 from optim.hlo import Program
 from quant.resident import Int4Weight
@@ -62,3 +63,17 @@ def test_decoding(on_grid, I, O):
     program = compiled("h200-1", grouped_matmul_decode.rows, array((8 * 16, I), BF16), w, array((8,), jnp.int32))
     assert kernels(program) == [2 * 8 * 16 * I * O]
     assert program.memory_analysis().temp_size_in_bytes == 0
+
+
+@pytest.mark.parametrize("on_grid", [False, True])
+def test_experts_of_a_decoding_step(on_grid):
+    """The experts of a layer for four tokens: a kernel for each of the two products, and less temporary memory than a
+    single expert's weights take."""
+    D, F = 2048, 1408
+    shapes = (E, D, 2 * F), (E, F, D)
+    weights = [Int4Weight(array(s, jnp.int4), array((E, s[1] // 32, s[2]), BF16), -2, 32) if on_grid else array(s, BF16)
+               for s in shapes]
+    program = compiled("h200-1", lambda x, chosen, gates, w: experts.apply(x, chosen, gates, w, "hopper"),
+                       array((4, D), BF16), array((4, 2), jnp.int32), array((4, 2), jnp.float32), weights)
+    assert len(kernels(program)) == 2
+    assert program.memory_analysis().temp_size_in_bytes < 2 * D * F
