@@ -46,10 +46,6 @@ class Weights:
         return Decoder(self.model, self.params, rows, stop_ids=tuple(sorted(stops)), dtype=self.dtype,
                        platform=self.platform, sampling=sampling, positions=positions)
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling = GREEDY) -> list[list[int]]:
-        """Continuations of token prompts, all rows together."""
-        return list(self.decoder(len(prompts), sampling).reply(dict(enumerate(prompts)), max_new_tokens).values())
-
 
 def load_weights(source: str, dtype: str | None = None) -> Weights:
     """RUN[@STEP][:bf16|int4|BASELINE] or an exported DIR[:bf16|int4]; `dtype` to compute in, default the run's or the fastest.

@@ -46,7 +46,7 @@ def test_generated_text_is_the_same(run):
     """Greedy tokens from the exported files, ours against transformers', in float32."""
     weights = load_weights(f"{run}/export", dtype="float32")
     prompt = weights.tokenizer.encode("7k+2l-3=")
-    ours = weights.generate([prompt], 12)[0]
+    ours = weights.decoder(1).reply({0: prompt}, 12)[0]
     model = AutoModelForCausalLM.from_pretrained(f"{run}/export", dtype=torch.bfloat16, attn_implementation="eager")
     model = torch.nn.Module.to(model.eval(), torch.float32)
     theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt):].tolist()

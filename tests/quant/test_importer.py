@@ -232,6 +232,7 @@ def test_a_wrapped_language_model_is_read_with_its_prefix(tmp_path):
     rewrite(directory, lambda t: [t.update({f"language_model.{k}": t.pop(k)}) for k in list(t)] and
             t.update({"vision_tower.weight": np.zeros(3, np.float32)}))
     text = json.loads((directory / "config.json").read_text())
+    text |= {"temperature": 1.0, "top_k": 50, "return_dict": True, "id2label": {"0": "LABEL_0"}, "num_beams": 1}  # old dumps
     (directory / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": text}))
     config = read_config(directory)
     assert (config.model, config.prefix) == (MODEL, "language_model.")

@@ -58,9 +58,9 @@ def test_logits_equal_those_of_the_unpacked_weights(both, dtype):
 
 
 def test_decoding_and_reading_prompts_give_the_same_tokens(both):
-    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
-    dense, packed = (weights.generate(prompts, 12) for weights in both)
-    assert dense == packed and all(len(row) for row in packed)
+    prompts = {0: [1, 2, 3], 1: [4, 5, 6, 7, 8], 2: [9]}
+    dense, packed = (weights.decoder(3).reply(prompts, 12) for weights in both)
+    assert dense == packed and all(packed.values())
 
 
 def test_compiled_buffers_hold_four_and_a_half_bits_per_weight(both):
