@@ -7,6 +7,7 @@ import pytest
 from optim_table import E, H, L, arrays, k2_table, mesh_of, shardings, statistics
 
 from configs.schema import ConfigError, OptimConfig
+from optim import routing
 from optim.apply import apply_updates, stochastic_round
 from optim.build import build_optimizer, check_state, state_shardings
 from optim.metrics import optimizer_metrics
@@ -61,14 +62,17 @@ def test_wrong_use_fails_with_a_sentence():
         build_optimizer(specs, CFG, 0)
 
 
-def test_state_of_another_routing_is_refused():
-    """Another rule or shape is refused; another learning rate, mesh or coefficient set is not."""
+def test_state_of_another_routing_is_refused(monkeypatch):
+    """Another rule, shape or layout version is refused; another learning rate, mesh or coefficient set is not."""
     specs = small()
     state = build_optimizer(specs, CFG, 10).init(arrays(specs, 0))
     check_state(state, specs, OptimConfig(lr=1.0, newton_schulz="quintic"))
     with pytest.raises(ConfigError, match="another layout version"):
         check_state(state, specs, OptimConfig(matrices="adamw"))
     assert fingerprint(specs, CFG) != fingerprint(k2_table(), CFG)
+    monkeypatch.setattr(routing, "LAYOUT_VERSION", routing.LAYOUT_VERSION + 1)
+    with pytest.raises(ConfigError, match="another layout version"):
+        check_state(state, specs, CFG)
 
 
 @pytest.mark.parametrize("rule", ["sign", "centred"])

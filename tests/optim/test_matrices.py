@@ -96,6 +96,16 @@ def test_uneven_blocks():
         np.testing.assert_allclose(updates["qkv"][:, a:b], separate(grads["qkv"][:, a:b], 32, b - a), atol=2e-4)
 
 
+def test_interleaved_columns():
+    """Gate and up alternating along the columns: an axis behind the columns is a batch axis like any other."""
+    s = spec((D, F, 2), "embed hidden gate_up", matrix=matrix("embed", "hidden"))
+    grads = arrays({"w": s}, 0)
+    opt = build_optimizer({"w": s}, CFG, 10)
+    updates, _ = opt.update(grads, opt.init(grads), grads)
+    for i in range(2):
+        np.testing.assert_allclose(updates["w"][..., i], separate(grads["w"][..., i], D, F), atol=2e-4)
+
+
 def test_scale_uses_the_logical_shape(fused):
     """A full-rank update under match_rms has RMS 0.2 whatever the stored shape is."""
     specs, _, updates = fused
