@@ -2,6 +2,7 @@
 
     python -m bench.muon compare     both on the same tree, mesh and process, in turns: time, memory, bytes, FLOPs
     python -m bench.muon scale       K2 from the plan alone: FLOPs, bytes and memory per device
+    python -m bench.muon forms       K2's expert in three forms, compiled for a TPU v5p: time by plan's rates
     python -m bench.muon share       part of a training step that the optimizer takes, on this machine
 
 Each prints a table and, with --write, keeps it under bench/results/ with hardware and versions.
@@ -22,8 +23,9 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 import optax  # noqa: E402
-from jax.sharding import AbstractMesh, AxisType, NamedSharding  # noqa: E402
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from configs.param_spec import HFTensor, Matrix, ParamSpec  # noqa: E402
@@ -33,12 +35,18 @@ from configs.sharding import AXES  # noqa: E402
 from model.transformer import param_specs  # noqa: E402
 from optim.build import build_optimizer, plan_of, state_shardings  # noqa: E402
 from optim.census import census  # noqa: E402
+from optim.form import Form  # noqa: E402
+from optim.gram import segments_for  # noqa: E402
+from optim.hlo import Program  # noqa: E402
 from optim.matrices import is_expert  # noqa: E402
 from optim.newton_schulz import coefficients, standard_flops  # noqa: E402
 from optim.plan import COLUMNS, Strategy, device_bytes, device_flops, plan_rows, total_flops  # noqa: E402
 from optim.routing import routing_table  # noqa: E402
+from train.interconnect import Interconnect  # noqa: E402
 from train.mesh import param_shardings  # noqa: E402
+from train.roofline import Roofline  # noqa: E402
 from train.step import StepConfig, gradients  # noqa: E402
+from train.topology import topology  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 PRESETS = (("keller", 5), ("quintic", 5), ("polar_express", 6), ("deepseek_v4", 10))
@@ -172,8 +180,8 @@ def compare() -> dict:
 
 SCALES = (("tpu", dict(fsdp=16, expert=8)), ("tpu", dict(data=2, fsdp=16, expert=8)),
           ("tpu", dict(fsdp=16, expert=8, context=2)), ("tpu", dict(fsdp=32, expert=16)),
-          ("tpu", dict(data=8, fsdp=16, expert=8)), ("gpu", dict(data=2, fsdp=16, expert=8)),
-          ("gpu", dict(data=8, fsdp=16, expert=8)))
+          ("tpu", dict(data=8, fsdp=16, expert=8)), ("hopper", dict(data=2, fsdp=16, expert=8)),
+          ("gpu", dict(data=2, fsdp=16, expert=8)))
 
 
 def useful_bytes(plan, itemsize: int) -> float:
@@ -209,6 +217,31 @@ def scale() -> dict:
     text = (f"{table(columns, rows)}\n\nplain form: {plain / 1e15:.1f} PFLOP per step\n\n"
             f"256 TPU chips in detail:\n{detail}")
     return {"rows": out, "plain_flops": plain, "table": text}
+
+
+# --- forms -----------------------------------------------------------------------------------------------------------
+
+def forms() -> dict:
+    """Four 2048 x 7168 matrices on one TPU v5p, keller x5 in bfloat16, compiled by libtpu (extra plan-tpu) and timed as
+    launch.py plan times a step: every operation at the rate of its scarcest resource."""
+    coeffs = coefficients("keller", 5)
+    ways = {"plain": Form(coeffs, None, "bfloat16", "full")} | {
+        f"gram, {name}": Form(coeffs, segments_for(coeffs, "bfloat16"), "bfloat16", name) for name in ("full", "tpu")}
+    out = []
+    machine = topology("v5p:2x2x1")
+    mesh = Mesh(np.array(machine.devices()[:1]), ("x",))
+    x = jax.ShapeDtypeStruct((4, 2048, 7168), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
+    for way, form in ways.items():
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(form).lower(x).compile()
+        work = Roofline(Program(compiled.as_text()), Interconnect(machine, mesh)).step()
+        out.append({"chip": "v5p", "form": way, "seconds": work.seconds, "memory_seconds": work.memory,
+                    "flops": work.flops, "bytes": work.bytes, "temp": compiled.memory_analysis().temp_size_in_bytes})
+        print(f"{way}: done", file=sys.stderr, flush=True)
+    rows = [(r["chip"], r["form"], f"{1e3 * r['seconds']:.2f}", f"{1e3 * r['memory_seconds']:.2f}",
+             f"{r['flops'] / 1e12:.2f}", f"{r['bytes'] / 1e9:.1f}", f"{r['temp'] / 2**20:.0f}") for r in out]
+    columns = ("chip", "form", "ms", "ms at memory", "TFLOP", "GB", "temp MiB")
+    return {"rows": out, "table": table(columns, rows)}
 
 
 # --- share -----------------------------------------------------------------------------------------------------------
@@ -259,7 +292,7 @@ def share() -> dict:
 
 
 def main() -> None:
-    verbs = {"compare": compare, "scale": scale, "share": share}
+    verbs = {"compare": compare, "scale": scale, "forms": forms, "share": share}
     chosen = [arg for arg in sys.argv[1:] if arg != "--write"]
     if len(chosen) != 1 or chosen[0] not in verbs:
         sys.exit(f"usage: python -m bench.muon {{{','.join(verbs)}}} [--write]")
