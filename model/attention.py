@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from model.kernels import attention_gpu, attention_tpu
 from model.kernels.attention_chunked import MASKED, chunked
 
 CHUNK = {"cpu": 128, "gpu": 512, "hopper": 512, "tpu": 1024}
@@ -40,13 +39,25 @@ def reference(q: Float[Array, "B S H k"], k: Float[Array, "B T H k"], v: Float[A
     return out, jax.lax.stop_gradient(jnp.max(logits, axis=(0, 2, 3)))
 
 
-IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "hopper": attention_gpu.attend, "tpu": attention_tpu.attend}
+def _hopper(*operands):
+    from model.kernels import attention_gpu  # here and below: Pallas takes longer to import than jax, and a CPU needs none
+    return attention_gpu.attend(*operands)
+
+
+def _tpu(*operands):
+    from model.kernels import attention_tpu
+    return attention_tpu.attend(*operands)
+
+
+IMPLEMENTATIONS = {"reference": reference, "chunked": chunked, "hopper": _hopper, "tpu": _tpu}
 
 
 def implementation(platform: str, seq_len: int) -> str:
     """Which entry suits the platform and the sequence length: from two chunks on, tiles win on time and memory."""
-    if platform == "hopper" and seq_len > attention_gpu.TILE:
-        return "hopper"
+    if platform == "hopper":
+        from model.kernels import attention_gpu
+        if seq_len > attention_gpu.TILE:
+            return "hopper"
     if seq_len <= CHUNK[platform]:
         return "reference"
     return "tpu" if platform == "tpu" else "chunked"
@@ -56,7 +67,9 @@ def causal(q, k, v, segments, at, scale: float, platform: str) -> tuple[Array, A
     """Attention by the implementation of the platform the program is compiled for; shapes as `reference`. Where the
     Hopper kernels do not take the operands, a warning says why, and another GPU's entry is used."""
     name = implementation(platform, k.shape[1])
-    if name == "hopper" and (why := attention_gpu.refusal(q, v)):
-        warnings.warn(f"attention goes through XLA: {why}", stacklevel=2)
-        name = implementation("gpu", k.shape[1])
+    if name == "hopper":
+        from model.kernels import attention_gpu
+        if why := attention_gpu.refusal(q, v):
+            warnings.warn(f"attention goes through XLA: {why}", stacklevel=2)
+            name = implementation("gpu", k.shape[1])
     return IMPLEMENTATIONS[name](q, k, v, segments, at, scale, CHUNK[platform])

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from model.kernels import grouped_matmul_decode, grouped_matmul_gpu, grouped_matmul_tpu
 from model.project import outer_sum
 from quant.resident import Int4Weight
 
@@ -91,11 +90,22 @@ def _scanned_weights(x, y, block_expert, num_experts, dtype):
     return lax.fori_loop(0, _in_use(block_expert, num_experts), add, start).astype(dtype)
 
 
+# Kernels are imported where a program uses them: Pallas for GPUs and TPUs takes longer to import than jax itself, and a CPU
+# needs neither.
+
+
 def _tpu_rows(x, w, block_expert, transposed):
+    from model.kernels import grouped_matmul_tpu
     return grouped_matmul_tpu.rows(x, _unpacked(w, x.dtype), block_expert, transposed)
 
 
+def _tpu_weights(x, y, block_expert, num_experts, dtype):
+    from model.kernels import grouped_matmul_tpu
+    return grouped_matmul_tpu.weights(x, y, block_expert, num_experts, dtype)
+
+
 def _hopper_rows(x, w, block_expert, transposed):
+    from model.kernels import grouped_matmul_decode, grouped_matmul_gpu
     block = len(x) // len(block_expert)
     if grouped_matmul_gpu.takes(x.dtype, block, *w.shape[1:]):
         return grouped_matmul_gpu.rows(x, _unpacked(w, x.dtype), block_expert, transposed)
@@ -105,6 +115,7 @@ def _hopper_rows(x, w, block_expert, transposed):
 
 
 def _hopper_weights(x, y, block_expert, num_experts, dtype):
+    from model.kernels import grouped_matmul_gpu
     if not grouped_matmul_gpu.takes(x.dtype, len(x) // len(block_expert), x.shape[1], y.shape[1]):
         return _batched_weights(x, y, block_expert, num_experts, dtype)
     return grouped_matmul_gpu.weights(x, y, block_expert, num_experts, dtype)
@@ -122,7 +133,7 @@ IMPLEMENTATIONS = {
     "reference": GroupedMatmul(_reference_rows, _reference_weights),
     "batched": GroupedMatmul(_batched_rows, _batched_weights),
     "scanned": GroupedMatmul(_scanned_rows, _scanned_weights),
-    "tpu": GroupedMatmul(_tpu_rows, grouped_matmul_tpu.weights),
+    "tpu": GroupedMatmul(_tpu_rows, _tpu_weights),
     "hopper": GroupedMatmul(_hopper_rows, _hopper_weights),
 }
 """reference: dense over all experts, the definition. batched: one batched product over blocks with gathered weights.
@@ -135,8 +146,9 @@ them."""
 
 def implementation(platform: str) -> str:
     """Which entry the platform uses."""
-    if platform == "hopper" and grouped_matmul_gpu.AVAILABLE:
-        return "hopper"
+    if platform == "hopper":
+        from model.kernels import grouped_matmul_gpu
+        return "hopper" if grouped_matmul_gpu.AVAILABLE else "batched"
     return {"cpu": "scanned", "tpu": "tpu"}.get(platform, "batched")
 
 

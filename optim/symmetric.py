@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from optim import symmetric_gpu, symmetric_tpu
 from optim.newton_schulz import matmul
 
 WORTH_IT = 1024
@@ -51,11 +51,17 @@ def by_rows(blocks: int) -> Product:
     return Product(partial(rows, blocks=blocks), lambda m: (blocks + 1) / (2 * blocks))
 
 
+def by_kernel(module: str) -> Product:
+    """The kernel of a module, which is imported when it is used: Pallas for GPUs and TPUs takes longer to import than jax
+    itself, and a CPU needs neither."""
+    return Product(lambda x, y: import_module(module).symmetric(x, y), lambda m: import_module(module).share(m))
+
+
 IMPLEMENTATIONS = {
     "full": Product(full, lambda m: 1.0),
     "rows": by_rows(BLOCKS),
-    "tpu": Product(symmetric_tpu.symmetric, symmetric_tpu.share),
-    "hopper": Product(symmetric_gpu.symmetric, symmetric_gpu.share),
+    "tpu": by_kernel("optim.symmetric_tpu"),
+    "hopper": by_kernel("optim.symmetric_gpu"),
 }
 
 
@@ -64,7 +70,10 @@ def implementation(platform: str, m: int, n: int) -> str:
     if platform == "cpu" or m < WORTH_IT:
         return "full"
     if platform == "tpu":
+        from optim import symmetric_tpu
         return "tpu" if m % symmetric_tpu.LANES == n % symmetric_tpu.LANES == 0 else "full"
-    if platform == "hopper" and symmetric_gpu.takes(m, n):
-        return "hopper"
+    if platform == "hopper":
+        from optim import symmetric_gpu
+        if symmetric_gpu.takes(m, n):
+            return "hopper"
     return "rows" if m % (128 * BLOCKS) == 0 else "full"
