@@ -51,9 +51,17 @@ def machine() -> dict[str, Any]:
             "load": round(os.getloadavg()[0], 1)}
 
 
-def write(name: str, rows: list[dict[str, Any]]) -> Path:
-    """bench/results/NAME-PLATFORM-jaxVERSION.json."""
+def write(name: str, rows: list[dict[str, Any]], question: tuple[str, ...] = ()) -> Path:
+    """bench/results/NAME-PLATFORM-jaxVERSION.json. With the fields that make a row's `question`, rows that answer another
+    one stay in the file, so that long benchmarks can be run in parts; every row then names its machine and date."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}-{jax.default_backend()}-jax{jax.__version__}.json"
+    if question:
+        def of(row: dict[str, Any]) -> list:
+            return [row.get(field) for field in question]
+
+        asked = [of(row) for row in rows]
+        before = json.loads(path.read_text())["rows"] if path.exists() else []
+        rows = [row for row in before if of(row) not in asked] + [row | {"machine": machine()} for row in rows]
     path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     return path

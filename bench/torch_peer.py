@@ -1,20 +1,28 @@
 """The peer on a CPU: transformers' `deepseek_v3` with torch, trained by torch.optim.Muon, a batched Newton-Schulz for the
-3-D experts that torch.optim.Muon refuses, and AdamW for the rest. It has no quantizer, no QK-Clip, no balance loss."""
+3-D experts that torch.optim.Muon refuses, and AdamW for the rest. It has no quantizer, no QK-Clip, no balance loss.
+
+    python -m bench.torch_peer SHAPE DTYPE EXPERTS PRECISION uncompiled|compiled      a contender of bench/train_cpu.py
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not spin beside another library's
 
 import numpy as np
 import torch
+import transformers
 from torch.nn import functional
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from bench.shapes import MATMUL, config, random_batch
+from bench.turns import serve
 from configs.schema import ModelConfig, QuantConfig
 from quant.hf_config import write_config
+from train.compat import keep_freed_memory
 
 KELLER = (3.4445, -4.7750, 2.0315)
 
@@ -76,11 +84,13 @@ def build(cfg: ModelConfig, experts: str, precision: str, optimizer: str) -> tor
     return twin, optimizers
 
 
-def programs(cfg: ModelConfig, batch: dict[str, np.ndarray], experts: str, precision: str, optimizer: str = "muon"
-             ) -> tuple[Callable[[], float], Callable[[], float]]:
+def programs(cfg: ModelConfig, batch: dict[str, np.ndarray], experts: str, precision: str, optimizer: str = "muon",
+             compiled: bool = False) -> tuple[Callable[[], float], Callable[[], float]]:
     """(a whole training step, forward and backward alone) on one batch; each returns the loss. Unpadded rows of one
     document each, so no mask: torch's fastest case."""
     twin, optimizers = build(cfg, experts, precision, optimizer)
+    if compiled:
+        twin.compile()
     tokens, targets = (torch.tensor(batch[name], dtype=torch.long) for name in ("tokens", "targets"))
 
     def pull() -> float:
@@ -106,3 +116,18 @@ def matmul(a: np.ndarray, b: np.ndarray, dtype: str) -> Callable[[], torch.Tenso
     """One product of this library."""
     x, y = (torch.tensor(m).to(getattr(torch, dtype)) for m in (a, b))
     return lambda: x @ y
+
+
+def main() -> None:
+    shape, dtype, experts, precision, how = sys.argv[1:]
+    keep_freed_memory()  # what our own process does, so that both have it
+    cfg = config(shape, dtype)
+    step, pull = programs(cfg.model, random_batch(cfg), experts, precision, compiled=how == "compiled")
+    product = matmul(*MATMUL, dtype)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
+                "threads": torch.get_num_threads()}
+    serve(versions, {"step": step, "pull": pull, "matmul": lambda: float(product()[0, 0])})
+
+
+if __name__ == "__main__":
+    main()

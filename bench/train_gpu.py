@@ -1,0 +1,194 @@
+"""Model FLOP utilisation and tokens per second of a whole training step on one accelerator, and what each part of it costs.
+
+    python -m bench.train_gpu [--preset one_gpu] [--rounds 5] [--write] [--section.field value ...]
+    python -m bench.train_gpu --plot docs/images/step-parts.png        from results written before
+
+Variants of the step take turns on the same state and batch: everything, then without the INT4 grid, without QK-Clip (its
+maxima included), without Newton-Schulz, and forward and backward alone. A part's cost is the time that the step without it
+saves. MFU is that of metrics.jsonl: useful FLOPs (train/counts.py) over the chip's bf16 peak. Tokens are random, so experts
+are loaded as an untrained router loads them; the load is printed beside the numbers. It runs on a CPU too, with a small
+preset; other work on the machine then counts, so rounds take turns and the median is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from unittest import mock
+
+import jax
+import numpy as np
+import tyro
+
+from bench import measure
+from bench.shapes import random_batch
+from configs.presets import preset
+from configs.schema import RunConfig
+from optim.build import build_optimizer
+from optim.schedules import learning_rate
+from train.compat import compiler_options, interpreter, keep_freed_memory, start_jax
+from train.counts import train_flops_per_token
+from train.mesh import batch_sharding, param_shardings
+from train.metrics import peak_flops
+from train.session import Session, open_session
+from train.state import initial_state
+from train.step import StepConfig, gradients, make_train_step
+
+VARIANTS = {
+    "everything": lambda cfg: cfg,
+    "without QAT": lambda cfg: replace(cfg, quant=replace(cfg.quant, grid="none")),
+    "without QK-Clip": lambda cfg: replace(cfg, optim=replace(cfg.optim, qk_clip_tau=None)),
+    "without Newton-Schulz": lambda cfg: cfg,
+}
+GRADIENTS = "forward and backward"
+
+
+def defaults(name: str) -> RunConfig:
+    """The preset with the grid on from the first step, and half a million tokens per step where it is made for a GPU."""
+    cfg = preset(name)
+    train = replace(cfg.train, batch_size=128, accumulate=16) if name == "one_gpu" else cfg.train
+    return replace(cfg, quant=replace(cfg.quant, start_step=0, ramp_steps=0), train=train)
+
+
+def variant(name: str, session: Session) -> Callable:
+    """(state, batch) -> (state, what is measured), compiled, the state donated."""
+    cfg = VARIANTS[name](session.cfg)
+    shardings = param_shardings(session.specs, session.mesh)
+    optimizer = build_optimizer(session.specs, cfg.optim, cfg.train.steps, mesh=session.mesh, shardings=shardings)
+    config = StepConfig(cfg, session.compute_dtype, session.platform, session.mesh)
+    step = make_train_step(config, session.specs, optimizer, learning_rate(cfg.optim, cfg.train.steps))
+
+    def run(state, batch):
+        """Measurements that belong to the part left out are left out with it, so that nothing computes them."""
+        state, metrics = step(state, batch)
+        return state, {k: v for k, v in metrics.items() if name != "without QK-Clip" or k != "max_logit"}
+
+    skipped = mock.patch("optim.muon.orthogonalize_tree", lambda tree, plan, **_: tree)
+    compiled = jax.jit(run, donate_argnums=0, compiler_options=compiler_options(session.platform) or None)
+
+    def call(state, batch):
+        with skipped if name == "without Newton-Schulz" else nullcontext():  # it is traced when it is first called
+            return compiled(state, batch)
+
+    return call
+
+
+def seconds_of(session: Session, rounds: int) -> tuple[dict[str, list[float]], dict]:
+    """Seconds of every round of every variant, in turns, and the last measurements of the whole step."""
+    cfg = session.cfg
+    shardings = param_shardings(session.specs, session.mesh)
+    optimizer = build_optimizer(session.specs, cfg.optim, cfg.train.steps, mesh=session.mesh, shardings=shardings)
+    state = initial_state(cfg, session.specs, optimizer, session.mesh)
+    batch = jax.device_put(random_batch(cfg), batch_sharding(session.mesh))
+    programs = {name: variant(name, session) for name in VARIANTS}
+    config = StepConfig(cfg, session.compute_dtype, session.platform, session.mesh)
+
+    @jax.jit
+    def pull(params, batch):
+        """Of the gradients one number each, which needs all of them."""
+        loss, grads, _ = gradients(params, batch, np.float32(1), config, jax.random.key(0))
+        return loss, {path: abs(g).max() for path, g in grads.items()}
+
+    seconds: dict[str, list[float]] = {name: [] for name in (*programs, GRADIENTS)}
+    for turn in range(rounds + 1):
+        for name in seconds:
+            jax.block_until_ready(state)
+            start = time.perf_counter()
+            if name == GRADIENTS:
+                jax.block_until_ready(pull(state.params, batch))
+            else:
+                state, measured = programs[name](state, batch)
+                jax.block_until_ready((state, measured))
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+            else:
+                print(f"{name}: first call {time.perf_counter() - start:.0f} s", flush=True)
+            if name == "everything":
+                whole = jax.device_get(measured)
+    return seconds, whole
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown."""
+    lines = ["| step | ms | tokens/s | TF/s | MFU | the part costs |", "|---|---|---|---|---|---|"]
+    for r in rows:
+        mfu = f"{100 * r['mfu']:.1f} %" if r["mfu"] else "n/a"
+        cost = f"{100 * r['cost']:.1f} %" if r["cost"] is not None else ""
+        lines.append(f"| {r['variant']} | {r['ms']:.1f} | {r['tokens_per_s']:.0f} | {r['tflops']:.1f} | {mfu} | {cost} |")
+    return "\n".join(lines)
+
+
+def plot(file: str) -> None:
+    """Stacked bars, one per written result: where the milliseconds of a step go."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3))
+    files = sorted(measure.RESULTS.glob("step-*.json"))
+    for path in files:
+        (facts, *rows), machine = (content := json.loads(path.read_text()))["rows"], content["machine"]
+        ms = {row["variant"]: row["ms"] for row in rows}
+        saved = {name.removeprefix("without "): max(ms["everything"] - ms[name], 0) for name in ms if name.startswith("without")}
+        of_gradients = saved.pop("QAT")
+        update = ms["everything"] - ms[GRADIENTS] - sum(saved.values())
+        parts = {"forward and backward": ms[GRADIENTS] - of_gradients, "QAT": of_gradients, **saved,
+                 "rest of the update": max(update, 0)}
+        start = 0.0
+        for i, (name, value) in enumerate(parts.items()):
+            share = value / ms["everything"]
+            axes.barh(f"{facts['preset']}\n{machine['device']}", share, left=start, color=f"C{i}",
+                      label=name if path == files[0] else None)
+            start += share
+    axes.set_xlabel("share of the step")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
+    figure.savefig(file, dpi=150, bbox_inches="tight")
+    print(f"wrote {file}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="one_gpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--plot", default="")
+    args, fields = parser.parse_known_args()
+    if args.plot:
+        return plot(args.plot)
+    start_jax()
+    cfg = tyro.cli(RunConfig, default=defaults(args.preset), args=fields, prog=f"bench.train_gpu --preset {args.preset}")
+    session = open_session(cfg)
+    if session.platform == "cpu":
+        keep_freed_memory()
+    seconds, measured = seconds_of(session, args.rounds)
+
+    tokens = cfg.train.batch_size * cfg.train.seq_len
+    flops = tokens * train_flops_per_token(cfg.model, session.specs, cfg.train.seq_len)
+    peak = peak_flops(jax.devices()[0].device_kind)
+    whole = statistics.median(seconds["everything"])
+    rows = []
+    for name, times in seconds.items():
+        middle = statistics.median(times)
+        rows.append({"variant": name, "ms": round(1e3 * middle, 2), "spread_ms": round(1e3 * (max(times) - min(times)), 2),
+                     "tokens_per_s": round(tokens / middle, 1), "tflops": round(flops / middle / 1e12, 4),
+                     "mfu": round(flops / middle / peak / jax.device_count(), 4) if peak else None,
+                     "cost": round(1 - middle / whole, 4) if name.startswith("without") else None})
+    facts = {"preset": args.preset, "overrides": fields, "tokens_per_step": tokens, "seq_len": cfg.train.seq_len,
+             "parameters": sum(spec.size for spec in session.specs.values()), "flops_per_step": flops,
+             "compute_dtype": session.compute_dtype, "versions": interpreter(),
+             "load_max_over_mean": round(float(np.max(measured["load_max_over_mean"])), 2),
+             "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")}
+    print(f"{args.preset}: {facts['parameters'] / 1e9:.2f} B parameters, {tokens} tokens a step in rows of {cfg.train.seq_len}, "
+          f"busiest expert at {facts['load_max_over_mean']} of the mean, {jax.devices()[0].device_kind}")
+    print(table(rows))
+    if args.write:
+        print(f"wrote {measure.write(f'step-{args.preset}', [facts, *rows]).name}")
+
+
+if __name__ == "__main__":
+    main()
