@@ -136,4 +136,6 @@ def compile_for_devices(lowered, dump: Path, devices: list):
     if devices[0].platform != "tpu":
         # The default replaces small all-reduces by a kernel that cannot be compiled without a GPU.
         options["xla_gpu_experimental_use_collective_kernels"] = ""
+        # There is nothing to time kernels on, and the tuner would compile all it could choose from: most of the time.
+        options["xla_gpu_autotune_level"] = 0
     return lowered.compile(compiler_options=options)

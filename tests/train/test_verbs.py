@@ -1,8 +1,11 @@
 """The command line as a user meets it: every verb on a small run, and what wrong commands say."""
 
 import json
+import re
+from collections import Counter
 
 import pytest
+from jax.profiler import ProfileData
 
 import launch
 from train.run_dir import RunDir
@@ -63,7 +66,12 @@ def test_metrics_hold_what_the_report_shows(trained):
 
 
 def test_a_trace_of_the_named_steps_is_written(trained):
-    assert len(list(trained.profile.glob("**/*.xplane.pb"))) == 1
+    """Two steps were asked for: both calls are there, and their operations by name."""
+    (file,) = trained.profile.glob("**/*.xplane.pb")
+    planes = ProfileData.from_file(str(file)).planes
+    names = Counter(event.name for plane in planes for line in plane.lines for event in line.events)
+    assert sum(count for name, count in names.items() if "train_step" in name) >= 2
+    assert sum(count for name, count in names.items() if re.fullmatch(r"(dot|while|\w*fusion)(\.\d+)?", name)) > 100
 
 
 def test_export_verify_eval_generate_report(trained, capsys):
