@@ -13,6 +13,7 @@ from configs.moonlight import moonlight_16b
 from configs.schema import MeshConfig, QuantConfig, RunConfig
 
 MACHINES = {
+    "moonlight_16b_h200_1": "h200:1x1",
     "moonlight_16b_v6e_16": "v6e:4x4",
     "kimi_k2_v5p_512": "v5p:8x8x8",
     "kimi_k2_tpu7x_256": "tpu7x:4x8x8",
@@ -20,6 +21,16 @@ MACHINES = {
     "deepseek_v3_h100_512": "h100:64x8",
 }
 """The machine each run is planned for."""
+
+
+def moonlight_16b_h200_1() -> RunConfig:
+    """Post-training of all 16 B parameters on one GPU: Muon, experts on the INT4 grid, QK-Clip. 6 bytes per parameter:
+    weights, momentum and the gradients' sum in bf16, of which there is one copy each. Half a million tokens a step."""
+    base = moonlight_16b()
+    return replace(base, quant=QuantConfig(grid="int4"), mesh=MeshConfig(data=1),
+                   optim=replace(base.optim, lr=2e-5, schedule="wsd", warmup_steps=50, decay_fraction=0.3, qk_clip_tau=100.0,
+                                 momentum_dtype="bfloat16", master_dtype="bfloat16"),
+                   train=replace(base.train, steps=1000, batch_size=64, accumulate=64))
 
 
 def moonlight_16b_v6e_16() -> RunConfig:
@@ -59,5 +70,5 @@ def deepseek_v3_h100_512() -> RunConfig:
     return replace(base, mesh=MeshConfig(data=1, fsdp=64, expert=8), train=replace(base.train, accumulate=30))
 
 
-PLANS = {f.__name__: f for f in (moonlight_16b_v6e_16, kimi_k2_v5p_512, kimi_k2_tpu7x_256, kimi_k2_thinking_256k,
-                                 deepseek_v3_h100_512)}
+PLANS = {f.__name__: f for f in (moonlight_16b_h200_1, moonlight_16b_v6e_16, kimi_k2_v5p_512, kimi_k2_tpu7x_256,
+                                 kimi_k2_thinking_256k, deepseek_v3_h100_512)}

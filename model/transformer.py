@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from configs.param_spec import Matrix, ParamSpec, Specs
 from configs.schema import ModelConfig
-from model import embedding, remat
+from model import embedding, remat, stacked
 from model.call import Call, LayerAux, ModelAux, MoEAux
 from model.declare import Declare
 from model.layers import FeedForward, RMSNorm
@@ -63,19 +63,25 @@ class Transformer(nnx.Module):
         self.head = declare("head", (D, V), ("embed", "vocab"), init=std, update="adamw",
                             matrix=Matrix(("embed",), ("vocab",)), hf="lm_head.weight")
 
-    def __call__(self, tokens_BS: Int[Array, "B S"], call: Call) -> tuple[Float[Array, "B S D"], ModelAux, Array]:
-        """Final normed hidden states, measurements per layer, and the latents [L, B, S, R+rope] of all layers."""
+    def __call__(self, tokens_BS: Int[Array, "B S"], call: Call, sums: stacked.Sums | None = None
+                 ) -> tuple[Float[Array, "B S D"], ModelAux, Array]:
+        """Final normed hidden states, measurements per layer, and the latents [L, B, S, R+rope] of all layers. The gradients
+        of the stacked layers are added to `sums`, where there are any (model/stacked.py)."""
         x = embedding.lookup(self.embed, tokens_BS, call)
         measured = []
         for layer in self.dense:
             x, aux, _, latents = remat.wrap(layer, call.remat)(x, call)
             measured.append((aux, latents))
 
-        def body(x, layer):
+        def body(x, layer, call):
             x, aux, moe_aux, latents = remat.wrap(layer, call.remat)(x, call)
             return x, (aux, moe_aux, latents)
 
-        x, (aux, moe_aux, latents) = jax.lax.scan(body, x, self.moe, unroll=call.unroll)
+        if sums is None:
+            x, measured_moe = jax.lax.scan(partial(body, call=call), x, self.moe, unroll=call.unroll)
+        else:
+            x, measured_moe = stacked.run(body, call.unroll, x, self.moe, sums, call)
+        aux, moe_aux, latents = measured_moe
         for layer_aux, layer_latents in reversed(measured):
             aux = jax.tree.map(lambda one, stack: jnp.concatenate([one[None], stack]), layer_aux, aux)
             latents = jnp.concatenate([layer_latents[None], latents])

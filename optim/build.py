@@ -47,10 +47,11 @@ def build_optimizer(specs: Specs, cfg: OptimConfig, total_steps: int, *, mesh: M
                     shardings: Mapping[str, NamedSharding] | None = None) -> optax.GradientTransformationExtraArgs:
     """The optimizer over flat dicts with the keys of `specs`.
 
-    update(grads, state, params, *, max_logits, expert_counts) -> (updates, state)
+    update(grads, state, params, *, max_logits, expert_counts, finite=True) -> (updates, state)
         grads          any float dtype; those of router biases are ignored and may be missing
         max_logits     float32 [num_hidden_layers, H], the step's maximum; None only without QK-Clip
         expert_counts  [num_moe_layers, E], tokens of the whole global batch; None only without router biases
+        finite         scalar; where it is false the updates are zero and the state is the old one
         updates        float32, to be added to the weights (optim/apply.py)
 
     Call it once per optimizer step, on the gradient accumulated over all microbatches. `mesh` and `shardings` let the
@@ -92,7 +93,7 @@ def build_optimizer(specs: Specs, cfg: OptimConfig, total_steps: int, *, mesh: M
                               matrices.init(pick(params, "muon")), vectors.init(pick(params, "adamw")),
                               QKClipState(jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32)))
 
-    def update(grads, state, params, *, max_logits=None, expert_counts=None, **_):
+    def update(grads, state, params, *, max_logits=None, expert_counts=None, finite=True, **_):
         check(grads, "the gradients", group["router_bias"])
         grads = {path: grads[path] for path in group["muon"] + group["adamw"]}
         if cfg.clip_norm and cfg.clip == "all":
@@ -101,7 +102,8 @@ def build_optimizer(specs: Specs, cfg: OptimConfig, total_steps: int, *, mesh: M
         if cfg.clip_norm and cfg.clip == "adamw":
             small = clip_to(small, cfg.clip_norm)
 
-        updates, muon_state = matrices.update(pick(grads, "muon"), state.muon, pick(params, "muon"), step=state.step)
+        updates, muon_state = matrices.update(pick(grads, "muon"), state.muon, pick(params, "muon"), step=state.step,
+                                              finite=finite)
         adam_updates, adam_state = vectors.update(small, state.adamw, pick(params, "adamw"), step=state.step)
         updates = updates | adam_updates
         if group["router_bias"]:
@@ -114,7 +116,11 @@ def build_optimizer(specs: Specs, cfg: OptimConfig, total_steps: int, *, mesh: M
             if max_logits is None:
                 raise ConfigError("QK-Clip needs max_logits; pass them to update or set optim.qk_clip_tau to None")
             updates, clip_state = clip.update(updates, clip_state, params, max_logits=max_logits)
-        return updates, OptimizerState(state.layout, state.step + 1, muon_state, adam_state, clip_state)
+        updates = {path: jnp.where(finite, u, 0) for path, u in updates.items()}
+        new = state.step + 1, adam_state, clip_state
+        step, adam_state, clip_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new,
+                                                    (state.step, state.adamw, state.qk_clip))
+        return updates, OptimizerState(state.layout, step, muon_state, adam_state, clip_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -32,8 +32,9 @@ class MomentumState(NamedTuple):
     """Shape and sharding of the weights, so that it can be restored on any mesh."""
 
 
-def scale_by_momentum(decay: float, nesterov: bool, dtype=jnp.float32) -> optax.GradientTransformation:
-    """Exponential mean of the gradients, stored in `dtype`, computed and returned in float32.
+def scale_by_momentum(decay: float, nesterov: bool, dtype=jnp.float32) -> optax.GradientTransformationExtraArgs:
+    """Exponential mean of the gradients, stored in `dtype`, computed and returned in float32. Where `finite` is false the
+    stored one stays.
 
     No bias correction: the orthogonal factor does not depend on the size of its input. (optax corrects the two terms
     of its Nesterov sum with different exponents, which turns the direction of the first ten steps; we do as torch.)
@@ -42,18 +43,18 @@ def scale_by_momentum(decay: float, nesterov: bool, dtype=jnp.float32) -> optax.
     def init(params):
         return MomentumState({path: jnp.zeros(p.shape, dtype) for path, p in params.items()})
 
-    def update(grads, state, params=None):
+    def update(grads, state, params=None, *, finite=True, **_):
         grads = {path: g.astype(jnp.float32) for path, g in grads.items()}
         new = {path: (decay * state.momentum[path].astype(jnp.float32) + (1 - decay) * g).astype(dtype)
                for path, g in grads.items()}
         # Without the barrier XLA computes both results from the old momentum, and then has to copy it: the new one
-        # is written over the old one.
-        new = lax.optimization_barrier(new)
+        # is written over the old one. For the same reason the old one must not be asked for behind it.
+        new = lax.optimization_barrier({path: jnp.where(finite, m, state.momentum[path]) for path, m in new.items()})
         stored = {path: m.astype(jnp.float32) for path, m in new.items()}
         ahead = {path: decay * stored[path] + (1 - decay) * g for path, g in grads.items()} if nesterov else stored
         return ahead, MomentumState(new)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def orthogonalize(plan: tuple[Group, ...], dtype, *, mesh: Mesh | None = None,

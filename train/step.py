@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from configs.param_spec import Specs
 from configs.schema import RunConfig
@@ -21,9 +21,10 @@ from configs.sharding import ROW_AXES, TOKEN_AXES
 from model import cross_entropy
 from model.call import Call, LayerAux, ModelAux, MoEAux, combine, nothing_measured, over_devices
 from model.shards import ONE_DEVICE, Shards, shards_of
+from model.stacked import Sums
 from model.transformer import bind, param_specs
-from optim.apply import apply_updates
-from optim.metrics import optimizer_metrics
+from optim.apply import apply_updates, stochastic_round
+from optim.metrics import gradient_metrics, update_metrics
 from quant.served import Serving, grid_amount
 from train.checkpoint import fingerprint
 from train.state import TrainState
@@ -48,18 +49,18 @@ class StepConfig:
         return shards_of(self.mesh)
 
 
-def loss_fn(params: dict[str, Array], batch: Batch, amount: Array, total_weight: Array, cfg: StepConfig
-            ) -> tuple[Float[Array, ""], tuple[Array, ModelAux]]:
+def loss_fn(params: dict[str, Array], batch: Batch, amount: Array, total_weight: Array, cfg: StepConfig,
+            sums: Sums | None = None) -> tuple[Float[Array, ""], tuple[Array, ModelAux]]:
     """This device's share of sum(weight * nll) / total_weight plus the auxiliary losses; and (nll sum, measurements).
 
     `total_weight` is the whole step's, so the shares of microbatches and devices add up to the global mean. Devices
-    along tensor have the same tokens: each takes its part of their loss.
+    along tensor have the same tokens: each takes its part of their loss. `sums`: model/stacked.py.
     """
     run = cfg.run
     call = Call(batch["positions"], batch["segments"], amount, Serving.of(run.model, run.quant), cfg.compute_dtype,
                 cfg.platform, run.train.remat, run.train.layers == "unroll", cfg.shards, run.train.transport, cfg.settled)
     network = bind(run.model, params)
-    hidden, aux, _ = network(batch["tokens"], call)
+    hidden, aux, _ = network(batch["tokens"], call, sums)
     nll, lse = cross_entropy.losses(hidden, network.head, batch["targets"], call)
     weights = batch["weights"].reshape(-1)
     nll_sum = jnp.sum(weights * nll)
@@ -71,56 +72,82 @@ def loss_fn(params: dict[str, Array], batch: Batch, amount: Array, total_weight:
     return loss / cfg.shards.size("tensor"), (nll_sum, aux)
 
 
-def gradients(params: dict[str, Array], batch: Batch, amount: Array, cfg: StepConfig
+def gradients(params: dict[str, Array], batch: Batch, amount: Array, cfg: StepConfig, key: PRNGKeyArray | None = None
               ) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
-    """Mean loss, gradients and measurements of a whole batch: global arrays in and out, in their shardings.
+    """Mean loss, gradients and measurements of a whole batch: global arrays in and out, in their shardings. `key`: of the
+    rounding of sums of microbatches; not needed for float32 masters.
 
     Inside, every device runs `local_gradients` on its rows and positions and on its parts of the parameters.
     """
     if cfg.shards == ONE_DEVICE:
-        return local_gradients(params, batch, amount, cfg)
+        return local_gradients(params, batch, amount, key, cfg)
     parts = {path: P(*(axes or None for axes in cfg.shards.stored(spec)))
              for path, spec in param_specs(cfg.run.model).items()}
     measured = ModelAux(LayerAux(P(None, "tensor")), MoEAux(P(), P()))
     run = jax.shard_map(partial(local_gradients, cfg=cfg), mesh=cfg.mesh,
-                        in_specs=(parts, P(ROW_AXES, "context"), P()), out_specs=(P(), parts, measured), check_vma=False)
-    return run(params, batch, amount)
+                        in_specs=(parts, P(ROW_AXES, "context"), P(), P()), out_specs=(P(), parts, measured),
+                        check_vma=False)
+    return run(params, batch, amount, key)
 
 
-def local_gradients(params: dict[str, Array], batch: Batch, amount: Array, cfg: StepConfig
+def local_gradients(params: dict[str, Array], batch: Batch, amount: Array, key: PRNGKeyArray | None, cfg: StepConfig
                     ) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
     """The same for one device, gradients summed over microbatches here and over devices once, at the end."""
     shards = cfg.shards
     batch = {name: shards.own_positions(shards.gather_axis(x, ("context",), 1), 1) for name, x in batch.items()}
     total_weight = shards.total(jnp.sum(batch["weights"]), TOKEN_AXES)
-    nll, grads, aux = accumulated(params, batch, amount, total_weight, cfg)
+    nll, grads, aux = accumulated(params, batch, amount, total_weight, key, cfg)
     specs = param_specs(cfg.run.model)
     grads = {path: shards.total_gradient(g, specs[path]) for path, g in grads.items()}
     return shards.total(nll, TOKEN_AXES) / total_weight, grads, over_devices(aux, shards.split(TOKEN_AXES))
 
 
-def accumulated(params: dict[str, Array], batch: Batch, amount: Array, total_weight: Array, cfg: StepConfig
-                ) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
-    """Sum of nll, gradients and measurements of this device's tokens, microbatch by microbatch in float32."""
+def accumulated(params: dict[str, Array], batch: Batch, amount: Array, total_weight: Array, key: PRNGKeyArray | None,
+                cfg: StepConfig) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
+    """Sum of nll, gradients and measurements of this device's tokens, microbatch by microbatch: in float32, and kept in
+    the masters' dtype between them. bfloat16 sums are rounded up or down at random, so that small summands count; to
+    those of the stacked layers the backward pass adds in place, so that there is one copy of them (model/stacked.py)."""
     grad = jax.value_and_grad(loss_fn, has_aux=True)
-    count = cfg.run.train.accumulate
+    count, specs = cfg.run.train.accumulate, param_specs(cfg.run.model)
     if count == 1:
         (_, (nll, aux)), grads = grad(params, batch, amount, total_weight, cfg)
         return nll, grads, aux
+    in_place = {path for path, spec in specs.items() if "layers" in spec.axes and cfg.run.optim.master_dtype == "bfloat16"}
+    fixed = {path: params[path] for path in in_place}
+
+    def of_sums(rest, sums, rows, key):
+        """The loss as a function of what is differentiated."""
+        adding = Sums(bind(cfg.run.model, sums, partly=True).moe, key, _added) if sums else None
+        return loss_fn(fixed | rest, rows, amount, total_weight, cfg, adding)
 
     # Microbatch m takes rows m, m + count, ... of every device: of all rows the same ones on any mesh.
     micro = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
 
-    def add(carry, rows):
-        (_, (nll, aux)), grads = grad(params, rows, amount, total_weight, cfg)
-        new = nll, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        return (jax.tree.map(jnp.add, carry[0], new), combine(carry[1], aux)), None
+    def add(carry, numbered_rows):
+        index, rows = numbered_rows
+        nll, grads, measured = carry
+        own_key = None if key is None else jax.random.fold_in(key, index)
+        rest, sums = _split(params, in_place)[0], _split(grads, in_place)[1]
+        (_, (more_nll, aux)), (more, sums) = jax.value_and_grad(of_sums, (0, 1), has_aux=True)(rest, sums, rows, own_key)
+        grads = apply_updates(_split(grads, in_place)[0], more, own_key) | sums
+        return (nll + more_nll, grads, combine(measured, aux)), None
 
     first = jax.tree.map(lambda x: x[0], micro)
     shapes = jax.eval_shape(lambda: grad(params, first, amount, total_weight, cfg)[0][1][1])
-    zeros = jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    ((nll, grads), aux), _ = jax.lax.scan(add, (zeros, nothing_measured(shapes)), micro)
+    start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), nothing_measured(shapes)
+    (nll, grads, aux), _ = jax.lax.scan(add, start, (jnp.arange(count), micro))
     return nll, grads, aux
+
+
+def _split(tree: dict[str, Array], paths: set[str]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """What is not among `paths`, and what is."""
+    return {k: x for k, x in tree.items() if k not in paths}, {k: x for k, x in tree.items() if k in paths}
+
+
+def _added(total: Array, gradient: Array, key: PRNGKeyArray, index: Array) -> Array:
+    """One layer's gradient added to its sum."""
+    more = total.astype(jnp.float32) + gradient
+    return more if total.dtype == jnp.float32 else stochastic_round(more, jax.random.fold_in(key, index))
 
 
 def make_train_step(cfg: StepConfig, specs: Specs, optimizer: optax.GradientTransformationExtraArgs,
@@ -129,23 +156,19 @@ def make_train_step(cfg: StepConfig, specs: Specs, optimizer: optax.GradientTran
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         amount = jnp.float32(1) if cfg.settled else grid_amount(cfg.run.quant, state.step)
-        loss, grads, aux = gradients(state.params, batch, amount, cfg)
-        updates, opt_state = optimizer.update(grads, state.optimizer, state.params,
-                                              max_logits=aux.attention.max_logit, expert_counts=aux.moe.expert_counts)
         key = jax.random.fold_in(jax.random.key(cfg.run.train.seed), state.step)
-        params = apply_updates(state.params, updates, key)
-
-        report = optimizer_metrics(specs, cfg.run.optim, grads, updates, opt_state)
-
+        loss, grads, aux = gradients(state.params, batch, amount, cfg, key)
+        norms = gradient_metrics(specs, cfg.run.optim, grads)
         # A step whose loss or gradient is not finite changes nothing but the two counters.
-        finite = jnp.isfinite(loss) & jnp.isfinite(report["grad_norm"])
-        params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt_state),
-                                         (state.params, state.optimizer))
+        finite = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"])
+        updates, opt_state = optimizer.update(grads, state.optimizer, state.params, max_logits=aux.attention.max_logit,
+                                              expert_counts=aux.moe.expert_counts, finite=finite)
+        params = apply_updates(state.params, updates, key)
         new = TrainState(params, opt_state, state.step + 1, state.skipped + jnp.where(finite, 0, 1))
         metrics = {"loss": loss, "data_print": sum(fingerprint(x) for x in batch.values()), "lr": schedule(state.step),
                    "grid_amount": amount, "skipped_steps": new.skipped,
-                   "tokens": jnp.sum(batch["segments"] > 0), **routing_metrics(aux, batch, cfg),
-                   **report}
+                   "tokens": jnp.sum(batch["segments"] > 0), **routing_metrics(aux, batch, cfg), **norms,
+                   **update_metrics(specs, cfg.run.optim, updates, opt_state)}
         return new, metrics
 
     return train_step

@@ -10,7 +10,7 @@ from configs.schema import ConfigError, OptimConfig
 from optim import routing
 from optim.apply import apply_updates, stochastic_round
 from optim.build import build_optimizer, check_state, state_shardings
-from optim.metrics import optimizer_metrics
+from optim.metrics import gradient_metrics, update_metrics
 from optim.routing import fingerprint, routing_table
 from optim.transforms import global_norm
 
@@ -198,11 +198,22 @@ def test_resume_on_another_mesh():
         np.testing.assert_allclose(same[path], moved[path], rtol=0, atol=1e-8)  # updates are about 4e-5
 
 
+def test_a_step_that_is_not_finite_updates_nothing():
+    """NaN and infinite gradients and loads with finite=False: zero updates, and the state it had, bit by bit."""
+    specs = small()
+    opt, params = build_optimizer(specs, CFG, 10), arrays(specs, 0, 0.02)
+    _, state = run(specs, CFG, arrays(specs, 1), params)
+    bad = {path: g.at[0].set(jnp.nan).at[1].set(jnp.inf) for path, g in arrays(specs, 2).items()}
+    updates, after = jax.jit(lambda g, s, p, ok: opt.update(g, s, p, finite=ok, **statistics()))(bad, state, params, False)
+    assert not any(np.any(u) for u in updates.values())
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
 def test_metrics():
     specs = small()
     grads = arrays(specs, 1)
     updates, state = run(specs, CFG, grads)
-    got = jax.jit(lambda g, u, s: optimizer_metrics(specs, CFG, g, u, s))(grads, updates, state)
+    got = jax.jit(lambda g, u, s: gradient_metrics(specs, CFG, g) | update_metrics(specs, CFG, u, s))(grads, updates, state)
     assert set(got) == {"grad_norm", *(f"{k}/{g}" for k in ("grad_norm", "update_rms") for g in
                                        ("experts", "matrices", "adamw")), "qk_clip/heads", "qk_clip/gamma"}
     assert float(got["grad_norm/adamw"]) == pytest.approx(np.linalg.norm(grads["norm"]), rel=1e-5)
