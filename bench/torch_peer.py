@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not spin beside another library's
@@ -28,12 +29,13 @@ KELLER = (3.4445, -4.7750, 2.0315)
 
 
 class ExpertMuon(torch.optim.Optimizer):
-    """torch.optim.Muon's rule over stacks of matrices [E, rows, columns], in bfloat16 like it. Gate and up, fused along
-    rows, count as two matrices."""
+    """torch.optim.Muon's rule over stacks of matrices [E, rows, columns], in bfloat16 like it or in float32, whichever this
+    machine multiplies faster. Gate and up, fused along rows, count as two matrices."""
 
     def __init__(self, params, fused: set[torch.Tensor], lr: float, weight_decay=0.1, momentum=0.95, steps=5):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, steps=steps))
         self.fused = fused
+        self.dtype = faster_dtype()
 
     @torch.no_grad()
     def step(self):
@@ -44,16 +46,30 @@ class ExpertMuon(torch.optim.Optimizer):
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 x = p.grad.lerp(momentum, group["momentum"])
                 rows, columns = x.shape[1] // (2 if p in self.fused else 1), x.shape[2]
-                update = newton_schulz(x.reshape(-1, rows, columns), group["steps"]).reshape(p.shape)
+                update = newton_schulz(x.reshape(-1, rows, columns), group["steps"], self.dtype).reshape(p.shape)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
 
 
-def newton_schulz(x: torch.Tensor, steps: int) -> torch.Tensor:
-    """Keller Jordan's quintic on a stack of matrices, bfloat16."""
+def faster_dtype() -> torch.dtype:
+    """bfloat16 or float32, by a batched product of this size: a CPU without bfloat16 instructions emulates them."""
+    def seconds(dtype: torch.dtype) -> float:
+        x = torch.ones(16, 128, 128, dtype=dtype)
+        times = []
+        for _ in range(5):
+            start = time.process_time()
+            torch.bmm(x, x)
+            times.append(time.process_time() - start)
+        return min(times)
+
+    return min((torch.bfloat16, torch.float32), key=seconds)
+
+
+def newton_schulz(x: torch.Tensor, steps: int, dtype: torch.dtype) -> torch.Tensor:
+    """Keller Jordan's quintic on a stack of matrices."""
     a, b, c = KELLER
     tall = x.shape[1] > x.shape[2]
-    x = (x.mT if tall else x).bfloat16()
+    x = (x.mT if tall else x).to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -125,7 +141,7 @@ def main() -> None:
     step, pull = programs(cfg.model, random_batch(cfg), experts, precision, compiled=how == "compiled")
     product = matmul(*MATMUL, dtype)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
-                "threads": torch.get_num_threads()}
+                "threads": torch.get_num_threads(), "newton_schulz_of_experts": str(faster_dtype())}
     serve(versions, {"step": step, "pull": pull, "matmul": lambda: float(product()[0, 0])})
 
 
