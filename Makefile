@@ -1,4 +1,5 @@
 # make demo        train the tiny preset on INT4, evaluate, export, verify, generate, report (about 5 minutes on 2 cores)
+# make demo-tools  the same for tool calls: pretrain on copying, fine-tune on chains of 1 to 8 calls, play chains of up to 300
 # make test        the test suite              make test-peers   comparisons with transformers, torch, compressed-tensors
 # make test-slow   what takes minutes a test: whole products of settings, programs compiled for whole clusters
 # make test-gpu    the kernels on a Hopper GPU (PLATFORM=cuda13 or cuda12)
@@ -6,6 +7,7 @@
 
 PLATFORM ?= cpu
 RUN ?= runs/demo
+TOOLS ?= runs/tools
 # The newest Python that starts, on the PATH or among those that pyenv and uv keep.
 find = for v in $(1); do for p in python$$v $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$v*/bin/python \
   $$HOME/.local/share/uv/python/cpython-$$v*/bin/python; do "$$p" -c "" 2>/dev/null && echo "$$p" && exit; done; done
@@ -19,7 +21,7 @@ READY := $(VENV)/ready-$(PLATFORM)
 PEERS := .venv-peers/ready
 RUN_PY := $(VENV)/bin/python launch.py
 
-.PHONY: demo test test-peers test-oldest test-slow test-gpu lint clean-demo
+.PHONY: demo demo-tools test test-peers test-oldest test-slow test-gpu lint clean-demo
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Abruzzi needs Python 3.11 or newer; name one with PYTHON=...")'
@@ -46,6 +48,22 @@ demo: $(READY)
 	$(RUN_PY) report $(RUN)
 	@echo; echo "look at $(RUN)/report.md; ask the model: $(RUN_PY) generate --weights $(RUN)/export '3a+4b-9='"
 
+# Three runs: what pretraining has to bring along is copying, so that is all it teaches; then the fine-tuning, with the
+# experts on the grid at its end, and its control without the grid. Every chain is played in a live loop.
+demo-tools: $(READY)
+	@test ! -e $(TOOLS) || { echo "$(TOOLS) exists: remove it (make clean-demo) or name another with TOOLS=..."; exit 2; }
+	$(RUN_PY) train --preset tiny --run $(TOOLS)-base --data.task copy --data.task-length 1 3 --quant.grid none \
+		--optim.schedule constant --train.steps 210 --train.batch-size 16 --train.seq-len 128
+	$(RUN_PY) train --preset tiny_sft --run $(TOOLS) --train.init-from $(TOOLS)-base
+	$(RUN_PY) train --preset tiny_sft --run $(TOOLS)-bf16 --quant.grid none --train.init-from None \
+		--train.fork-from $(TOOLS)@grid
+	$(RUN_PY) export $(TOOLS)
+	$(RUN_PY) verify $(TOOLS)/export --run $(TOOLS)
+	$(RUN_PY) eval --run $(TOOLS) --suite horizon --problems 64 --minutes 30 -- bf16=$(TOOLS)-bf16:bf16 \
+		PTQ-RTN=$(TOOLS)-bf16:rtn PTQ-GPTQ=$(TOOLS)-bf16:gptq PTQ-AWQ=$(TOOLS)-bf16:awq QAT-INT4=$(TOOLS)/export
+	$(RUN_PY) generate --weights $(TOOLS)/export --task pointer_chase --length 12 --context 768 --max-new-tokens 96
+	$(RUN_PY) report $(TOOLS)
+
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n 2 -q
 
@@ -67,4 +85,4 @@ lint: $(READY)
 	$(VENV)/bin/python -m ruff check .
 
 clean-demo:
-	rm -rf $(RUN) $(RUN)-bf16
+	rm -rf $(RUN) $(RUN)-bf16 $(TOOLS) $(TOOLS)-base $(TOOLS)-bf16

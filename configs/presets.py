@@ -13,10 +13,10 @@ from configs.kimi_k2 import kimi_k2, kimi_k2_thinking
 from configs.moonlight import moonlight_16b
 from configs.plans import PLANS
 from configs.schema import ConfigError, RunConfig
-from configs.tiny import laptop, one_gpu, tiny
+from configs.tiny import laptop, one_gpu, tiny, tiny_sft
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
-    f.__name__: f for f in (tiny, laptop, one_gpu, kimi_k2, kimi_k2_thinking, deepseek_v3, moonlight_16b)} | PLANS
+    f.__name__: f for f in (tiny, tiny_sft, laptop, one_gpu, kimi_k2, kimi_k2_thinking, deepseek_v3, moonlight_16b)} | PLANS
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -6,6 +6,8 @@ YaRN is used, beta_fast 32. `routed_scaling_factor` is model/router.py:gate_scal
 
 from __future__ import annotations
 
+import dataclasses
+
 from configs.schema import DataConfig, ModelConfig, OptimConfig, QuantConfig, RunConfig, TrainConfig
 
 
@@ -18,6 +20,20 @@ def tiny() -> RunConfig:
         quant=QuantConfig(start_step=338),
         data=DataConfig(task_length=(1, 6)),
         train=TrainConfig(steps=450, batch_size=24, seq_len=96, log_every=25, checkpoint_every=150, layers="unroll"))
+
+
+def tiny_sft() -> RunConfig:
+    """Supervised fine-tuning of a `tiny` run, whose weights it starts from (train.init_from), on conversations with tools:
+    the built-in pointer_chase, or chat rows named by data.paths. Longer ones leave out their oldest tool exchanges, as the
+    live loop does. As in K2 Thinking's post-training the experts go onto the grid during it."""
+    base = tiny()
+    return dataclasses.replace(
+        base,
+        optim=OptimConfig(lr=3e-3, warmup_steps=10),
+        quant=QuantConfig(start_step=80),
+        data=DataConfig(task="pointer_chase", task_length=(1, 8), too_long="shorten"),
+        train=dataclasses.replace(base.train, steps=120, batch_size=6, seq_len=768, checkpoint_every=40,
+                                  init_from="runs/tiny"))
 
 
 def laptop() -> RunConfig:

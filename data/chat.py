@@ -25,6 +25,8 @@ class Account:
     conversations: int = 0
     rows: int = 0
     shortened: int = 0
+    untrained: int = 0
+    """Answers whose row trains nothing, because the conversation says so; it has other answers."""
     trained_tokens: int = 0
     tokens: int = 0
     """Of the rows."""
@@ -38,7 +40,8 @@ class Account:
     def summary(self) -> dict[str, object]:
         """The counts, for people."""
         return {"conversations": self.conversations, "chat_rows": self.rows, "shortened": self.shortened,
-                "rejected": len(self.rejected), "trained_share": self.trained_tokens / max(1, self.tokens),
+                "untrained_answers": self.untrained, "rejected": len(self.rejected),
+                "trained_share": self.trained_tokens / max(1, self.tokens),
                 "duplication": self.rendered / max(1, self.rendered_once)}
 
 
@@ -59,6 +62,24 @@ def without_oldest_exchange(messages: Sequence[Message]) -> list[Message] | None
     return None
 
 
+def numbered(messages: Sequence[Message]) -> list[Message]:
+    """The messages with their calls counted from 0 in the order they stand, results following. What a server does with a
+    conversation it is given: it cannot know of calls that were left out before."""
+    ids: dict[str, str] = {}
+    out = []
+    for message in messages:
+        if message.get("tool_calls"):
+            calls = []
+            for call in message["tool_calls"]:
+                ids[call["id"]] = f"functions.{call['function']['name']}:{len(ids)}"
+                calls.append(call | {"id": ids[call["id"]]})
+            message = message | {"tool_calls": calls}
+        elif message["role"] == "tool":
+            message = message | {"tool_call_id": ids[message["tool_call_id"]]}
+        out.append(message)
+    return out
+
+
 def shorter_versions(messages: Sequence[Message]) -> list[list[Message]]:
     """The conversation without its oldest tool exchange, without the oldest two, and so on."""
     versions = []
@@ -71,7 +92,7 @@ def shortened(messages: Sequence[Message], tools: Sequence[dict], renderer: Kimi
               seq_len: int) -> Rendered | None:
     """The row that ends with these messages, as few of the oldest tool exchanges left out as make it fit, or None."""
     def row(version: Sequence[Message]) -> Rendered | None:
-        rows = renderer.rows(version, tools, "preserved" if mode == "preserved" else "last_segment")
+        rows = renderer.rows(numbered(version), tools, "preserved" if mode == "preserved" else "last_segment")
         return rows[0] if rows else None
 
     def short_enough(version: Sequence[Message]) -> bool:
@@ -97,6 +118,7 @@ def chat_rows(conversations: Iterable[Talk], renderer: KimiRenderer, mode: Mode,
         if not whole:
             refuse(f"{where}: no token of it is trained", bad_rows, "bad_rows", account)
             continue
+        account.untrained += renderer.segments(talk.messages, mode) - len(whole)
         account.rendered += sum(len(row.ids) for row in whole)
         account.rendered_once += max(len(row.ids) for row in whole)
         for number, row in enumerate(whole):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from data import tokenizer as tok
-from data.chat import shorter_versions
+from data.chat import numbered, shorter_versions
 from data.parse import parse_ids
 from data.render import KimiRenderer, Message, Mode
 
@@ -46,11 +46,11 @@ class Episode:
     environment: Environment
     declarations: Sequence[dict] = ()
     shown: list[Message] = field(init=False)
-    """The messages that still stand in the model's context; see `next_prompt`."""
+    """The messages that still stand in the model's context, where their calls count from 0; see `next_prompt`."""
     bill: Bill = field(default_factory=Bill)
     replies: int = 0
     misnumbered: int = 0
-    """Calls whose id did not continue the conversation's count; they are renumbered, as serving engines do."""
+    """Calls whose id did not continue the count of the calls shown; they are renumbered, as serving engines do."""
     failures: list[str] = field(default_factory=list)
     stopped: str = ""
     """Empty while it runs. done: the environment had nothing more to say. failure: a reply was cut off or its call
@@ -63,16 +63,16 @@ class Episode:
         """What the next reply is generated from. Where that is more than `context` tokens, the oldest whole tool exchanges
         are left out (as data.too_long=shorten does with training rows) until it is half of that: seldom, because what
         is left has to be read again."""
-        prompt = renderer.prompt(self.shown, self.declarations, mode)
+        prompt = renderer.prompt(numbered(self.shown), self.declarations, mode)
         if context is None or len(prompt) <= context:
             return prompt
         versions = shorter_versions(self.shown)
         if not versions:
             return prompt
-        first = bisect_left(versions[:-1], True, key=lambda version: len(renderer.prompt(version, self.declarations, mode))
-                            <= context // 2)
+        first = bisect_left(versions[:-1], True, key=lambda version: len(renderer.prompt(
+            numbered(version), self.declarations, mode)) <= context // 2)
         self.shown = versions[first]
-        return renderer.prompt(self.shown, self.declarations, mode)
+        return renderer.prompt(numbered(self.shown), self.declarations, mode)
 
     def add(self, messages: Sequence[Message]) -> None:
         self.messages += messages
@@ -88,12 +88,10 @@ class Episode:
         self.replies += 1
         self.bill.add(ids, renderer.tokenizer.special)
         reply = parse_ids(ids, renderer.tokenizer)
-        number = sum(len(message.get("tool_calls", ())) for message in self.messages)
-        for made in reply.calls:
-            right = f"functions.{made['function']['name']}:{number}"
-            self.misnumbered += made["id"] != right
-            made["id"] = right
-            number += 1
+        seen, number = (sum(len(message.get("tool_calls", ())) for message in some) for some in (self.shown, self.messages))
+        for index, made in enumerate(reply.calls):
+            self.misnumbered += made["id"] != f"functions.{made['function']['name']}:{seen + index}"
+            made["id"] = f"functions.{made['function']['name']}:{number + index}"
         self.add([reply.message()])
         if reply.failures or not reply.finished:
             self.failures += reply.failures or ["the reply is not finished"]

@@ -21,11 +21,14 @@ Message = dict[str, Any]
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
          "human": "user", "gpt": "assistant", "model": "assistant", "function_call": "assistant", "observation": "tool",
-         "function": "tool"}
-"""OpenAI's and ShareGPT's names for the four roles."""
+         "function": "tool", "tool_call": "assistant", "tool_response": "tool"}
+"""OpenAI's, ShareGPT's and ms-swift's names for the four roles."""
+CALL_ROLES = ("function_call", "tool_call")
+"""Messages whose whole text is a call. Several in a row, or one behind a text, are one turn of the assistant."""
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 SWITCHES = ("train", "weight", "loss_mask")
 """Fields whose false or zero value keeps a message out of the loss."""
+ARGUMENT_FIELDS = ("arguments", "parameters", "args")
 
 
 class RowError(ConfigError):
@@ -49,17 +52,22 @@ def conversation(row: dict[str, Any]) -> Conversation:
     reader = _Reader()
     if row.get("system") and not _is_system(given[0]):
         reader.add({"role": "system", "content": row["system"]})
-    for number, message in enumerate(given, start=1):
+    for reader.number, message in enumerate(given, start=1):
         try:
             reader.add(message)
         except RowError as error:
-            raise RowError(f"message {number}: {error}") from None
+            raise RowError(f"message {reader.number}: {error}") from None
     if not any(message["role"] == "assistant" for message in reader.messages):
         raise RowError("has no assistant message to learn from")
     tools = _tools(row.get("tools"))
-    remarks = ["calls tools but declares none: a model trained so may stop calling where they are declared"] \
-        if reader.calls and not tools else []
-    return Conversation(reader.messages, tools, remarks)
+    return Conversation(reader.messages, tools, [*reader.remarks, *_declared(reader.called, tools)])
+
+
+def _declared(called: set[str], tools: list[dict]) -> list[str]:
+    if called and not tools:
+        return ["calls tools but declares none: a model trained so may stop calling where they are declared"]
+    unknown = called - {tool["function"]["name"] for tool in tools}
+    return [f"calls {', '.join(sorted(unknown))} without declaring it"] if unknown else []
 
 
 def _is_system(message: Any) -> bool:
@@ -89,7 +97,11 @@ def _tools(given: str | list | None) -> list[dict]:
         return []
     if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
         raise RowError("tools must be a list of objects")
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in given]
+    tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in given]
+    for number, tool in enumerate(tools, start=1):
+        if not isinstance(tool["function"], dict) or not isinstance(tool["function"].get("name"), str):
+            raise RowError(f"tool {number} has no name")
+    return tools
 
 
 class _Reader:
@@ -97,6 +109,10 @@ class _Reader:
 
     def __init__(self):
         self.messages: list[Message] = []
+        self.remarks: list[str] = []
+        self.called: set[str] = set()
+        self.number = 0
+        """Of the message being read, from 1."""
         self.calls = 0
         self.seen_ids: set[str] = set()
         self.waiting: dict[str, tuple[str, str]] = {}
@@ -108,17 +124,20 @@ class _Reader:
         given, role = message.get("role", message.get("from")), _role(message)
         if role is None:
             raise RowError(f"unknown role {given!r}; known are {', '.join(ROLES)}")
-        if role != "tool" and self.waiting:
+        if role != "assistant" and message.get("tool_calls"):
+            raise RowError(f"has tool_calls, but only an assistant calls tools, not a {given}")
+        joins = given in CALL_ROLES and bool(self.messages) and self.messages[-1]["role"] == "assistant"
+        if role != "tool" and self.waiting and not joins:
             raise RowError(f"comes before the result of call {next(iter(self.waiting))!r}")
         if role == "tool" and (several := _tagged(message, RESPONSE_TAG)):
             for response in several:
                 self._result(message, response)
             return
-        body = self._call_body(message) if given == "function_call" else _calls_from_tags(message) if role == "assistant" \
+        body = self._call_body(message) if given in CALL_ROLES else _calls_from_tags(message) if role == "assistant" \
             else message
         content = _as_text(body) if role == "tool" else self._content(body)
         if role == "assistant":
-            self._assistant(body, content, joins=given == "function_call")
+            self._assistant(body, content, joins)
         elif role == "tool":
             self._result(body, content)
         else:
@@ -127,9 +146,10 @@ class _Reader:
     def _content(self, body: Message) -> str:
         content = _given(body)
         if isinstance(content, list):
-            if not all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-                       for part in content):
-                raise RowError("content holds a part that is not text")
+            for part in content:
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                if kind != "text" or not isinstance(part.get("text"), str):
+                    raise RowError(f"content holds a part of type {kind}, which is not text")
         elif content is not None and not isinstance(content, str):
             raise RowError(f"content is {type(content).__name__}, not text")
         return text_of(content)
@@ -138,7 +158,7 @@ class _Reader:
         message = {"role": role, "content": content, **more}
         if role != "tool" and _name(body, "name"):
             message["name"] = body["name"]
-        if any(body.get(switch) is not None and not body[switch] for switch in SWITCHES):
+        if _switched_off(body):
             message["train"] = False
         self.messages.append(message)
 
@@ -149,19 +169,24 @@ class _Reader:
         if not isinstance(given, list):
             raise RowError(f"tool_calls is {type(given).__name__}, not a list")
         calls = [self._call(call) for call in given]
-        previous = self.messages[-1] if self.messages else None
-        if joins and previous and previous["role"] == "assistant" and "tool_calls" not in previous:
-            previous["tool_calls"] = calls  # ShareGPT writes one turn as text, then call
+        if joins:
+            self.messages[-1].setdefault("tool_calls", []).extend(calls)
+            if _switched_off(body):
+                self.messages[-1]["train"] = False
             return
         if calls:
             more["tool_calls"] = calls
+        if not (calls or thoughts or content):
+            self.remarks.append(f"message {self.number} says nothing: an empty answer is trained")
         self._append("assistant", body, content, **more)
 
     def _call(self, call: Any) -> dict:
-        function = call.get("function") if isinstance(call, dict) else None
+        function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise RowError("a tool call has no function name")
-        given = function.get("arguments") or function.get("parameters") or {}
+        if function["name"].split() != [function["name"]]:
+            raise RowError(f"the name {function['name']!r} of a called function holds white space")
+        given = next((function[field] for field in ARGUMENT_FIELDS if function.get(field)), {})
         if not isinstance(given, (str, dict)):
             raise RowError(f"arguments of {function['name']} are not a JSON object: {str(given)[:60]}")
         text = arguments_text(given)
@@ -177,26 +202,35 @@ class _Reader:
             raise RowError(f"call id {theirs!r} is used twice")
         self.seen_ids.add(theirs)
         self.waiting[theirs] = ours, function["name"]
+        self.called.add(function["name"])
         self.calls += 1
         return {"id": ours, "type": "function", "function": {"name": function["name"], "arguments": text}}
 
     def _call_body(self, message: Message) -> Message:
-        """A ShareGPT function_call: its value is one call, or a list of them, as JSON."""
+        """A message that is a call: its value is one, or a list of them, as JSON."""
         value = _given(message)
         try:
             value = value if isinstance(value, (dict, list)) else json.loads(value)
         except (json.JSONDecodeError, TypeError):
-            raise RowError("function_call is not JSON") from None
+            raise RowError(f"{message.get('role', message.get('from'))} is not JSON") from None
         calls = value if isinstance(value, list) else [value]
         return message | {"value": "", "content": "", "tool_calls": [{"function": call} for call in calls]}
 
     def _result(self, body: Message, content: str) -> None:
         theirs = _name(body, "tool_call_id") or next(iter(self.waiting), None)
         if theirs not in self.waiting:
-            raise RowError(f"is the result of {theirs!r}, which no call before it waits for" if theirs
-                           else "is a tool result without a call before it")
+            raise RowError("is a tool result without a call before it (calls are read from fields, not from text)"
+                           if not theirs else f"is a second result of call {theirs!r}" if theirs in self.seen_ids
+                           else f"is the result of {theirs!r}, which no call before it waits for")
         ours, name = self.waiting.pop(theirs)
         self._append("tool", body, content, tool_call_id=ours, name=_name(body, "name") or name)
+
+
+def _switched_off(body: Message) -> bool:
+    for switch in SWITCHES:
+        if body.get(switch) not in (None, 0, 1):
+            raise RowError(f"{switch} is {body[switch]!r}; a message is trained or not: 0 or 1")
+    return any(body.get(switch) == 0 for switch in SWITCHES)
 
 
 def _given(body: Message) -> Any:

@@ -1,7 +1,7 @@
 """Which pieces of which documents stand in which row: a pure function of (lengths, seed, epoch).
 
 A row has S places. A place is one prediction, a (token, target) pair, so a document of n tokens fills n - 1 of them.
-Rows are packed best-fit over windows of a shuffled order. Shuffling sorts by a hash that is written out below, so no
+Rows are packed over windows of a shuffled order (data/packing.py). Shuffling sorts by a hash that is written out below, so no
 library version can change the order of a run.
 """
 
@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.packing import pack
+
 WINDOW = 8192
-"""Pieces packed together: enough that best-fit leaves well under 0.5 % padding, few enough to stay shuffled."""
+"""Pieces packed together: enough that text leaves well under 0.5 % padding, few enough to stay shuffled."""
 LONG = 16
 """A document of this many rows is cut at a random phase."""
 
@@ -64,35 +66,6 @@ def cut_pieces(counts: np.ndarray, seq_len: int, *key: int) -> Pieces:
     return Pieces(doc, start, end - start)
 
 
-def best_fit(counts: np.ndarray, capacity: int, max_rows: int | None = None) -> list[list[int]]:
-    """Rows of indices into `counts`: longest first, each into the row whose free space it leaves smallest.
-
-    Rows with r free places hang on list r; one big integer has bit r set where that list is not empty, so the fullest
-    row that still fits is found by counting trailing zeros. With `max_rows`, what fits no row is left out.
-    """
-    rows: list[list[int]] = []
-    by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
-    open_spaces = 0
-    for index in np.argsort(-counts, kind="stable"):
-        count = int(counts[index])
-        fitting = open_spaces >> count
-        if fitting:
-            space = count + ((fitting & -fitting).bit_length() - 1)
-            row = by_space[space].pop()
-            if not by_space[space]:
-                open_spaces &= ~(1 << space)
-        elif max_rows is None or len(rows) < max_rows:
-            space, row = capacity, len(rows)
-            rows.append([])
-        else:
-            continue
-        rows[row].append(int(index))
-        if space > count:
-            by_space[space - count].append(row)
-            open_spaces |= 1 << (space - count)
-    return rows
-
-
 def pack_epoch(counts: np.ndarray, seq_len: int, *key: int) -> tuple[Pieces, list[list[int]]]:
     """The pieces of one epoch and its rows (lists of piece indices), shuffled by the key (seed, ..., epoch)."""
     pieces = cut_pieces(counts, seq_len, *key, 1)
@@ -100,7 +73,7 @@ def pack_epoch(counts: np.ndarray, seq_len: int, *key: int) -> tuple[Pieces, lis
     rows: list[list[int]] = []
     for at in range(0, len(order), WINDOW):
         window = order[at:at + WINDOW]
-        packed = best_fit(pieces.count[window], seq_len)
+        packed = pack(pieces.count[window], seq_len)
         for row in shuffled(len(packed), *key, 3, at):
             rows.append([int(window[i]) for i in packed[row]])
     return pieces, rows

@@ -99,6 +99,11 @@ class KimiRenderer:
                 rows = rows[-1:]
         return [row for row in rows if row.trained]
 
+    @staticmethod
+    def segments(messages: Sequence[Message], mode: Mode = "interleaved") -> int:
+        """How many rows there would be if all of them trained something."""
+        return len(segment_ends(messages)) if mode == "interleaved" else 1
+
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict] | None = None,
                mode: Mode = "interleaved") -> list[int]:
         """Ids from which the next assistant message is generated, its header included."""

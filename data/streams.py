@@ -12,14 +12,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from configs.schema import ConfigError, DataConfig
-from data import plan
+from data import packing, plan
 from data.arrays import TokenRow
 from data.chat import fits, shortened
 from data.problem import Draw, Problem
 from data.render import KimiRenderer, Rendered
 from data.tasks import Split, make_problem
 
-WINDOW_TOKENS = 1 << 16
+WINDOW_TOKENS = 1 << 17
 """Tokens of task problems that are drawn and packed together."""
 
 
@@ -124,10 +124,10 @@ class DocumentStream:
         return self.documents.fingerprint()
 
     def describe(self) -> dict[str, Any]:
-        rows = len(self._epoch(0)[1])
-        predictions = int(self.documents.predictions.sum())
+        pieces, rows = self._epoch(0)
         return {"documents": len(self.documents.predictions), "tokens": len(self.documents.ids),
-                "rows_per_epoch": rows, "padding": 1 - predictions / (rows * self.seq_len)}
+                "rows_per_epoch": len(rows), "padding": packing.padding(rows, pieces.count, self.seq_len),
+                "least_padding": packing.least_padding(pieces.count, self.seq_len)}
 
 
 class TaskStream:
@@ -163,7 +163,7 @@ class TaskStream:
             total += sum(len(row.ids) - 1 for row in rows)
             number += 1
         counts = np.array([len(row.ids) - 1 for row in drawn])
-        packed = plan.best_fit(counts, self.seq_len, max_rows=self.window_rows)
+        packed = packing.pack(counts, self.seq_len, self.window_rows)
         pieces = [Piece(np.array(row.ids, np.int32), np.array(row.weights[1:], np.float32)) for row in drawn]
         return [[pieces[i] for i in packed[row]] for row in plan.shuffled(len(packed), self.data.seed, window)]
 
@@ -176,7 +176,8 @@ class TaskStream:
 
     def describe(self) -> dict[str, Any]:
         window = self._window(0)
-        filled = sum(len(piece.weights) for row in window for piece in row)
+        counts = np.array([len(piece.weights) for row in window for piece in row])
         return {"task": self.data.task, "steps": self.data.task_length,
-                "padding": 1 - filled / (len(window) * self.seq_len),
+                "padding": 1 - counts.sum() / (len(window) * self.seq_len),
+                "least_padding": packing.least_padding(counts, self.seq_len),
                 "problems_per_row": sum(map(len, window)) / len(window)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from string import ascii_lowercase
+from string import ascii_lowercase, digits
 from typing import Literal
 
 from configs.schema import ConfigError
@@ -34,6 +34,20 @@ def chain(draw: Draw, length: int) -> Problem:
         steps.append(f"{value}{address}{sign}{operand}={result}")
         value = result
     return solved("".join(question) + "=", steps, str(value))
+
+
+LETTERS = ascii_lowercase + digits
+"""Of what `copy` copies: what keys, numbers and results of tool calls are made of."""
+
+
+def copy(draw: Draw, length: int) -> Problem:
+    """`mi7 kqolp x` -> thoughts `mi7`, `kqolp`, `x`, each on its line -> answer `mi7 kqolp x`: words of 1 to 8 letters.
+
+    What every tool task is made of. Words are random and of different lengths, so that a letter can only be found by the
+    letters before it, neither by its place nor by its neighbour alone.
+    """
+    words = ["".join(LETTERS[draw.below(len(LETTERS))] for _ in range(draw.between(1, 8))) for _ in range(length)]
+    return solved(" ".join(words), words, " ".join(words))
 
 
 def permutation(draw: Draw, length: int) -> Problem:
@@ -85,7 +99,7 @@ class _Turns:
 
 
 TASKS: dict[str, tuple[Callable[[Draw, int], Problem], int]] = {
-    "chain": (chain, 26**2), "permutation": (permutation, 26**2), "dict_sum": (dict_sum, 1000),
+    "chain": (chain, 26**2), "copy": (copy, 1000), "permutation": (permutation, 26**2), "dict_sum": (dict_sum, 1000),
     "pointer_chase": (pointer_chase, 10_000), "ledger": (ledger, 26**2),
 }
 """Name -> (the generator, its longest problem in steps)."""

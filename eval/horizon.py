@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from data.tasks import TASKS, Problem, make_problem
 from eval.divergence import kl_by_octave
 from eval.play import OutOfTime, Played, Settings, play
 from eval.statistics import MEASURES, bootstrap, divergence, interval, success
+from train.compat import compile_seconds
 from train.console import Bar, clock, console
 from train.run_dir import RunDir
 from train.weights import Weights
@@ -41,7 +43,7 @@ class Arm:
     weights: Weights
     plays: dict[int, list[Played]]
     seconds: float = 0.0
-    """Of the last length played."""
+    """Of the last length played, without compiling: what the next one is estimated from."""
 
 
 def horizon(run: RunDir, cfg: RunConfig, data: Data, loaded: list[tuple[str, Weights]], lengths: tuple[int, ...],
@@ -74,7 +76,7 @@ def horizon(run: RunDir, cfg: RunConfig, data: Data, loaded: list[tuple[str, Wei
 def _play_all(arms: list[Arm], cfg: RunConfig, settings: Settings, lengths: tuple[int, ...], asked: int, minutes: float
               ) -> list[int]:
     """Fill in `Arm.plays`; returns the lengths that there was no time for."""
-    deadline = time.monotonic() + 60 * minutes
+    deadline, compiling = time.monotonic() + 60 * minutes, compile_seconds()
     total = sum(n * problems_of(n, asked) for n in lengths) * len(arms)
     with Bar("chains", total, "step") as bar:
         for index, length in enumerate(lengths):
@@ -86,7 +88,7 @@ def _play_all(arms: list[Arm], cfg: RunConfig, settings: Settings, lengths: tupl
                 return list(lengths[index:])
             try:
                 for arm in arms:
-                    _play_one(arm, length, cfg, settings, problems, deadline, bar)
+                    _play_one(arm, length, cfg, settings, problems, deadline, compiling, bar)
             except OutOfTime:
                 for arm in arms:
                     arm.plays.pop(length, None)
@@ -95,8 +97,8 @@ def _play_all(arms: list[Arm], cfg: RunConfig, settings: Settings, lengths: tupl
 
 
 def _play_one(arm: Arm, length: int, cfg: RunConfig, settings: Settings, problems: list[Problem], deadline: float,
-              bar: Bar) -> None:
-    start, left = time.monotonic(), len(problems) * length
+              compiling: Callable[[], float], bar: Bar) -> None:
+    start, compiled, left = time.monotonic(), compiling(), len(problems) * length
 
     def after_round(live: int) -> None:
         nonlocal left
@@ -106,7 +108,7 @@ def _play_one(arm: Arm, length: int, cfg: RunConfig, settings: Settings, problem
     renderer = KimiRenderer(arm.weights.tokenizer, cfg.data.system)
     arm.plays[length] = play(arm.weights, renderer, problems, settings, deadline, after_round)
     bar.advance(left)
-    arm.seconds = time.monotonic() - start
+    arm.seconds = max(time.monotonic() - start - (compiling() - compiled), 0.0)
 
 
 def _summary(arm: Arm, reference: Arm, batches: list) -> dict[str, Any]:
@@ -136,6 +138,15 @@ ROWS = {"step_accuracy": "steps right after right ones", "half_horizon": "half o
         "overthought": "right on paper, answered wrong", "valid_calls": "calls that fit their tool"}
 
 
+def steps_right(arm: dict[str, Any], problems: dict[str, int]) -> tuple[float, float, float]:
+    """Share of steps that are right after right ones, and its 95 % interval. Where no step went wrong a bootstrap has no
+    width; then it is Wilson's for the steps played."""
+    value, (low, high) = arm["step_accuracy"]["value"], arm["step_accuracy"]["interval"]
+    if value == 1.0:
+        low, high = interval(1.0, sum(int(n) * count for n, count in problems.items()))
+    return value, low, high
+
+
 def cells(result: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
     """Two tables as text, a row per arm: success by length, and the other measures."""
     lengths = list(result["problems"])
@@ -147,7 +158,8 @@ def cells(result: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
         curve.append([arm["arm"], *(percent(by[str(n)]["success"], by[str(n)]["interval"]) for n in lengths)])
         kl = list(arm["kl_by_octave"].values())
         first = arm["median_first_difference"]
-        more.append([arm["arm"], *(_measure(name, arm[name], longest) for name in ROWS),
+        steps = "{:.3%} ({:.3%}–{:.3%})".format(*steps_right(arm, result["problems"])).replace("%", " %")
+        more.append([arm["arm"], steps, *(_measure(name, arm[name], longest) for name in list(ROWS)[1:]),
                      " / ".join(f"{arm['tokens'][kind]:.0f}" for kind in ("thinking", "answer", "tool")),
                      f"{100 * arm['same_share']:.0f} %", "" if first is None else f"token {first:.0f}",
                      f"{sum(kl) / len(kl):.1e}"])
@@ -160,8 +172,6 @@ def percent(value: float, bounds: list[float]) -> str:
 
 def _measure(name: str, found: dict, longest: int) -> str:
     value, bounds = float(found["value"]), [float(b) for b in found["interval"]]
-    if name == "step_accuracy":
-        return f"{100 * value:.2f} % ({100 * bounds[0]:.2f}–{100 * bounds[1]:.2f})"
     if name == "half_horizon":
         def text(n: float) -> str:
             return f"> {longest}" if math.isinf(n) else "< 1" if n < 1 else f"{n:.0f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import matplotlib
 
 from configs.schema import ConfigError
-from eval.horizon import cells
+from eval.horizon import cells, steps_right
 from eval.statistics import interval
 from train.console import clock, console, human
 from train.run_dir import RunDir
@@ -126,20 +127,42 @@ def _accuracy(evals):
 
 
 def _horizon(played):
-    figure, axes = _axes("chain length n", "chains right to the end (%)", "Right answers by chain length, 95 % intervals")
-    lengths = [int(n) for n in played["problems"]]
-    for arm, (row, colour) in enumerate(zip(played["arms"], INK)):
+    figure, (axes, steps) = plt.subplots(1, 2, figsize=(10.5, 4.2), width_ratios=(1.7, 1))
+    lengths, counts = [int(n) for n in played["problems"]], list(played["problems"].values())
+    arms = list(zip(played["arms"], itertools.cycle(INK)))
+    for arm, (row, colour) in enumerate(arms):
         points = list(row["by_length"].values())
         shares = [100 * point["success"] for point in points]
         bounds = [(100 * lo, 100 * hi) for lo, hi in (point["interval"] for point in points)]
         errors = [[max(s - lo, 0) for s, (lo, _) in zip(shares, bounds)], [max(hi - s, 0) for s, (_, hi) in zip(shares, bounds)]]
-        axes.errorbar([n * 1.03**(arm - (len(played["arms"]) - 1) / 2) for n in lengths], shares, errors, fmt="o-",
-                      color=colour, linewidth=1, capsize=3, label=row["arm"])
-    axes.axvspan(*played["trained_lengths"], color=INK[2], alpha=0.12, label="trained lengths")
+        axes.errorbar([n * 1.05**(arm - (len(arms) - 1) / 2) for n in lengths], shares, errors, fmt="o-", color=colour,
+                      markersize=4, linewidth=1, elinewidth=0.8, capsize=2)
+    axes.axvspan(*played["trained_lengths"], color="#404040", alpha=0.08)
+    axes.text(played["trained_lengths"][0], 3, " trained lengths", fontsize=8, color="#404040")
     axes.set_xscale("log")
-    axes.set_xticks(lengths, [str(n) for n in lengths])
+    axes.set_xticks(lengths, [f"{n}\n({count})" for n, count in zip(lengths, counts)])
     axes.set_ylim(0, 105)
-    axes.legend(frameon=False)
+    axes.minorticks_off()
+    axes.set(xlabel="chain length n (chains played)", ylabel="right to the end (%)",
+             title=f"{played['task']}: right answers, 95 % intervals")
+
+    for at, (row, colour) in enumerate(arms):
+        wrong, low, high = (1000 * (1 - share) for share in steps_right(row, played["problems"]))
+        steps.plot([max(high, 1e-6), max(low, 1e-6)], [at, at], color=colour, linewidth=1.5)
+        steps.plot(wrong or low, at, "o" if wrong else "<", color=colour)
+        steps.annotate(f"{wrong:.3g}" if wrong else f"0 seen, < {low:.2g}", (wrong or low, at), (0, 6), fontsize=8,
+                       textcoords="offset points", color=colour, ha="center")
+    steps.set_yticks(range(len(arms)), [row["arm"] for row, _ in arms])
+    for label, (_, colour) in zip(steps.get_yticklabels(), arms):
+        label.set_color(colour)
+    steps.set_xscale("log")
+    least = min(1000 * (1 - steps_right(row, played["problems"])[1]) for row, _ in arms)
+    steps.set_xlim(least / 30, 1500)
+    steps.set_ylim(len(arms) - 0.5, -0.7)
+    steps.set(xlabel="first wrong step, per 1,000 tried", title="What one step risks")
+    for each in (axes, steps):
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(alpha=0.25)
     return figure
 
 
@@ -152,7 +175,7 @@ def _kl_by_position(played):
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     if others:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -13,7 +13,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from configs.schema import ConfigError, RunConfig
-from data.pipeline import Data, open_data
+from data.pipeline import PLAN_VERSION, Data, open_data
 from model.shards import shards_of
 from optim.build import build_optimizer, check_state
 from optim.routing import routing_table
@@ -106,9 +106,7 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
         keep_freed_memory()
     mixtures = table_of(facts)
     data = open_data(known, session.tokenizer, mixtures)
-    if facts.get("plan_hash", data.plan_hash) != data.plan_hash:
-        raise ConfigError(f"the data of {run.path} has changed since it was started (plan {facts['plan_hash']} -> "
-                          f"{data.plan_hash}); put the files back, or name a new directory with --run")
+    require_same_order(run, facts, data)
     machine = build(session)
     landmarks = (cfg.quant.start_step,) if cfg.quant.grid != "none" and cfg.quant.start_step else ()
     checkpoints = Checkpoints(run.checkpoints, cfg.train.keep, landmarks)
@@ -120,10 +118,13 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
     processes.meet("everything is open")  # a late process must not find the files of an early one
     if processes.first():
         run.write_config(cfg, {"compute_dtype": session.compute_dtype, "plan_hash": data.plan_hash,
-                               "mixtures": mixtures,
+                               "plan_version": PLAN_VERSION, "mixtures": mixtures,
                                "platform": session.platform, "device": jax.devices()[0].device_kind,
                                "devices": jax.device_count(), "versions": interpreter(),
                                "flops_per_token": train_flops_per_token(cfg.model, session.specs, cfg.train.seq_len)})
+    if data.account.rejected and processes.first():
+        run.left_out.write_text("\n".join(data.account.rejected) + "\n")
+        console.print(f"[yellow]{len(data.account.rejected)} rows are left out[/]: {run.left_out} names each and says why")
     console.print(f"run {run.path} (config {config_hash(cfg)}), data: "
                   + ", ".join(f"{k} {v}" for k, v in data.describe().items()))
     console.print(f"{human(sum(s.size for s in session.specs.values()))} parameters on {jax.device_count()} x "
@@ -140,6 +141,18 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
         return EXIT_STOPPED
     console.print(f"trained to step {step} in {clock(time.monotonic() - started)}")
     return EXIT_DONE
+
+
+def require_same_order(run: RunDir, facts: dict[str, Any], data: Data) -> None:
+    """ConfigError if a resumed run would see other rows than it was started with."""
+    version = facts.get("plan_version", 1)
+    if "plan_hash" in facts and version != PLAN_VERSION:
+        raise ConfigError(f"{run.path} was started with data plan {version}; this program has plan {PLAN_VERSION}, which puts "
+                          "rows in another order: finish the run with the program that started it, or go on from its "
+                          f"weights in a new directory with --train.init-from {run.path}")
+    if facts.get("plan_hash", data.plan_hash) != data.plan_hash:
+        raise ConfigError(f"the data of {run.path} has changed since it was started (plan {facts['plan_hash']} -> "
+                          f"{data.plan_hash}); put the files back, or name a new directory with --run")
 
 
 def starting_state(machine: Machine, checkpoints: Checkpoints, run: RunDir) -> tuple[TrainState, int]:

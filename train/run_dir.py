@@ -79,6 +79,11 @@ class RunDir:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def left_out(self) -> Path:
+        """Rows of the data that are not trained on, and why."""
+        return self.path / "left_out.txt"
+
     def exists(self) -> bool:
         return (self.path / "config.json").exists()
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from configs.schema import ConfigError, DataConfig, RunConfig, TrainConfig
-from data.chat import shortened
+from data.chat import numbered, shortened
 from data.messages import RowError, conversation
 from data.parse import parse_conversation
 from data.pipeline import open_data
@@ -45,7 +45,7 @@ def test_openai_calls_are_renumbered_and_results_follow():
     assert talk.messages == CANONICAL
     assert len(talk.remarks) == 1 and "declares none" in talk.remarks[0]
     assert conversation({"messages": talk.messages}).messages == talk.messages, "canonical rows stay as they are"
-    tools = [{"type": "function", "function": {"name": "add"}}]
+    tools = [{"type": "function", "function": {"name": name}} for name in ("add", "mul")]
     assert conversation(row | {"tools": json.dumps(tools)}).tools == tools
     assert not conversation(row | {"tools": tools}).remarks
 
@@ -149,7 +149,7 @@ ANSWER = {"role": "assistant", "content": "a"}
     (openai("x"), "message 2: is str"),
     (openai({"role": "bot", "content": "x"}), "message 2: unknown role 'bot'"),
     (openai({"role": "assistant", "content": 3}), "message 2: content is int"),
-    (openai({"role": "assistant", "content": [{"type": "image_url"}]}), "a part that is not text"),
+    (openai({"role": "assistant", "content": [{"type": "image_url"}]}), "a part of type image_url, which is not text"),
     (openai({"role": "tool", "content": "1", "tool_call_id": "c"}, ANSWER), "message 2: is the result of 'c'"),
     (openai({"role": "tool", "content": "1"}, ANSWER), "message 2: is a tool result without a call"),
     (openai({"role": "assistant", "tool_calls": [called(), called()]}), "call id 'call_x' is used twice"),
@@ -201,6 +201,13 @@ def test_one_row_per_segment_and_the_account(tmp_path):
     assert "answer 2" in text and "thought 2" in text and "thought 1" not in text
 
 
+def test_an_answer_switched_off_is_counted(tmp_path):
+    row = talk(2)
+    row["messages"][3]["train"] = row["messages"][1]["train"] = False
+    facts = open_rows(tmp_path, [row]).describe()
+    assert (facts["chat_rows"], facts["untrained_answers"], facts["rejected"]) == (1, 1, 0)
+
+
 def test_packing_changes_no_mask(tmp_path):
     """The pieces of an epoch's batches are the rendered rows, ids and weights, whole."""
     rows = [talk(1 + i % 3, padding=i * 7 % 50) for i in range(30)]
@@ -228,7 +235,7 @@ def test_bad_rows_stop_or_are_dropped_by_name(tmp_path):
     assert [reason.rpartition("chat.jsonl ")[2] for reason in rejected] == [
         "line 2 is not JSON: Expecting property name enclosed in double quotes at column 2",
         "line 3 message 1: unknown role 'bot'; known are system, developer, user, assistant, tool, human, gpt, "
-        "model, function_call, observation, function",
+        "model, function_call, observation, function, tool_call, tool_response",
         "line 4: no token of it is trained"]
 
 
@@ -254,7 +261,9 @@ def test_behind_a_gap_nothing_is_invented():
         row = shortened(problem.messages, problem.tools, renderer, "interleaved", seq_len)
         assert seq_len - 100 < len(row.ids) - 1 <= seq_len  # an exchange takes 97 tokens
         messages, _ = parse_conversation(row.ids, renderer.tokenizer)
-        assert messages == [problem.messages[0], *problem.messages[1 - len(messages):]]
+        assert messages == numbered([problem.messages[0], *problem.messages[1 - len(messages):]])
+        calls = [call["id"] for message in messages for call in message.get("tool_calls", ())]
+        assert calls == [f"functions.get:{i}" for i in range(len(calls))], "as a server counts that is given these messages"
         trained_from = len(renderer.prompt(messages[:3], problem.tools))
         assert not any(row.weights[:trained_from]) and row.weights[trained_from]
     assert shortened(problem.messages, problem.tools, renderer, "interleaved", 200) is None

@@ -6,6 +6,7 @@ import pytest
 
 from configs.schema import ConfigError
 from data.episodes import Bill, Episode, run_episodes
+from data.parse import parse_conversation
 from data.problem import check, right_steps
 from data.render import KimiRenderer
 from data.tasks import TASKS, make_problem
@@ -172,3 +173,27 @@ def test_bill_splits_thinking_answer_and_tool():
     assert bill.thinking == 2 + 6 + 2 + 2  # two marks around a key of six letters, then around `=` and a digit
     assert bill.answer == 1 + 2  # the digit, two ends of message
     assert bill.tool == row.trained - 15
+
+
+def test_in_a_small_context_calls_are_counted_as_shown():
+    """A solver that numbers its calls from what it sees: every prompt is a conversation of its own, counted from 0."""
+    problem = make_problem("pointer_chase", 0, 0, 30)
+    right = [message for message in problem.messages if message["role"] == "assistant"]
+    counts = []
+
+    def reply(prompt):
+        assert len(prompt) <= 600
+        messages, _ = parse_conversation(prompt, RENDERER.tokenizer)
+        shown = [made["id"] for message in messages for made in message.get("tool_calls", ())]
+        assert shown == [f"functions.get:{i}" for i in range(len(shown))]
+        message = right[len(counts)]
+        counts.append(len(shown))
+        if message.get("tool_calls"):
+            message = message | {"tool_calls": [message["tool_calls"][0] | {"id": f"functions.get:{len(shown)}"}]}
+        (row,) = RENDERER.rows([{"role": "user", "content": ""}, message], mode="preserved")
+        return [i for i, weight in zip(row.ids, row.weights) if weight]
+
+    episode = run(reply, problem.episode(), context=600)
+    assert episode.stopped == "done" and episode.misnumbered == 0 and check(problem, episode.messages)
+    assert episode.messages == list(problem.messages), "the record counts over the whole conversation"
+    assert 3 <= max(counts) <= 5

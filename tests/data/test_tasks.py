@@ -33,6 +33,18 @@ def test_golden():
     assert make_problem("chain", 0, 0, 3, "train").steps != make_problem("chain", 0, 0, 3).steps
 
 
+def test_copy():
+    """Words of every length from 1 to 8; thoughts hold one a line, the answer all of them."""
+    assert make_problem("copy", 0, 0, 2).steps == ("d", "7oi")
+    problems = [make_problem("copy", 0, index, 1 + index % 3) for index in range(100)]
+    assert {len(word) for problem in problems for word in problem.steps} == set(range(1, 9))
+    for problem in problems:
+        question, reply = problem.messages
+        assert question["content"] == problem.answer == reply["content"] == " ".join(problem.steps)
+        assert reply["reasoning_content"] == "\n".join(problem.steps) and check(problem, reply)
+        assert not check(problem, reply | {"content": problem.answer[:-1]})
+
+
 def test_checks_of_generated_text():
     problem = make_problem("chain", 0, 0, 3)
     good = "<think>" + "\n".join(problem.steps) + "</think>2<|im_end|>"

@@ -5,18 +5,19 @@ import json
 import shutil
 import signal
 import threading
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from configs.schema import ConfigError
-from data.pipeline import open_data
+from data.pipeline import PLAN_VERSION, open_data
 from data.tokenizer import load_tokenizer
 from optim.build import build_optimizer
 from tests.train.conftest import small
 from train.checkpoint import CheckpointError, Checkpoints, fingerprint
-from train.loop import train
+from train.loop import require_same_order, train
 from train.run_dir import RunDir
 from train.session import load_params, open_session
 from train.state import state_shardings
@@ -179,3 +180,14 @@ def test_a_mixture_is_edited_by_flag_only(tmp_path, capsys):
         train(unmixed, run, remix=True)
     with pytest.raises(ConfigError, match="optim.lr"):
         train(dataclasses.replace(edited, optim=dataclasses.replace(edited.optim, lr=1.0)), run, remix=True)
+
+
+def test_a_run_of_another_plan_version_is_refused(tmp_path):
+    data, run = SimpleNamespace(plan_hash="abc"), RunDir(tmp_path)
+    require_same_order(run, {}, data)
+    require_same_order(run, {"plan_hash": "abc", "plan_version": PLAN_VERSION}, data)
+    for facts in ({"plan_hash": "abc"}, {"plan_hash": "old", "plan_version": 1}):  # the first version wrote no number
+        with pytest.raises(ConfigError, match=f"data plan 1; this program has plan {PLAN_VERSION}.*--train.init-from"):
+            require_same_order(run, facts, data)
+    with pytest.raises(ConfigError, match="has changed since it was started"):
+        require_same_order(run, {"plan_hash": "old", "plan_version": PLAN_VERSION}, data)
