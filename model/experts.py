@@ -28,7 +28,8 @@ def apply(x_ND: Float[Array, "N D"], experts_NK: Int[Array, "N K"], gates_NK: Fl
     that are expected not to be nobody's.
     """
     to = slots(experts_NK, weights, platform)
-    first = partial(_matmul_of_copies, x_ND)
+    # A CPU has the memory for the copies; making them twice would take a twentieth of the block's time.
+    first = partial(_matmul_of_kept_copies if platform == "cpu" else _matmul_of_copies, x_ND)
     return dispatch.from_slots(in_slots(first, gates_NK, weights, to, platform, filled), to)
 
 
@@ -56,11 +57,16 @@ def in_slots(first: Callable[[Array, dispatch.Dispatch, str], Float[Array, "M 2*
         return grouped_matmul(hidden, down, to.block_expert, name)
 
 
+def _matmul_of_kept_copies(x_ND: Float[Array, "N D"], w: Array, to: dispatch.Dispatch, name: str) -> Float[Array, "M F"]:
+    """grouped_matmul of every token's copies in its slots."""
+    return grouped_matmul(dispatch.to_slots(x_ND, to), w, to.block_expert, name)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _matmul_of_copies(x_ND: Float[Array, "N D"], w: Array, to: dispatch.Dispatch, name: str) -> Float[Array, "M F"]:
-    """grouped_matmul of every token's copies in its slots. The copies, [M, D] with M >= N * K, are not kept for the
-    gradient of the weights: the backward pass makes them again from the tokens."""
-    return grouped_matmul(dispatch.to_slots(x_ND, to), w, to.block_expert, name)
+    """The same, but the copies, [M, D] with M >= N * K, are not kept for the gradient of the weights: the backward pass
+    makes them again from the tokens."""
+    return _matmul_of_kept_copies(x_ND, w, to, name)
 
 
 def _copies_forward(x_ND, w, to, name):

@@ -1,13 +1,13 @@
 """The block of experts on one device: what it keeps for the backward pass."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from model import dispatch, experts
-from model.grouped_matmul import block_rows, grouped_matmul, implementation
-from model.layers import swiglu
 
 N, D, F, E, K = 96, 40, 24, 8, 3
 
@@ -20,22 +20,20 @@ def problem(dtype):
     return chosen, g, (x, gates, (jax.random.normal(keys[4], (E, D, 2 * F), dtype), jax.random.normal(keys[5], (E, F, D), dtype)))
 
 
-def plainly(x, gates, weights, chosen):
-    """experts.apply, written without a rule of its own for the copies."""
-    gate_up, down = weights
-    to, name = dispatch.plan(chosen, E, block_rows(chosen.size, E)), implementation("cpu")
-    hidden = grouped_matmul(dispatch.to_slots(x, to), gate_up, to.block_expert, name)
-    hidden = (swiglu(hidden).astype(jnp.float32) * dispatch.gates_to_slots(gates, to)[:, None]).astype(x.dtype)
-    return dispatch.from_slots(grouped_matmul(hidden, down, to.block_expert, name), to)
+def with_copies_kept(x, gates, weights, chosen):
+    """experts.apply on a GPU without a rule of its own for the copies."""
+    to = experts.slots(chosen, weights, "gpu")
+    first = partial(experts._matmul_of_kept_copies, x)
+    return dispatch.from_slots(experts.in_slots(first, gates, weights, to, "gpu"), to)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_copies_of_tokens_are_made_again(dtype):
     """The backward pass is given the tokens and their places, not a row of D for every slot; every bit is the same."""
     chosen, g, args = problem(dtype)
-    slots = len(dispatch.plan(chosen, E, block_rows(chosen.size, E)).token_of)
-    out, pull = jax.vjp(lambda *args: experts.apply(args[0], chosen, args[1], args[2], "cpu"), *args)
-    want, plain_pull = jax.vjp(lambda *args: plainly(*args, chosen), *args)
+    slots = len(experts.slots(chosen, args[2], "gpu").token_of)
+    out, pull = jax.vjp(lambda *args: experts.apply(args[0], chosen, args[1], args[2], "gpu"), *args)
+    want, plain_pull = jax.vjp(lambda *args: with_copies_kept(*args, chosen), *args)
 
     def kept(pull):
         return [x.shape for x in jax.tree.leaves(pull) if hasattr(x, "shape")]

@@ -25,8 +25,8 @@ def test_half_product(batch, m, n):
 
 
 def test_newton_schulz():
-    """Kimi K2's experts in the Gram form: two Gram matrices, five squares, seven products of small matrices."""
+    """Kimi K2's experts in the Gram form: two Gram matrices, five squares, nine other small products."""
     form = choose_form(2048, 7168, coefficients("keller", 5), "hopper")
     assert form.product == "hopper" and form.dtype == "float16"
     program = compiled("h200-1", jax.jit(form), array((1, 2048, 7168), jnp.bfloat16))
-    assert len(kernels(program)) == 14
+    assert len(kernels(program)) == 16
