@@ -34,12 +34,12 @@ def moonlight_16b_h200_1() -> RunConfig:
 
 
 def moonlight_16b_v6e_16() -> RunConfig:
-    """31 GiB a chip: momentum in bf16, two rows of 8192 a microbatch. Experts over two neighbours only: tokens cost wires
+    """31 GiB a chip: momentum in bf16, one row of 8192 a microbatch. Experts over two neighbours only: tokens cost wires
     for every one of them, weights once a microbatch."""
     base = moonlight_16b()
     return replace(base, optim=replace(base.optim, momentum_dtype="bfloat16"), quant=QuantConfig(grid="int4"),
                    mesh=MeshConfig(data=1, fsdp=8, expert=2),
-                   train=replace(base.train, accumulate=128))
+                   train=replace(base.train, accumulate=256))
 
 
 def kimi_k2_v5p_512() -> RunConfig:
