@@ -30,7 +30,7 @@ def entries(platform: str, q: jax.Array, v: jax.Array) -> list[str]:
     """Of the registry, those that run here on these operands."""
     (B, S, H, _), out = q.shape, []
     for kind in IMPLEMENTATIONS:
-        if kind == "hopper" and (platform != "hopper" or attention_gpu.refusal(q, v)):
+        if kind in ("hopper", "tpu") and kind != platform or kind == "hopper" and attention_gpu.refusal(q, v):
             continue
         if kind == "reference" and 4 * B * H * S * S > LOGITS:
             continue
