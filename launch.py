@@ -45,7 +45,7 @@ class Eval:
 
     arms: tyro.conf.Positional[tuple[str, ...]] = ()
     """NAME=RUN[@STEP][:bf16|int4|BASELINE] or NAME=DIR[:bf16|int4]; without any: the run's weights without and with the grid.
-    BASELINE: rtn, rtn75, mse, mse_signed, hqq, gptq, awq, rtn3."""
+    BASELINE: rtn, rtn75, mse, mse_signed, hqq, gptq, awq, lsq; with three bits rtn3, mse3, gptq3, awq3, lsq3."""
     run: Path = RUN
     """Run directory whose data and task are used, and whose evals.jsonl is written."""
     lengths: tuple[int, ...] = ()

@@ -201,18 +201,24 @@ class OptimConfig:
 class QuantConfig:
     """The grid that routed experts live on."""
 
-    grid: Literal["none", "int4"] = "int4"
-    """int4: 15 levels, one bf16 scale per group, Kimi's grid. none: bf16 training."""
+    grid: Literal["none", "int4", "int3"] = "int4"
+    """int4: 15 levels, one bf16 scale per group, Kimi's grid. none: bf16 training. int3: 7 levels, for measurements; no
+    engine reads them, so they are not exported."""
     group_size: int = 32
     """Consecutive inputs that share a scale."""
     start_step: int = 0
     """First optimizer step whose forward pass sees grid weights."""
     ramp_steps: int = 0
     """Blend linearly from the plain weights to the grid over this many steps; 0 switches at once."""
+    distill_weight: float = 0.0
+    """Share of the loss that is KL to the bf16 weights of train.fork_from or train.init_from, frozen; the rest is
+    cross-entropy."""
 
     def __post_init__(self):
         require(self.group_size >= 2 and self.group_size % 2 == 0,
                 f"quant.group_size must be even, two codes to a byte, not {self.group_size}; 32 is what engines read")
+        require(0 <= self.distill_weight <= 1,
+                f"quant.distill_weight is a share of the loss, 0 to 1, not {self.distill_weight}")
         require(self.start_step >= 0 and self.ramp_steps >= 0, "quant.start_step and quant.ramp_steps cannot be negative")
 
 

@@ -55,8 +55,8 @@ class Call:
             return param[...]
         gather = partial(self.shards.gather, spec=param.spec)
         if self.settled and param.spec.on_grid and self.shards.gathers(param.spec):
-            group = self.serving.group_size
-            return gather_on_grid(param[...], group_axis(param.spec), group, self.dtype, gather)
+            axis, serving = group_axis(param.spec), self.serving
+            return gather_on_grid(param[...], axis, serving.group_size, self.dtype, gather, serving.levels)
         return gather(self.part(param).astype(self.dtype))
 
     def exact_weight(self, param: nnx.Param) -> Array:
@@ -100,6 +100,8 @@ class ModelAux:
 
     attention: LayerAux
     moe: MoEAux
+    teacher_kl: Float[Array, ""] = reduced_by(jnp.add, 0.0)
+    """sum(weight * KL(teacher || this network)) over tokens; 0 until a loss with a teacher fills it in."""
 
 
 def over_devices(aux, axes: tuple[str, ...]):

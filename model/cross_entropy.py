@@ -37,10 +37,14 @@ def losses(hidden_BSD: Float[Array, "B S D"], head: nnx.Param, targets_BS: Int[A
     nll, lse = chunked(hidden, part, targets, TILE, shards, of_width)
     if not of_vocabulary:
         return nll, lse
-    target_logit = shards.total(lse - nll, of_vocabulary)
-    top = shards.largest(lse, of_vocabulary)
-    lse = top + jnp.log(shards.total(jnp.exp(lse - top), of_vocabulary))
+    target_logit, lse = shards.total(lse - nll, of_vocabulary), over_parts(lse, shards, of_vocabulary)
     return lse - target_logit, lse
+
+
+def over_parts(lse_N: Float[Array, "N"], shards: Shards, axes: tuple[str, ...]) -> Float[Array, "N"]:
+    """The log-sum-exp of a whole vocabulary from those of the parts that the devices along these mesh axes know."""
+    top = shards.largest(lse_N, axes)
+    return top + jnp.log(shards.total(jnp.exp(lse_N - top), axes))
 
 
 def reference(hidden_ND: Float[Array, "N D"], head_DV: Float[Array, "D V"], targets_N: Int[Array, "N"], tokens: int = 0,
@@ -66,15 +70,19 @@ def tiled(hidden_ND: Float[Array, "N D"], head_DV: Float[Array, "D V"], targets_
     devices that store it before the next tile is begun.
     """
     N = len(targets_N)
-    n = -(-N // tokens)
-    pad = -N % n
-    hidden = jnp.pad(hidden_ND, ((0, pad), (0, 0))).reshape(n, -1, hidden_ND.shape[1])
-    targets = jnp.pad(targets_N, (0, pad)).reshape(n, -1)
+    hidden, targets = tokens_in_tiles(hidden_ND, tokens), tokens_in_tiles(targets_N, tokens)
     nll, lse = _tiles(hidden, head_DV, targets, min(TILE, head_DV.shape[1]), shards, over)
     return nll.reshape(-1)[:N], lse.reshape(-1)[:N]
 
 
-def _columns(head_DV, v: Array, width: int, dtype, shards: Shards, over) -> tuple[Array, Array, Array]:
+def tokens_in_tiles(x: Array, tokens: int) -> Array:
+    """[N, ...] -> [n, C, ...] with C at most `tokens`, filled up with zeros."""
+    n = -(-len(x) // tokens)
+    pad = -len(x) % n
+    return jnp.pad(x, ((0, pad), *[(0, 0)] * (x.ndim - 1))).reshape(n, -1, *x.shape[1:])
+
+
+def columns(head_DV, v: Array, width: int, dtype, shards: Shards, over) -> tuple[Array, Array, Array]:
     """Vocabulary tile v: its weights, its first column, and which of its columns no earlier tile had: the last tile is
     shifted to the left where the width does not divide the vocabulary."""
     start = jnp.minimum(v * width, head_DV.shape[1] - width)
@@ -83,18 +91,19 @@ def _columns(head_DV, v: Array, width: int, dtype, shards: Shards, over) -> tupl
     return shards.gather_axis(part, over, 0), start, new
 
 
-def _logits(hidden_CD, weights_DW, new_W) -> Float[Array, "C W"]:
+def logits_of(hidden_CD, weights_DW, new_W) -> Float[Array, "C W"]:
+    """Logits of one tile, -inf in the columns that an earlier tile had."""
     return jnp.where(new_W, jnp.dot(hidden_CD, weights_DW, preferred_element_type=jnp.float32), -jnp.inf)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _tiles(hidden_nCD, head_DV, targets_nC, width: int, shards: Shards, over: tuple[str, ...]):
     def of_columns(v, carry):
-        weights, start, new = _columns(head_DV, v, width, hidden_nCD.dtype, shards, over)
+        weights, start, new = columns(head_DV, v, width, hidden_nCD.dtype, shards, over)
 
         def of_tokens(tile):
             hidden_CD, targets_C, top, total, target_logit = tile
-            logits = _logits(hidden_CD, weights, new)
+            logits = logits_of(hidden_CD, weights, new)
             new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
             total = total * jnp.exp(top - new_top) + jnp.sum(jnp.exp(logits - new_top[:, None]), axis=-1)
             hit = start + jnp.arange(width) == targets_C[:, None]
@@ -120,11 +129,11 @@ def _tiles_backward(width, shards, over, saved, gradients):
 
     def of_columns(v, carry):
         dhidden_nCD, dhead_DV = carry
-        weights, start, new = _columns(head_DV, v, width, hidden_nCD.dtype, shards, over)
+        weights, start, new = columns(head_DV, v, width, hidden_nCD.dtype, shards, over)
 
         def of_tokens(dweights, tile):
             hidden_CD, targets_C, lse_C, g_nll, g_lse, dhidden = tile
-            softmax = jnp.exp(_logits(hidden_CD, weights, new) - lse_C[:, None])
+            softmax = jnp.exp(logits_of(hidden_CD, weights, new) - lse_C[:, None])
             hit = (start + jnp.arange(width) == targets_C[:, None]) & new
             dlogits = (softmax * (g_nll + g_lse)[:, None] - jnp.where(hit, g_nll[:, None], 0.0)).astype(hidden_CD.dtype)
             dhidden += jnp.dot(dlogits, weights.T, preferred_element_type=jnp.float32)
@@ -132,14 +141,19 @@ def _tiles_backward(width, shards, over, saved, gradients):
 
         dweights, dhidden_nCD = lax.scan(of_tokens, jnp.zeros(weights.shape, jnp.float32),
                                          (hidden_nCD, targets_nC, lse_nC, *gradients, dhidden_nCD))
-        # The shifted last tile meets columns that an earlier one has written: their gradient in it is zero.
-        part = lax.dynamic_slice_in_dim(dhead_DV, start, width, axis=1) + shards.scatter_axis(dweights, over, 0)
-        return dhidden_nCD, lax.dynamic_update_slice_in_dim(dhead_DV, part, start, axis=1)
+        return dhidden_nCD, add_columns(dhead_DV, dweights, start, shards, over)
 
     start = jnp.zeros(hidden_nCD.shape, jnp.float32), jnp.zeros(head_DV.shape, jnp.float32)
     count = -(-head_DV.shape[1] // width)
     dhidden, dhead = lax.fori_loop(0, count, of_columns, start)
     return dhidden.astype(hidden_nCD.dtype), dhead.astype(head_DV.dtype), None
+
+
+def add_columns(dhead_DV: Array, dweights_DW: Array, start: Array, shards: Shards, over: tuple[str, ...]) -> Array:
+    """A tile's gradient, summed over the devices that used it, added to the part of the head that this device stores. The
+    shifted last tile meets columns that an earlier one has written: their gradient in it is zero."""
+    part = lax.dynamic_slice_in_dim(dhead_DV, start, dweights_DW.shape[1], axis=1) + shards.scatter_axis(dweights_DW, over, 0)
+    return lax.dynamic_update_slice_in_dim(dhead_DV, part, start, axis=1)
 
 
 _tiles.defvjp(_tiles_forward, _tiles_backward)

@@ -85,7 +85,7 @@ class Transformer(nnx.Module):
         for layer_aux, layer_latents in reversed(measured):
             aux = jax.tree.map(lambda one, stack: jnp.concatenate([one[None], stack]), layer_aux, aux)
             latents = jnp.concatenate([layer_latents[None], latents])
-        return self.final_norm(x, call), ModelAux(aux, moe_aux), latents
+        return self.final_norm(x, call), ModelAux(aux, moe_aux, jnp.zeros(())), latents
 
     def decode(self, tokens_BS: Int[Array, "B S"], cache_LBTR: Float[Array, "L B T R+rope"], call: Call
                ) -> tuple[Float[Array, "B S D"], Array]:

@@ -53,10 +53,10 @@ def round_to(x: Array, scales: Array, low: int = -8, high: int = 7) -> Array:
     return jnp.clip(jnp.round(x / jnp.broadcast_to(safe, x.shape)), low, high)
 
 
-def _encoded(w: Array, x: Array, scales: Array, axis: int) -> Encoded:
+def _encoded(w: Array, x: Array, scales: Array, axis: int, low: int = -8, high: int = 7) -> Encoded:
     """Pack up a choice of scales (grouped axis kept as 1)."""
     scales = jnp.where(scales == 0, jnp.ones_like(scales), scales)
-    return round_to(x, scales).astype(jnp.int8).reshape(w.shape), jnp.squeeze(scales, axis)
+    return round_to(x, scales, low, high).astype(jnp.int8).reshape(w.shape), jnp.squeeze(scales, axis)
 
 
 def _groups(w: Array, axis: int, group: int) -> tuple[Array, Array]:
@@ -65,14 +65,13 @@ def _groups(w: Array, axis: int, group: int) -> tuple[Array, Array]:
 
 
 def absmax_over(w: Float[Array, "..."], axis: int, group: int, steps: float) -> Encoded:
-    """scale = absmax / steps. 7.5 is compressed-tensors' default, with codes of [-8, 7]; 3 gives three-bit codes in the
-    same container, to see where damage begins."""
+    """scale = absmax / steps. 7.5 is compressed-tensors' default, with codes of [-8, 7]."""
     x, absmax = _groups(w, axis, group)
     return _encoded(w, x, grid.bf16_round(absmax / steps), axis)
 
 
-def least_squares(w: Float[Array, "..."], axis: int, group: int, signed: bool) -> Encoded:
-    """The bf16 scale, of a search around absmax / 7.5, with the least squared error of the group.
+def least_squares(w: Float[Array, "..."], axis: int, group: int, signed: bool, high: int = 7) -> Encoded:
+    """The bf16 scale, of a search around absmax / (high + 0.5), with the least squared error of the group.
 
     `signed` also tries negative scales, which put the code -8 on the other side: the best this file format can hold,
     legal for it, but untested in engines.
@@ -80,19 +79,19 @@ def least_squares(w: Float[Array, "..."], axis: int, group: int, signed: bool) -
     x, absmax = _groups(w, axis, group)
 
     def error(scales):
-        return jnp.sum(jnp.square(grid.bf16_round(round_to(x, scales) * scales) - x), axis=axis, keepdims=True)
+        return jnp.sum(jnp.square(grid.bf16_round(round_to(x, scales, -high - 1, high) * scales) - x), axis=axis, keepdims=True)
 
     def consider(best, ratio):
-        scales = grid.bf16_round(absmax / 7.5 * ratio)
+        scales = grid.bf16_round(absmax / (high + 0.5) * ratio)
         e = error(scales)
         return (jnp.where(e < best[1], scales, best[0]), jnp.minimum(e, best[1])), None
 
     ratios = jnp.linspace(0.6, 1.1, 51)
     if signed:
         ratios = jnp.concatenate([ratios, -ratios])
-    start = grid.bf16_round(absmax / 7.5)
+    start = grid.bf16_round(absmax / (high + 0.5))
     (scales, _), _ = jax.lax.scan(consider, (start, error(start)), ratios)
-    return _encoded(w, x, scales, axis)
+    return _encoded(w, x, scales, axis, -high - 1, high)
 
 
 def half_quadratic(w: Float[Array, "..."], axis: int, group: int) -> Encoded:
@@ -141,8 +140,9 @@ KIMI7 = Codec("kimi7", -7, 7, True, grid.quantize)
 CODECS = {codec.name: codec for codec in (
     KIMI7,
     Codec("ct75", -8, 7, False, partial(absmax_over, steps=7.5)),
-    Codec("int3", -3, 3, True, partial(absmax_over, steps=3.0)),
+    Codec("int3", -3, 3, True, partial(grid.quantize, levels=grid.LEVELS["int3"])),
     Codec("mse", -8, 7, False, partial(least_squares, signed=False)),
+    Codec("mse3", -4, 3, False, partial(least_squares, signed=False, high=3)),
     Codec("mse_signed", -8, 7, False, partial(least_squares, signed=True)),
     Codec("hqq", -8, 7, False, half_quadratic),
     Codec("mxfp4", 0, 15, True, microscaled, microscaled_values),

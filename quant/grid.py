@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8
 
-LEVELS = 7
-"""Largest code; the grid is symmetric and -8 is never used."""
+LEVELS = {"int4": 7, "int3": 3}
+"""Largest code of each training grid: they are symmetric, and -8 is never used. int3 is there to see where damage begins."""
 
 
 def bf16_round(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -37,13 +37,14 @@ def split_groups(w: Array, axis: int, group: int) -> Array:
     return w.reshape(*w.shape[:at], size // group, group, *w.shape[at + 1:])
 
 
-def quantize(w: Float[Array, "..."], axis: int, group: int) -> tuple[Int8[Array, "..."], Float[Array, "..."]]:
-    """Codes (int8 in [-7, 7], shape of `w`) and scales (bf16 values as float32, `axis` shortened to I/group)."""
+def quantize(w: Float[Array, "..."], axis: int, group: int, levels: int = LEVELS["int4"]
+             ) -> tuple[Int8[Array, "..."], Float[Array, "..."]]:
+    """Codes (int8 in [-levels, levels], shape of `w`) and scales (bf16 values as float32, `axis` shortened to I/group)."""
     x = split_groups(w.astype(jnp.float32), axis, group)
     absmax = bf16_round(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
-    scales = bf16_round(absmax / LEVELS)
+    scales = bf16_round(absmax / levels)
     scales = jnp.where(scales == 0, jnp.ones_like(scales), scales)
-    codes = jnp.clip(jnp.round(x / jnp.broadcast_to(scales, x.shape)), -LEVELS, LEVELS)
+    codes = jnp.clip(jnp.round(x / jnp.broadcast_to(scales, x.shape)), -levels, levels)
     return codes.astype(jnp.int8).reshape(w.shape), jnp.squeeze(scales, axis)
 
 
@@ -53,6 +54,6 @@ def dequantize(codes: Int8[Array, "..."], scales: Float[Array, "..."], axis: int
     return bf16_round(q * jnp.expand_dims(scales, axis)).reshape(codes.shape)
 
 
-def on_grid(w: Float[Array, "..."], axis: int, group: int) -> Float[Array, "..."]:
+def on_grid(w: Float[Array, "..."], axis: int, group: int, levels: int = LEVELS["int4"]) -> Float[Array, "..."]:
     """The grid values of `w`, as float32; no gradient is defined here (quant/served.py passes it straight through)."""
-    return dequantize(*quantize(w, axis, group), axis, group)
+    return dequantize(*quantize(w, axis, group, levels), axis, group)

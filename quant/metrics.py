@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int8
 from configs.param_spec import Specs
 from quant import grid
 from quant.coverage import group_axis
+from quant.grid import LEVELS
 
 
 @jax.tree_util.register_dataclass
@@ -25,23 +26,19 @@ class CodeHistory:
     moved: dict[str, Int8[Array, "..."]]
 
 
-def codes_of(params: dict[str, Array], specs: Specs, group: int) -> dict[str, Int8[Array, "..."]]:
+def codes_of(params: dict[str, Array], specs: Specs, group: int, levels: int = LEVELS["int4"]) -> dict[str, Int8[Array, "..."]]:
     """Codes of every parameter on the grid."""
     return {
-        path: grid.quantize(params[path], group_axis(spec), group)[0] for path, spec in specs.items() if spec.on_grid
+        path: grid.quantize(params[path], group_axis(spec), group, levels)[0]
+        for path, spec in specs.items() if spec.on_grid
     }
 
 
-def start_history(params: dict[str, Array], specs: Specs, group: int) -> CodeHistory:
-    codes = codes_of(params, specs, group)
-    return CodeHistory(codes, jax.tree.map(jnp.zeros_like, codes))
-
-
-def code_flow(history: CodeHistory, params: dict[str, Array], specs: Specs, group: int
-              ) -> tuple[CodeHistory, dict[str, Float[Array, ""]]]:
-    """quant/flipped: share of codes that differ from the last call's; quant/oscillating: share that moved against the
-    direction of their own last move. Costs two bytes per weight on the grid."""
-    codes = codes_of(params, specs, group)
+def code_flow(history: CodeHistory, params: dict[str, Array], specs: Specs, group: int,
+              levels: int = LEVELS["int4"]) -> tuple[CodeHistory, dict[str, Float[Array, ""]]]:
+    """quant/flipped: share of codes that differ from the history's; quant/oscillating: share that moved against the
+    direction of their own last move that was seen. Costs two bytes per weight on the grid."""
+    codes = codes_of(params, specs, group, levels)
     flipped = oscillating = jnp.float32(0)
     total, moved = 0, {}
     for path, now in codes.items():

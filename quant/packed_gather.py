@@ -35,8 +35,8 @@ def _merged(x: Array, axis: int) -> Array:
     return x.reshape(*x.shape[:at - 1], -1, *x.shape[at + 1:])
 
 
-def gather_on_grid(part: Float[Array, "..."], axis: int, group: int, dtype: str, gather: Callable[[Array], Array]
-                   ) -> Float[Array, "..."]:
+def gather_on_grid(part: Float[Array, "..."], axis: int, group: int, dtype: str, gather: Callable[[Array], Array],
+                   levels: int = grid.LEVELS["int4"]) -> Float[Array, "..."]:
     """Inside `jax.shard_map`: the grid values, in `dtype`, of the array whose parts of the masters the devices hold.
 
     axis    the grouped one, counted from the end; `group` is even
@@ -46,7 +46,7 @@ def gather_on_grid(part: Float[Array, "..."], axis: int, group: int, dtype: str,
     """
     @jax.custom_vjp
     def gathered(part):
-        codes, scales = grid.quantize(part, axis, group)
+        codes, scales = grid.quantize(part, axis, group, levels)
         codes = unpaired(gather(pairs(codes, axis, group)), axis, group)
         # As their bits: XLA may widen a bf16 collective, on CPU it does.
         bits = gather(lax.bitcast_convert_type(scales.astype(jnp.bfloat16), jnp.uint16))

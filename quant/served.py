@@ -29,6 +29,11 @@ class Serving:
     def of(cls, model: ModelConfig, quant: QuantConfig) -> Serving:
         return cls(dtype=model.dtype, grid=quant.grid, group_size=quant.group_size)
 
+    @property
+    def levels(self) -> int:
+        """Largest code of the grid."""
+        return grid.LEVELS[self.grid]
+
 
 def grid_amount(quant: QuantConfig, step: Array) -> Float[Array, ""]:
     """Share of the grid in the forward weights at an optimizer step: 0, the ramp, then exactly 1."""
@@ -62,6 +67,6 @@ def as_served(
         value = grid.bf16_round(value)
     if spec.on_grid and serving.grid != "none":
         axis = spec.axis(spec.matrix.rows[0]) - len(spec.axes)
-        on_grid = grid.on_grid(master, axis, serving.group_size)
+        on_grid = grid.on_grid(master, axis, serving.group_size, serving.levels)
         value = jnp.where(amount >= 1, on_grid, jnp.where(amount > 0, value + amount * (on_grid - value), value))
     return _straight_through(value, master)

@@ -44,7 +44,7 @@ class Array:
 class Memory:
     """Bytes on one device.
 
-    parameters, optimizer, batch   what the step is given; the first two are written over in place
+    parameters, optimizer, batch   what the step is given, a teacher among the first; the first two are written over in place
     activations                    kept from the forward to the backward pass, at the peak
     gradients                      as large as a parameter, at the peak
     temporaries                    the rest of the program's own memory at its peak
@@ -119,8 +119,8 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Compiled:
             done = time.monotonic()
             dumped = _newest(Path(folder), "after_optimizations.txt")
             program = Program(dumped.read_text() if dumped else compiled.as_text())
-            given = {"parameters": local_bytes(state.params), "optimizer": local_bytes((state.optimizer, state.step)),
-                     "batch": local_bytes(batch)}
+            given = {"parameters": local_bytes((state.params, state.teacher)),
+                     "optimizer": local_bytes((state.optimizer, state.step)), "batch": local_bytes(batch)}
             memory = _memory(program, Path(folder), given, compiled, specs, shardings, cfg.model.num_moe_layers)
     fits = compiled is not None and memory.peak <= topology.chip.hbm
     return Compiled(cfg, topology, mesh, specs, program, memory, fits, lowered_at - started, done - lowered_at)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from jaxtyping import Array
 
@@ -13,18 +14,25 @@ from quant.calibration import Calibration, calibrate
 from quant.ptq import Quantized, gptq_experts, nearest
 from quant.served import Serving
 from train.expert_inputs import expert_inputs
+from train.scale_learning import learned_scales
 from train.session import Session
 
 GATE_UP, DOWN = "moe.mlp.experts_gate_up", "moe.mlp.experts_down"
 
-ROUNDED = {"rtn": "kimi7", "rtn75": "ct75", "mse": "mse", "mse_signed": "mse_signed", "hqq": "hqq", "rtn3": "int3"}
+ROUNDED = {"rtn": "kimi7", "rtn75": "ct75", "mse": "mse", "mse_signed": "mse_signed", "hqq": "hqq", "rtn3": "int3",
+           "mse3": "mse3"}
 """Rounding to nearest: name -> rule of quant/codecs.py. rtn is the training grid, absmax / 7; rtn75 compressed-tensors'
-absmax / 7.5; mse, mse_signed and hqq search their scales; rtn3 has three bits in the same file."""
+absmax / 7.5; mse, mse_signed and hqq search their scales; rtn3 and mse3 have three bits in the same file."""
 
-CALIBRATED: dict[str, Callable[..., Quantized]] = {"gptq": gptq_experts, "awq": awq_experts}
-"""Methods that look at the run's training data first."""
+CALIBRATED: dict[str, Callable[..., Quantized]] = {
+    "gptq": gptq_experts, "awq": awq_experts,
+    "gptq3": partial(gptq_experts, codec="mse3"), "awq3": partial(awq_experts, codec="mse3")}
+"""Methods that look at the run's training data first; all on scales of a least-squares search."""
 
-BASELINES = (*ROUNDED, *CALIBRATED)
+LEARNED = {"lsq": "mse", "lsq3": "mse3"}
+"""Scales that descend on the KL over training data: name -> rule that they start from."""
+
+BASELINES = (*ROUNDED, *CALIBRATED, *LEARNED)
 
 CALIBRATION_BATCHES = 8
 """Training batches that a calibrated method sees unless told otherwise."""
@@ -48,7 +56,10 @@ def baseline(session: Session, params: dict[str, Array], name: str, calibration:
     group = session.cfg.quant.group_size
     if name in ROUNDED:
         return nearest(params, session.specs, group, ROUNDED[name])
-    if calibration is None:
+    if name in LEARNED or calibration is None:
         data = open_data(session.cfg, session.tokenizer)
+    if name in LEARNED:
+        return learned_scales(session, params, served_plain(session, params), data, CALIBRATION_BATCHES, LEARNED[name])
+    if calibration is None:
         calibration = calibration_of(session, params, data, CALIBRATION_BATCHES)
     return CALIBRATED[name](params, session.specs, group, calibration)

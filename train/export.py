@@ -35,6 +35,8 @@ def export_run(source: str, out: Path | None, form: str) -> int:
         return _export_gguf(run, source, out or run.path / "model.gguf")
     cfg = run.load_config()
     out = out or run.path / "export"
+    if cfg.quant.grid == "int3" and form != "bf16":
+        raise ConfigError(f"{run.path} was trained on three bits, which no engine reads; export it with --format bf16")
     if out.exists():
         raise ConfigError(f"{out} exists; name a new directory with --out, or remove it first")
     session = open_session(cfg, run.load_facts().get("compute_dtype"))

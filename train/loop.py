@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -32,7 +34,7 @@ from train.recorder import GridWatch, Recorder
 from train.remix import before_edit, table_of
 from train.run_dir import RunDir, config_hash, differences
 from train.session import Session, load_params, open_session, parse_source
-from train.state import TrainState, initial_state, state_shardings
+from train.state import TrainState, as_teacher, initial_state, state_shardings
 from train.step import Batch, StepConfig, make_train_step
 from train.stop import EXIT_DONE, EXIT_STOPPED, StopSignal
 
@@ -127,6 +129,8 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
         console.print(f"[yellow]{len(data.account.rejected)} rows are left out[/]: {run.left_out} names each and says why")
     console.print(f"run {run.path} (config {config_hash(cfg)}), data: "
                   + ", ".join(f"{k} {v}" for k, v in data.describe().items()))
+    if cfg.quant.grid != "none":
+        console.print(str(coverage(session.specs, cfg.quant)), markup=False)
     console.print(f"{human(sum(s.size for s in session.specs.values()))} parameters on {jax.device_count()} x "
                   f"{jax.devices()[0].device_kind}, compute in {session.compute_dtype}, {cfg.train.steps - step} steps of "
                   f"{human(cfg.train.batch_size * cfg.train.seq_len)} tokens to do")
@@ -171,17 +175,28 @@ def starting_state(machine: Machine, checkpoints: Checkpoints, run: RunDir) -> t
         return restored.state, restored.step
     if cfg.train.fork_from:
         source, at = _same_model(cfg.train.fork_from, cfg)
-        restored = Checkpoints(source.checkpoints).restore(like, at)
+        restored = Checkpoints(source.checkpoints).restore(dataclasses.replace(like, teacher={}), at)
         console.print(f"going on from {source.path} at step {restored.step}, whose first steps this run shares")
-        return restored.state, restored.step
+        return taught(restored.state, session, like), restored.step
+    if cfg.quant.distill_weight and not cfg.train.init_from:
+        raise ConfigError("quant.distill_weight needs a teacher; name its run with --train.fork-from or --train.init-from")
     console.print(routing(session))
     state = initial_state(cfg, session.specs, machine.optimizer, session.mesh)
     if cfg.train.init_from:
         source, at = _same_model(cfg.train.init_from, cfg)
         params, at = load_params(session, source, at)
         console.print(f"starting from the weights of {source.path} at step {at}")
-        state = TrainState(params, state.optimizer, state.step, state.skipped)
+        state = taught(dataclasses.replace(state, params=params), session, like)
     return state, 0
+
+
+def taught(state: TrainState, session: Session, like: TrainState) -> TrainState:
+    """The state with a copy of its own weights, as bf16 serves them, for a teacher; as it is in a run without one."""
+    if not like.teacher:
+        return state
+    copy = jax.jit(partial(as_teacher, cfg=session.cfg, specs=session.specs),
+                   out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like.teacher))
+    return dataclasses.replace(state, teacher=copy(state.params))
 
 
 def routing(session: Session) -> Table:
@@ -211,11 +226,14 @@ def run_steps(machine: Machine, data: Data, state: TrainState, step: int, checkp
     evaluator = Evaluator(machine.session, data)
     recorder = Recorder(machine.session, run, step + 1, started, compiling, last_data_hash(run, step))
     profile = Profile(cfg.profile.bounds(), run.profile)
-    codes = GridWatch(machine.session.specs, cfg.quant.group_size)
+    codes = GridWatch(machine.session.specs, cfg.quant)
     sample_every = max(cfg.train.log_every, cfg.train.steps // 20)
     with Bar(f"training {run.path}", cfg.train.steps - step) as bar:
         for batch in data.iterate(step, rows):
             placed = processes.place(batch, sharding, rows, cfg.train.batch_size)
+            reported = step + 1 in (recorder.first_step, cfg.train.steps) or (step + 1) % cfg.train.log_every == 0
+            if reported:
+                codes.before(state.params)
             profile.before(step + 1, state)
             state, metrics = machine.train_step(step, state, placed)
             step += 1
@@ -225,8 +243,8 @@ def run_steps(machine: Machine, data: Data, state: TrainState, step: int, checkp
             profile.after(step, state, last or stopping)
             if step % sample_every == 0:
                 recorder.measure_optimizer(machine.time_update, state)
-            if step == recorder.first_step or step % cfg.train.log_every == 0 or last:
-                recorder.report(codes.report(step, state.params))
+            if reported:
+                recorder.report(codes.report(state.params))
             if last or (cfg.train.eval_every and step % cfg.train.eval_every == 0):
                 amount = float(metrics["grid_amount"])
                 recorder.evaluated(step, evaluator(state.params, amount=amount, batches=cfg.train.eval_batches))

@@ -9,11 +9,14 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from configs.param_spec import Specs
+from configs.schema import QuantConfig
 from quant.error import grid_error
-from quant.metrics import code_flow, start_history
+from quant.grid import LEVELS
+from quant.metrics import CodeHistory, code_flow, codes_of
 from train import processes
 from train.console import console, human
 from train.counts import train_flops_per_token
@@ -24,29 +27,29 @@ from train.state import TrainState
 
 
 class GridWatch:
-    """Distance of the masters from the grid, and how codes move between two reports.
+    """Distance of the masters from the grid, and how codes move in the steps that are reported.
 
-    Movement is followed in the first MoE layer only: it needs two bytes per weight. Two reports that are many steps
-    apart miss codes that moved and came back in between, so the share is per report, with the steps beside it.
+    Movement is followed in the first MoE layer only: it needs two bytes per weight.
     """
 
-    def __init__(self, specs: Specs, group: int):
-        self.specs, self.group = specs, group
-        self.history, self.at = None, 0
-        self._start = jax.jit(partial(start_history, specs=specs, group=group))
-        self._flow = jax.jit(partial(code_flow, specs=specs, group=group), donate_argnums=0)
+    def __init__(self, specs: Specs, quant: QuantConfig):
+        self.specs, self.grid = specs, {"group": quant.group_size, "levels": LEVELS.get(quant.grid, LEVELS["int4"])}
+        self.history = None
+        self._codes = jax.jit(partial(codes_of, specs=specs, **self.grid))
+        self._flow = jax.jit(partial(code_flow, specs=specs, **self.grid), donate_argnums=0)
 
-    def report(self, step: int, params: dict[str, Any]) -> dict[str, Any]:
-        """grid_error and codes_at_edge; from the second report on, quant/flipped, quant/oscillating, quant/steps."""
-        out = grid_error(params, self.specs, self.group)
-        layer = {path: params[path][:1] for path, spec in self.specs.items() if spec.on_grid}
-        if self.history is None:
-            self.history = self._start(layer)
-        else:
-            self.history, moved = self._flow(self.history, layer)
-            out |= moved | {"quant/steps": step - self.at}
-        self.at = step
-        return out
+    def before(self, params: dict[str, Any]) -> None:
+        """The weights that the next step, a reported one, will change."""
+        codes = self._codes(self._layer(params))
+        self.history = CodeHistory(codes, self.history.moved if self.history else jax.tree.map(jnp.zeros_like, codes))
+
+    def report(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Of the weights after it: grid_error, codes_at_edge, quant/flipped, quant/oscillating."""
+        self.history, moved = self._flow(self.history, self._layer(params))
+        return grid_error(params, self.specs, **self.grid) | moved
+
+    def _layer(self, params: dict[str, Any]) -> dict[str, Any]:
+        return {path: params[path][:1] for path, spec in self.specs.items() if spec.on_grid}
 
 
 class Recorder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -13,6 +13,8 @@ from jaxtyping import Array, Int
 
 from configs.param_spec import ParamSpec, Specs
 from configs.schema import RunConfig
+from model.decode.served_params import serve
+from quant.served import Serving
 from train.compat import once_options
 from train.mesh import param_shardings, replicated
 
@@ -21,12 +23,14 @@ from train.mesh import param_shardings, replicated
 @dataclass(frozen=True)
 class TrainState:
     """params: path -> master weights (router biases included). optimizer: of optim/build.py. skipped: steps whose
-    loss or gradient was not finite and which changed nothing."""
+    loss or gradient was not finite and which changed nothing. teacher: path -> weights as served, frozen, of the network
+    that a distilled run learns from; empty without one, and then nothing of it is compiled, moved or stored."""
 
     params: dict[str, Array]
     optimizer: Any
     step: Int[Array, ""]
     skipped: Int[Array, ""]
+    teacher: dict[str, Array] = field(default_factory=dict)
 
 
 def initial_value(spec: ParamSpec, key: Array, dtype) -> Array:
@@ -52,7 +56,14 @@ def state_shardings(cfg: RunConfig, specs: Specs, optimizer: optax.GradientTrans
 def _initial(cfg: RunConfig, specs: Specs, optimizer: optax.GradientTransformation) -> TrainState:
     keys = jax.random.split(jax.random.key(cfg.train.seed), len(specs))
     params = {path: initial_value(spec, keys[i], cfg.optim.master_dtype) for i, (path, spec) in enumerate(specs.items())}
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    teacher = as_teacher(params, cfg, specs) if cfg.quant.distill_weight else {}
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), teacher)
+
+
+def as_teacher(params: dict[str, Array], cfg: RunConfig, specs: Specs) -> dict[str, Array]:
+    """Masters as a bf16 checkpoint serves them, off the grid: what a distilled run keeps of the run it came from. bfloat16
+    where the values are (model/decode/served_params.py), so two bytes a weight."""
+    return serve(params, specs, Serving(cfg.model.dtype), 0.0, cfg.model.dtype)
 
 
 def initial_state(cfg: RunConfig, specs: Specs, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -5,7 +5,7 @@ Where a batch becomes sharded and what moves between devices: `gradients`, and d
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -18,8 +18,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from configs.param_spec import Specs
 from configs.schema import RunConfig
 from configs.sharding import ROW_AXES, TOKEN_AXES
-from model import cross_entropy
+from model import cross_entropy, distillation
 from model.call import Call, LayerAux, ModelAux, MoEAux, combine, nothing_measured, over_devices
+from model.decode.served_params import SERVED
 from model.shards import ONE_DEVICE, Shards, shards_of
 from model.stacked import Sums
 from model.transformer import bind, param_specs
@@ -49,9 +50,10 @@ class StepConfig:
         return shards_of(self.mesh)
 
 
-def loss_fn(params: dict[str, Array], batch: Batch, amount: Array, total_weight: Array, cfg: StepConfig,
-            sums: Sums | None = None) -> tuple[Float[Array, ""], tuple[Array, ModelAux]]:
-    """This device's share of sum(weight * nll) / total_weight plus the auxiliary losses; and (nll sum, measurements).
+def loss_fn(params: dict[str, Array], teacher: dict[str, Array], batch: Batch, amount: Array, total_weight: Array,
+            cfg: StepConfig, sums: Sums | None = None) -> tuple[Float[Array, ""], tuple[Array, ModelAux]]:
+    """This device's share of sum(weight * nll) / total_weight plus the auxiliary losses; and (nll sum, measurements). With
+    a teacher, quant.distill_weight of it is sum(weight * KL(teacher || student)) / total_weight instead.
 
     `total_weight` is the whole step's, so the shares of microbatches and devices add up to the global mean. Devices
     along tensor have the same tokens: each takes its part of their loss. `sums`: model/stacked.py.
@@ -65,6 +67,12 @@ def loss_fn(params: dict[str, Array], batch: Batch, amount: Array, total_weight:
     weights = batch["weights"].reshape(-1)
     nll_sum = jnp.sum(weights * nll)
     loss = nll_sum / total_weight
+    if teacher:
+        as_it_was = replace(call, serving=SERVED, remat="none", settled=False)
+        taught = bind(run.model, teacher)
+        kl = distillation.divergences(hidden, network.head, taught(batch["tokens"], as_it_was)[0], taught.head, call)
+        aux = replace(aux, teacher_kl=jnp.sum(weights * kl))
+        loss += run.quant.distill_weight * (aux.teacher_kl / total_weight - loss)
     if run.train.z_loss:
         loss += run.train.z_loss * jnp.sum(weights * lse**2) / total_weight
     if run.train.balance_loss:
@@ -72,45 +80,46 @@ def loss_fn(params: dict[str, Array], batch: Batch, amount: Array, total_weight:
     return loss / cfg.shards.size("tensor"), (nll_sum, aux)
 
 
-def gradients(params: dict[str, Array], batch: Batch, amount: Array, cfg: StepConfig, key: PRNGKeyArray | None = None
-              ) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
-    """Mean loss, gradients and measurements of a whole batch: global arrays in and out, in their shardings. `key`: of the
-    rounding of sums of microbatches; not needed for float32 masters.
+def gradients(params: dict[str, Array], batch: Batch, amount: Array, cfg: StepConfig, key: PRNGKeyArray | None = None,
+              teacher: dict[str, Array] | None = None) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
+    """Mean nll, gradients and measurements of a whole batch: global arrays in and out, in their shardings. `key`: of the
+    rounding of sums of microbatches; not needed for float32 masters. `teacher`: a TrainState's.
 
     Inside, every device runs `local_gradients` on its rows and positions and on its parts of the parameters.
     """
+    teacher = teacher or {}
     if cfg.shards == ONE_DEVICE:
-        return local_gradients(params, batch, amount, key, cfg)
+        return local_gradients(params, teacher, batch, amount, key, cfg)
     parts = {path: P(*(axes or None for axes in cfg.shards.stored(spec)))
              for path, spec in param_specs(cfg.run.model).items()}
-    measured = ModelAux(LayerAux(P(None, "tensor")), MoEAux(P(), P()))
+    measured = ModelAux(LayerAux(P(None, "tensor")), MoEAux(P(), P()), P())
     run = jax.shard_map(partial(local_gradients, cfg=cfg), mesh=cfg.mesh,
-                        in_specs=(parts, P(ROW_AXES, "context"), P(), P()), out_specs=(P(), parts, measured),
-                        check_vma=False)
-    return run(params, batch, amount, key)
+                        in_specs=(parts, {path: parts[path] for path in teacher}, P(ROW_AXES, "context"), P(), P()),
+                        out_specs=(P(), parts, measured), check_vma=False)
+    return run(params, teacher, batch, amount, key)
 
 
-def local_gradients(params: dict[str, Array], batch: Batch, amount: Array, key: PRNGKeyArray | None, cfg: StepConfig
-                    ) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
+def local_gradients(params: dict[str, Array], teacher: dict[str, Array], batch: Batch, amount: Array,
+                    key: PRNGKeyArray | None, cfg: StepConfig) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
     """The same for one device, gradients summed over microbatches here and over devices once, at the end."""
     shards = cfg.shards
     batch = {name: shards.own_positions(shards.gather_axis(x, ("context",), 1), 1) for name, x in batch.items()}
     total_weight = shards.total(jnp.sum(batch["weights"]), TOKEN_AXES)
-    nll, grads, aux = accumulated(params, batch, amount, total_weight, key, cfg)
+    nll, grads, aux = accumulated(params, teacher, batch, amount, total_weight, key, cfg)
     specs = param_specs(cfg.run.model)
     grads = {path: shards.total_gradient(g, specs[path]) for path, g in grads.items()}
     return shards.total(nll, TOKEN_AXES) / total_weight, grads, over_devices(aux, shards.split(TOKEN_AXES))
 
 
-def accumulated(params: dict[str, Array], batch: Batch, amount: Array, total_weight: Array, key: PRNGKeyArray | None,
-                cfg: StepConfig) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
+def accumulated(params: dict[str, Array], teacher: dict[str, Array], batch: Batch, amount: Array, total_weight: Array,
+                key: PRNGKeyArray | None, cfg: StepConfig) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
     """Sum of nll, gradients and measurements of this device's tokens, microbatch by microbatch: in float32, and kept in
     the masters' dtype between them. bfloat16 sums are rounded up or down at random, so that small summands count; to
     those of the stacked layers the backward pass adds in place, so that there is one copy of them (model/stacked.py)."""
     grad = jax.value_and_grad(loss_fn, has_aux=True)
     count, specs = cfg.run.train.accumulate, param_specs(cfg.run.model)
     if count == 1:
-        (_, (nll, aux)), grads = grad(params, batch, amount, total_weight, cfg)
+        (_, (nll, aux)), grads = grad(params, teacher, batch, amount, total_weight, cfg)
         return nll, grads, aux
     in_place = {path for path, spec in specs.items() if "layers" in spec.axes and cfg.run.optim.master_dtype == "bfloat16"}
     fixed = {path: params[path] for path in in_place}
@@ -118,7 +127,7 @@ def accumulated(params: dict[str, Array], batch: Batch, amount: Array, total_wei
     def of_sums(rest, sums, rows, key):
         """The loss as a function of what is differentiated."""
         adding = Sums(bind(cfg.run.model, sums, partly=True).moe, key, _added) if sums else None
-        return loss_fn(fixed | rest, rows, amount, total_weight, cfg, adding)
+        return loss_fn(fixed | rest, teacher, rows, amount, total_weight, cfg, adding)
 
     # Microbatch m takes rows m, m + count, ... of every device: of all rows the same ones on any mesh.
     micro = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
@@ -133,7 +142,7 @@ def accumulated(params: dict[str, Array], batch: Batch, amount: Array, total_wei
         return (nll + more_nll, grads, combine(measured, aux)), None
 
     first = jax.tree.map(lambda x: x[0], micro)
-    shapes = jax.eval_shape(lambda: grad(params, first, amount, total_weight, cfg)[0][1][1])
+    shapes = jax.eval_shape(lambda: grad(params, teacher, first, amount, total_weight, cfg)[0][1][1])
     start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), nothing_measured(shapes)
     (nll, grads, aux), _ = jax.lax.scan(add, start, (jnp.arange(count), micro))
     return nll, grads, aux
@@ -156,19 +165,23 @@ def make_train_step(cfg: StepConfig, specs: Specs, optimizer: optax.GradientTran
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         amount = jnp.float32(1) if cfg.settled else grid_amount(cfg.run.quant, state.step)
-        key = jax.random.fold_in(jax.random.key(cfg.run.train.seed), state.step)
-        loss, grads, aux = gradients(state.params, batch, amount, cfg, key)
+        # Float32 masters need no noise; without the seed in it, runs that differ in nothing else share a compiled step.
+        key = (None if cfg.run.optim.master_dtype == "float32"
+               else jax.random.fold_in(jax.random.key(cfg.run.train.seed), state.step))
+        loss, grads, aux = gradients(state.params, batch, amount, cfg, key, state.teacher)
         norms = gradient_metrics(specs, cfg.run.optim, grads)
         # A step whose loss or gradient is not finite changes nothing but the two counters.
         finite = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"])
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params, max_logits=aux.attention.max_logit,
                                               expert_counts=aux.moe.expert_counts, finite=finite)
         params = apply_updates(state.params, updates, key)
-        new = TrainState(params, opt_state, state.step + 1, state.skipped + jnp.where(finite, 0, 1))
+        new = TrainState(params, opt_state, state.step + 1, state.skipped + jnp.where(finite, 0, 1), state.teacher)
         metrics = {"loss": loss, "data_print": sum(fingerprint(x) for x in batch.values()), "lr": schedule(state.step),
                    "grid_amount": amount, "skipped_steps": new.skipped,
                    "tokens": jnp.sum(batch["segments"] > 0), **routing_metrics(aux, batch, cfg), **norms,
                    **update_metrics(specs, cfg.run.optim, updates, opt_state)}
+        if state.teacher:
+            metrics["teacher_kl"] = aux.teacher_kl / jnp.sum(batch["weights"])
         return new, metrics
 
     return train_step

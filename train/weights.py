@@ -51,8 +51,8 @@ def load_weights(source: str, dtype: str | None = None) -> Weights:
     """RUN[@STEP][:bf16|int4|BASELINE] or an exported DIR[:bf16|int4]; `dtype` to compute in, default the run's or the fastest.
 
     bf16   the masters rounded to bf16. int4: the masters on the grid, which is what is exported (the default of a run
-           trained on the grid). A post-training baseline of the masters: rtn, rtn75, mse, mse_signed, hqq, gptq, awq, rtn3
-           (train/baselines.py)
+           trained on the grid). A post-training baseline of the masters: a name of
+           train/baselines.py
 
     Of a directory int4 keeps the experts packed in memory, bf16 unpacks them; see `load_export` for the default.
     """
@@ -74,12 +74,13 @@ def _from_run(source: str, where: str, kind: str | None, dtype: str | None) -> W
     cfg = session.cfg
     params, _ = load_params(session, run, step)
     kind = kind or ("int4" if cfg.quant.grid != "none" else "bf16")
+    trained = "int4" if cfg.quant.grid == "none" else cfg.quant.grid
     if kind in BASELINES:
         arm = baseline(session, params, kind)
         params = arm.fake(params, session.specs)
         for note in arm.notes:
             console.print(f"{source}: {note}", markup=False)
-    serving = Serving(cfg.model.dtype, "int4" if kind == "int4" else "none", cfg.quant.group_size)
+    serving = Serving(cfg.model.dtype, trained if kind == "int4" else "none", cfg.quant.group_size)
     served = serve(params, session.specs, serving, 1.0, session.compute_dtype)
     return Weights(source, cfg.model, served, session.tokenizer, session.compute_dtype, session.platform)
 

@@ -10,7 +10,7 @@ from configs.schema import ConfigError, QuantConfig
 from quant import grid
 from quant.coverage import coverage, group_axis, require_whole_groups
 from quant.error import grid_error
-from quant.metrics import code_flow, start_history
+from quant.metrics import CodeHistory, code_flow, codes_of
 from quant.served import Serving, as_served, grid_amount
 from tests.quant.small_model import INT4, MODEL, PLAIN, random_weights, specs_of
 
@@ -111,7 +111,8 @@ def test_grid_error_by_hand():
 
 
 def test_flips_and_oscillation():
-    history = start_history(PARAMS, SPECS, 32)
+    codes = codes_of(PARAMS, SPECS, 32)
+    history = CodeHistory(codes, jax.tree.map(jnp.zeros_like, codes))
     history, metrics = code_flow(history, PARAMS, SPECS, 32)
     assert float(metrics["quant/flipped"]) == 0 == float(metrics["quant/oscillating"])
     moved = {**PARAMS, DOWN: PARAMS[DOWN].at[0, 0, 1, 0].add(0.03)}

@@ -63,6 +63,10 @@ def test_metrics_hold_what_the_report_shows(trained):
     assert 0 < rows[0]["compile_seconds"] < rows[0]["seconds_to_first_step"]
     assert [r["grid_amount"] for r in rows] == [0.0] * 4 + [1.0] * 16
     assert "grid_error" in rows[-1] and len(rows[-1]["expert_load"]) == 2
+    reported = [r for r in rows if "quant/flipped" in r]
+    assert [r["step"] for r in reported] == [1, 4, 8, 12, 16, 20], "the codes that this one step moved"
+    assert all(0 < r["quant/flipped"] < 0.5 and r["quant/oscillating"] <= r["quant/flipped"] for r in reported)
+    assert all(1 / 32 <= r["codes_at_edge"] < 0.5 for r in reported)
 
 
 def test_a_trace_of_the_named_steps_is_written(trained):

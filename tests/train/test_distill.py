@@ -1,0 +1,51 @@
+"""A distilled run from the command line: who its teacher is, that it is kept, and that resuming changes no bit."""
+
+import shutil
+
+import jax
+import numpy as np
+
+import launch
+from model.transformer import param_specs
+from tests.train.test_resume import final_state, losses
+from train.run_dir import RunDir
+from train.session import load_params, open_session
+from train.state import as_teacher
+
+FORK = ["--quant.distill-weight", "0.5", "--train.steps", "8", "--train.checkpoint-every", "2", "--train.keep", "9"]
+
+
+def arguments(run, source, *more):
+    """`small` by its fields: the same network as the fixture's."""
+    model = {"num_hidden_layers": 3, "hidden_size": 64, "moe_intermediate_size": 32, "q_lora_rank": 32, "intermediate_size": 64,
+             "kv_lora_rank": 32, "n_routed_experts": 8, "num_experts_per_tok": 2}
+    words = [word for name, value in model.items() for word in (f"--model.{name.replace('_', '-')}", str(value))]
+    return ["train", "--run", str(run), *words, "--quant.start-step", "4", "--data.task-length", "2", "3", "--train.batch-size",
+            "8", "--train.seq-len", "64", "--train.compute-dtype", "float32", "--train.eval-batches", "1",
+            "--train.fork-from", f"{source}@grid", *more]
+
+
+def test_a_distilled_fork_resumes_bit_for_bit(trained, tmp_path):
+    run, again = RunDir(tmp_path / "run"), RunDir(tmp_path / "again")
+    assert launch.main(arguments(run.path, trained.path, *FORK)) == 0
+    whole = final_state(run)
+    fork = load_params(open_session(trained.load_config()), trained, 4)[0]
+    jax.tree.map(np.testing.assert_array_equal, whole.state.teacher,
+                 as_teacher(fork, trained.load_config(), param_specs(trained.load_config().model)))
+    assert whole.state.teacher["embed"].dtype == "bfloat16"
+
+    shutil.copytree(run.path, again.path)
+    for step in (7, 8):
+        shutil.rmtree(again.checkpoints / str(step), ignore_errors=True)
+    assert launch.main(arguments(again.path, "gone", *FORK)) == 0, "the teacher is in the run's own checkpoints"
+    parts = final_state(again)
+    assert parts.step == whole.step == 8
+    jax.tree.map(np.testing.assert_array_equal, whole.state, parts.state)
+    assert losses(run) == losses(again)
+    assert all(0 < r["teacher_kl"] < 1 for r in run.read_metrics() if r["kind"] == "step")
+
+
+def test_without_a_run_to_learn_from_it_is_one_sentence(tmp_path, capsys):
+    assert launch.main(["train", "--run", str(tmp_path / "run"), "--quant.distill-weight", "0.5"]) == 2
+    assert "name its run with --train.fork-from" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
