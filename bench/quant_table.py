@@ -2,21 +2,29 @@
 
     python -m bench.quant_table TEXT_FILE [--work DIR] [--tasks text chain] [--seeds 0 1 2] [--write]
 
-Per task and seed one network (0.5 M parameters) is trained in bf16 to step FORK and on to step STEPS: the control. From
-FORK four runs fork, see the same batches under the same learning rates, and have their experts on a grid: QAT and QAT with
-distillation, at four bits and at three. Baselines quantise the control, which has seen as many tokens. Every arm is
+Per task and seed one network (0.2 M parameters) is trained in bf16. Runs fork from it (train.fork_from), see the same batches
+under the same learning rates, and have their experts on a grid or not: a bf16 control, QAT, QAT with the fork's weights as a
+teacher, QAT at three bits. They fork at two places: before the learning rate falls, so that training on the grid and cooldown
+are one, and afterwards, from the finished model. Baselines quantise the control, which has seen as many tokens. Every arm is
 evaluated by the same forward pass on all held-out rows, so differences to the control are paired. Finished runs and losses
-lie in DIR and are not repeated: the same command goes on where the last one stopped, and several processes may share the
-tasks and seeds among them. With --write the table and its picture go to bench/results/.
+lie in DIR and are not repeated: the same command goes on where the last one stopped. With --write the tables and their
+picture go to bench/results/.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Array
+from rich.box import SIMPLE
+from rich.table import Table
+
+from bench.measure import RESULTS, machine
+from bench.steps_to_loss import T_95
 from configs.presets import preset
 from configs.schema import DataConfig, QuantConfig, RunConfig
 from data.pipeline import open_data
@@ -25,7 +33,7 @@ from quant.calibration import Calibration
 from train.baselines import baseline, calibration_of, served_plain
 from train.checkpoint import Checkpoints
 from train.compat import keep_freed_memory, start_jax
-from train.console import Bar
+from train.console import Bar, console
 from train.held_out import Evaluator
 from train.loop import Machine, build, starting_state
 from train.run_dir import RunDir
@@ -34,10 +42,26 @@ from train.weights import Weights, load_weights
 
 TASKS = ("text", "chain")
 SEEDS = (0, 1, 2)
-FORK, STEPS = 300, 400
-"""Steps of 2,048 tokens: three quarters in bf16, the last quarter with its falling learning rate on the grid or not."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """From which optimizer step to which runs differ, and their optimizer: peak rate, and share of the steps at the end in
+    which the rate falls to a tenth. Steps are of 2,048 tokens."""
+
+    start: int
+    end: int
+    lr: float
+    decay_fraction: float
+
+
+STAGES = {"fused with the cooldown": Stage(300, 400, 8e-3, 0.3), "afterwards": Stage(400, 480, 2e-3, 1 / 6)}
+"""In the first the control is the first network itself, carried on. 8e-3 is what bench.steps_to_loss found for Muon; the rate
+of the second is a quarter of it and was not searched."""
+
 CALIBRATION_BATCHES = 8
 INT4, INT3 = "four bits", "three bits"
+FIRST, BEFORE = "fused with the cooldown", "bf16 at the fork"
 
 FORKS = {"QAT": QuantConfig("int4"), "QAT, distilled": QuantConfig("int4", distill_weight=0.5),
          "QAT, 3 bits": QuantConfig("int3")}
@@ -47,13 +71,11 @@ BLOCKS = {INT4: ("rtn", "rtn75", "mse", "mse_signed", "hqq", "gptq", "awq", "QAT
           INT3: ("rtn3", "mse3", "gptq3", "awq3", "QAT, 3 bits")}
 """Rounding to nearest, whose loss over the control is the gap, and what competes with it in the same file format."""
 
-
 BF16 = QuantConfig("none")
 
 
-def config(task: str, text: str, seed: int, quant: QuantConfig = BF16, fork: Path | None = None) -> RunConfig:
-    """A member of tiny's family, half as wide, with one MoE layer of 8 experts: 0.2 M parameters, minutes of one core. The
-    learning rate is what bench.steps_to_loss found for Muon."""
+def config(task: str, text: str, seed: int, stage: Stage, quant: QuantConfig = BF16, fork: Path | None = None) -> RunConfig:
+    """A member of tiny's family, half as wide, with one MoE layer of 8 experts: 0.2 M parameters, minutes of one core."""
     base = preset("tiny")
     data = DataConfig(paths=(text,), seed=seed) if task == "text" else replace(base.data, seed=seed)
     return replace(
@@ -61,16 +83,18 @@ def config(task: str, text: str, seed: int, quant: QuantConfig = BF16, fork: Pat
         model=replace(base.model, num_hidden_layers=2, hidden_size=64, intermediate_size=192, moe_intermediate_size=64,
                       num_attention_heads=2, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8,
                       v_head_dim=16, n_routed_experts=8),
-        optim=replace(base.optim, lr=8e-3), quant=quant, data=data,
-        train=replace(base.train, steps=STEPS, batch_size=16, seq_len=128, seed=seed, compute_dtype="float32", eval_batches=55,
-                      fork_from=f"{fork}@{FORK}" if fork else None))
+        optim=replace(base.optim, lr=stage.lr, decay_fraction=stage.decay_fraction), quant=quant, data=data,
+        train=replace(base.train, steps=stage.end, batch_size=16, seq_len=128, seed=seed, compute_dtype="float32",
+                      eval_batches=55, fork_from=f"{fork}@{stage.start}" if fork else None))
 
 
 class Cell:
-    """One task and seed: its runs and the losses of its arms."""
+    """One stage, task and seed: its runs and the losses of its arms."""
 
-    def __init__(self, work: Path, task: str, text: str, seed: int):
-        self.task, self.text, self.seed, self.path = task, text, seed, work / f"{task}-{seed}"
+    def __init__(self, work: Path, stage: str, task: str, text: str, seed: int):
+        self.stage, self.task, self.text, self.seed = stage, task, text, seed
+        self.first = work / f"{task}-{seed}" / "bf16"
+        self.path = self.first.parent if stage == FIRST else self.first.parent / stage
         self.file = self.path / "losses.json"
 
     def run(self, arm: str) -> RunDir:
@@ -79,43 +103,44 @@ class Cell:
     def losses(self) -> dict[str, float]:
         return json.loads(self.file.read_text()) if self.file.exists() else {}
 
-    def train(self, arm: str, programs: dict[str, Machine]) -> None:
-        """A run to STEPS, if it is not there: the control from random weights, the others from the control at FORK.
-        `programs`: one compiled step per arm, for all tasks and seeds."""
-        run = self.run(arm)
+    def train(self, arm: str, programs: dict[tuple[str, str], Machine]) -> None:
+        """A run to the end of the stage, if it is not there: the first network from random weights, all others from it.
+        `programs`: one compiled step per stage and arm, for all tasks and seeds."""
+        run, stage = self.run(arm), STAGES[self.stage]
         checkpoints = Checkpoints(run.checkpoints, keep=2)
-        if STEPS in checkpoints.steps():
+        if stage.end in checkpoints.steps():
             return
-        quant, fork = (FORKS[arm], self.run("bf16").path) if arm in FORKS else (BF16, None)
-        session = open_session(config(self.task, self.text, self.seed, quant, fork))
-        programs.setdefault(arm, build(session))
-        machine = replace(programs[arm], session=session)
+        fork = None if run.path == self.first else self.first
+        session = open_session(config(self.task, self.text, self.seed, stage, FORKS.get(arm, BF16), fork))
+        if (self.stage, arm) not in programs:
+            programs[self.stage, arm] = build(session)
+        machine = replace(programs[self.stage, arm], session=session)
         state, step = starting_state(machine, checkpoints, run)
         run.write_config(session.cfg, {"compute_dtype": session.compute_dtype})
         data = open_data(session.cfg, session.tokenizer)
-        with Bar(f"training {run.path}", STEPS - step) as bar:
+        with Bar(f"training {run.path}", stage.end - step) as bar:
             for batch in data.iterate(step):
                 state, _ = machine.train_step(step, state, batch)
                 step += 1
-                if step in (FORK, STEPS):
+                if step in (stage.start, stage.end):
                     checkpoints.save(step, state)
                 bar.advance()
-                if step == STEPS:
+                if step == stage.end:
                     break
         checkpoints.close()
 
     def evaluate(self) -> None:
         """Held-out losses that are not in the file yet, all by the same forward pass on the same rows."""
-        control, losses = self.run("bf16"), self.losses()
-        arms = ["bf16", f"bf16 at step {FORK}", *(arm for block in BLOCKS.values() for arm in block),
+        losses = self.losses()
+        arms = ["bf16", BEFORE, *(arm for block in BLOCKS.values() for arm in block),
                 *(f"{arm}, its masters in bf16" for arm in FORKS)]
         todo = [arm for arm in arms if arm not in losses]
         if not todo:
             return
-        session = open_session(control.load_config())
+        session = open_session(self.run("bf16").load_config())
         data = open_data(session.cfg, session.tokenizer)
         evaluator = Evaluator(session, data)
-        params, _ = load_params(session, control, STEPS)
+        params, _ = load_params(session, self.run("bf16"), STAGES[self.stage].end)
         calibration = calibration_of(session, params, data, CALIBRATION_BATCHES)
         with Bar(f"evaluating {self.path}", len(todo), "arm") as bar:
             for arm in todo:
@@ -125,12 +150,13 @@ class Cell:
 
     def weights(self, arm: str, session: Session, params: dict[str, Array], calibration: Calibration) -> Weights:
         """What an arm would serve."""
+        stage = STAGES[self.stage]
         name, _, masters = arm.partition(", its masters")
         if name in FORKS:
-            return load_weights(f"{self.run(name).path}@{STEPS}:{'bf16' if masters else 'int4'}")
-        if name.startswith("bf16"):
-            return load_weights(f"{self.run('bf16').path}@{STEPS if name == 'bf16' else FORK}:bf16")
-        values = baseline(session, params, name, calibration).fake(params, session.specs)
+            return load_weights(f"{self.run(name).path}@{stage.end}:{'bf16' if masters else 'int4'}")
+        if name == BEFORE:
+            return load_weights(f"{self.first}@{stage.start}:bf16")
+        values = params if name == "bf16" else baseline(session, params, name, calibration).fake(params, session.specs)
         return Weights(name, session.cfg.model, served_plain(session, values), session.tokenizer, session.compute_dtype,
                        session.platform)
 
@@ -160,8 +186,7 @@ def show(task: str, losses: list[dict[str, float]], blocks: dict[str, dict]) -> 
     for column in ("arm", "loss", "gap to bf16", "recovered"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     table.add_row("bf16, as many tokens", f"{np.mean([cell['bf16'] for cell in losses]):.4f}", "", "")
-    before = f"bf16 at step {FORK}"
-    table.add_row(before, f"{np.mean([cell[before] for cell in losses]):.4f}", "", "")
+    table.add_row(BEFORE, f"{np.mean([cell[BEFORE] for cell in losses]):.4f}", "", "")
     for arms in blocks.values():
         table.add_section()
         for arm, row in arms.items():
@@ -203,26 +228,28 @@ def main() -> None:
     args = parser.parse_args()
     start_jax()
     keep_freed_memory()
-    cells = [Cell(args.work, task, args.text, seed) for seed in args.seeds for task in args.tasks]
-    programs: dict[str, Machine] = {}
-    for arm in ("bf16", *FORKS):
+    results, every, programs = {}, {}, {}
+    for stage in STAGES:
+        cells = [Cell(args.work, stage, task, args.text, seed) for seed in args.seeds for task in args.tasks]
+        for arm in ("bf16", *FORKS):
+            for cell in cells:
+                cell.train(arm, programs)
         for cell in cells:
-            cell.train(arm, programs)
-    for cell in cells:
-        cell.evaluate()
-    results = {}
-    for task in args.tasks:
-        losses = [cell.losses() for cell in cells if cell.task == task]
-        if len(losses) > 1:
-            results[task] = summary(losses)
-            console.print(show(task, losses, results[task]))
+            cell.evaluate()
+            every[f"{stage}, {cell.task}, seed {cell.seed}"] = cell.losses()
+        for task in args.tasks:
+            losses = [cell.losses() for cell in cells if cell.task == task]
+            if len(losses) > 1:
+                name = f"{task}, QAT {stage}"
+                results[name] = summary(losses)
+                console.print(show(name, losses, results[name]))
     if args.write:
-        cfg = config("text", args.text, 0)
+        cfg = config("text", args.text, 0, STAGES[FIRST])
         facts = {"machine": machine(), "text": f"{Path(args.text).name}, {Path(args.text).stat().st_size} bytes",
-                 "steps": STEPS, "fork": FORK, "tokens_per_step": cfg.train.batch_size * cfg.train.seq_len,
+                 "stages": {name: vars(stage) for name, stage in STAGES.items()},
+                 "tokens_per_step": cfg.train.batch_size * cfg.train.seq_len,
                  "parameters": sum(spec.size for spec in param_specs(cfg.model).values()),
                  "calibration_batches": CALIBRATION_BATCHES, "seeds": list(args.seeds)}
-        every = {f"{cell.task}-{cell.seed}": cell.losses() for cell in cells}
         (RESULTS / "quant_table.json").write_text(json.dumps(facts | {"results": results, "losses": every}, indent=1) + "\n")
         draw(results, RESULTS / "quant_table.png")
 

@@ -1,14 +1,20 @@
-"""A distilled run from the command line: who its teacher is, that it is kept, and that resuming changes no bit."""
+"""A distilled run from the command line: who its teacher is, that it is kept, and that resuming changes no bit. Scales that
+learn from the same KL."""
 
+import re
 import shutil
 
 import jax
 import numpy as np
 
 import launch
+from data.pipeline import open_data
 from model.transformer import param_specs
+from quant.ptq import nearest
 from tests.train.test_resume import final_state, losses
+from train.baselines import served_plain
 from train.run_dir import RunDir
+from train.scale_learning import learned_scales
 from train.session import load_params, open_session
 from train.state import as_teacher
 
@@ -49,3 +55,17 @@ def test_without_a_run_to_learn_from_it_is_one_sentence(tmp_path, capsys):
     assert launch.main(["train", "--run", str(tmp_path / "run"), "--quant.distill-weight", "0.5"]) == 2
     assert "name its run with --train.fork-from" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_learned_scales_bring_the_model_closer_to_itself(trained):
+    """The baseline lsq: searched scales first, then two batches four times, by the KL to the unquantised model."""
+    session = open_session(trained.load_config())
+    params, _ = load_params(session, trained)
+    arm = learned_scales(session, params, served_plain(session, params), open_data(session.cfg, session.tokenizer), 2, "mse3")
+    before, after = (float(word.rstrip(";")) for word in re.findall(r"(\S+) in the (?:first|last)", arm.notes[0]))
+    assert 0 < after < before
+    start = nearest(params, session.specs, 32, "mse3")
+    for path, codes in arm.codes.items():
+        assert int(codes.min()) >= -4 and int(codes.max()) <= 3
+        moved = np.asarray(arm.scales[path] / start.scales[path])
+        assert (moved != 1).any() and moved.min() > 0.9 and moved.max() < 1.1, "eight steps of at most 1 %"
