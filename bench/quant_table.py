@@ -4,11 +4,11 @@
 
 Per task and seed one network (0.2 M parameters) is trained in bf16. Runs fork from it (train.fork_from), see the same batches
 under the same learning rates, and have their experts on a grid or not: a bf16 control, QAT, QAT with the fork's weights as a
-teacher, QAT at three bits. They fork at two places: before the learning rate falls, so that training on the grid and cooldown
-are one, and afterwards, from the finished model. Baselines quantise the control, which has seen as many tokens. Every arm is
-evaluated by the same forward pass on all held-out rows, so differences to the control are paired. Finished runs and losses
-lie in DIR and are not repeated: the same command goes on where the last one stopped. With --write the tables and their
-picture go to bench/results/.
+teacher, QAT at three bits. They fork at two places: before the learning rate falls, so that training on the
+grid and cooldown are one, and afterwards, from the finished model. Baselines quantise the control, which has seen as many
+tokens. Every arm is evaluated by the same forward pass on all held-out rows, so differences to the control are paired.
+Finished runs and losses lie in DIR and are not repeated: the same command goes on where the last one stopped. With --write
+the tables and their picture go to bench/results/.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import numpy as np
 from jaxtyping import Array
 from rich.box import SIMPLE
 from rich.table import Table
+from scipy.stats import t as student
 
 from bench.measure import RESULTS, machine
-from bench.steps_to_loss import T_95
 from configs.presets import preset
 from configs.schema import DataConfig, QuantConfig, RunConfig
 from data.pipeline import open_data
@@ -65,7 +65,7 @@ FIRST, BEFORE = "fused with the cooldown", "bf16 at the fork"
 
 FORKS = {"QAT": QuantConfig("int4"), "QAT, distilled": QuantConfig("int4", distill_weight=0.5),
          "QAT, 3 bits": QuantConfig("int3")}
-"""Arms that are trained; all switch to their grid at the fork at once."""
+"""Arms that are trained besides the control; all switch to their grid at the fork at once."""
 
 BLOCKS = {INT4: ("rtn", "rtn75", "mse", "mse_signed", "hqq", "gptq", "awq", "QAT", "QAT, distilled"),
           INT3: ("rtn3", "mse3", "gptq3", "awq3", "QAT, 3 bits")}
@@ -162,8 +162,9 @@ class Cell:
 
 
 def interval(values: list[float]) -> list[float]:
-    """Mean and its 95 % interval."""
-    mean, half = float(np.mean(values)), T_95 * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    """Mean and its 95 % interval (Student's)."""
+    n, mean = len(values), float(np.mean(values))
+    half = float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / n ** 0.5)
     return [mean, mean - half, mean + half]
 
 

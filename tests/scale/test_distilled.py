@@ -27,7 +27,7 @@ def measured(cfg, teacher=TEACHER, amount=1.0):
     step = StepConfig(cfg, "float32", "cpu", mesh)
     arguments = (jax.device_put(weights(cfg), places), jax.device_put(batch(cfg), batch_sharding(mesh)),
                  jax.device_put(teacher, places))
-    run = jax.jit(lambda p, b, t: gradients(p, b, jnp.float32(amount), step, t))
+    run = jax.jit(lambda p, b, t: gradients(p, b, jnp.float32(amount), step, teacher=t))
     return jax.device_get(run.lower(*arguments).compile(compiler_options=FAST_COMPILE)(*arguments))
 
 
