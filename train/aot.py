@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import re
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from configs.param_spec import Specs
-from configs.schema import ConfigError, RunConfig
+from configs.schema import RunConfig
 from model.transformer import param_specs
-from optim.build import build_optimizer
 from optim.hlo import Program
-from optim.schedules import learning_rate
-from quant.coverage import coverage, require_whole_groups
-from quant.served import settled_step
-from train.compat import compile_for_devices
-from train.mesh import batch_sharding, check_mesh, make_mesh, param_shardings, platform
-from train.state import state_shardings
-from train.step import StepConfig, make_train_step
+from train.compiler import Outcome, abstract_step, compile_apart
+from train.mesh import param_shardings
 from train.topology import Topology
-
-BATCH = {"tokens": jnp.int32, "targets": jnp.int32, "positions": jnp.int32, "segments": jnp.int32, "weights": jnp.float32}
 
 
 @dataclass(frozen=True)
@@ -68,7 +58,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What compiling told. `fits` is the compiler's own answer."""
+    """What compiling told. `fits` is the compiler's own answer. seconds_to_compile: until it had decided everything that is
+    read here; has_code: whether machine code was waited for (train/compiler.py)."""
 
     cfg: RunConfig
     topology: Topology
@@ -79,6 +70,7 @@ class Compiled:
     fits: bool
     seconds_to_lower: float
     seconds_to_compile: float
+    has_code: bool
 
 
 def local_bytes(tree: Any) -> int:
@@ -88,42 +80,17 @@ def local_bytes(tree: Any) -> int:
 
 def compile_step(cfg: RunConfig, topology: Topology) -> Compiled:
     """Lower and compile the step of `cfg` on a machine, the one with experts on the grid if they ever are. ConfigError
-    where the config does not fit the machine's mesh."""
-    devices = topology.devices()
-    mesh = make_mesh(cfg.mesh, devices)
-    check_mesh(cfg, mesh)
+    where the config does not fit the machine's mesh, or the machine cannot run the step."""
+    _, state, batch, mesh = abstract_step(cfg, topology)
     specs = param_specs(cfg.model)
-    shardings = param_shardings(specs, mesh)
-    coverage(specs, cfg.quant)
-    require_whole_groups(specs, shardings, cfg.quant)
-    optimizer = build_optimizer(specs, cfg.optim, cfg.train.steps, mesh=mesh, shardings=shardings)
-    settled = settled_step(cfg.quant) is not None
-    step = make_train_step(StepConfig(cfg, "bfloat16", platform(mesh), mesh, settled), specs, optimizer,
-                           learning_rate(cfg.optim, cfg.train.steps))
-    state = state_shardings(cfg, specs, optimizer, mesh)
-    rows = (cfg.train.batch_size, cfg.train.seq_len)
-    batch = {name: jax.ShapeDtypeStruct(rows, dtype, sharding=batch_sharding(mesh)) for name, dtype in BATCH.items()}
-    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-
-    started = time.monotonic()
-    with jax.default_device(devices[0]):  # kernels that ask which device they are for must not find the host
-        lowered = jax.jit(step, donate_argnums=0, out_shardings=(placed, None)).lower(state, batch)
-        lowered_at = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                compiled = compile_for_devices(lowered, Path(folder), devices)
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise ConfigError(f"{topology.name} cannot run this step: {str(error).splitlines()[0][:300]}") from error
-                compiled = None
-            done = time.monotonic()
-            dumped = _newest(Path(folder), "after_optimizations.txt")
-            program = Program(dumped.read_text() if dumped else compiled.as_text())
-            given = {"parameters": local_bytes((state.params, state.teacher)),
-                     "optimizer": local_bytes((state.optimizer, state.step)), "batch": local_bytes(batch)}
-            memory = _memory(program, Path(folder), given, compiled, specs, shardings, cfg.model.num_moe_layers)
-    fits = compiled is not None and memory.peak <= topology.chip.hbm
-    return Compiled(cfg, topology, mesh, specs, program, memory, fits, lowered_at - started, done - lowered_at)
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = compile_apart(cfg, topology, Path(folder))
+        program = Program(_newest(Path(folder), "after_optimizations.txt").read_text())
+        given = {"parameters": local_bytes((state.params, state.teacher)),
+                 "optimizer": local_bytes((state.optimizer, state.step)), "batch": local_bytes(batch)}
+        memory = _memory(program, Path(folder), given, outcome, specs, param_shardings(specs, mesh), cfg.model.num_moe_layers)
+    return Compiled(cfg, topology, mesh, specs, program, memory, not outcome.too_large and memory.peak <= topology.chip.hbm,
+                    outcome.seconds_to_lower, outcome.seconds_to_compile, outcome.has_code)
 
 
 def _newest(folder: Path, ending: str) -> Path | None:
@@ -131,10 +98,10 @@ def _newest(folder: Path, ending: str) -> Path | None:
     return max(folder.glob(f"*train_step*{ending}"), key=lambda p: p.stat().st_size, default=None)
 
 
-def _memory(program: Program, folder: Path, given: dict[str, int], compiled: Any, specs: Specs, shardings: dict,
+def _memory(program: Program, folder: Path, given: dict[str, int], outcome: Outcome, specs: Specs, shardings: dict,
             layers: int) -> Memory:
     """The state's bytes by its shardings; the program's own at its peak, told apart by shape."""
-    temp = compiled.memory_analysis().temp_size_in_bytes if compiled is not None else _total(folder)
+    temp = outcome.temp if outcome.has_code else _total(folder)
     held = _at_peak(program, folder)
     shards = {tuple(shardings[path].shard_shape(spec.shape)) for path, spec in specs.items()}
     stacked = {shape[1:] for shape in shards if len(shape) > 2}
@@ -150,9 +117,8 @@ def _memory(program: Program, folder: Path, given: dict[str, int], compiled: Any
     share = min(temp / live, 1.0)  # arrays that the compiler laid over each other count once
     gradients = round(share * sum(a.bytes for a in held if is_gradient(a)))
     activations = round(share * sum(a.bytes for a in held if is_activation(a)))
-    host = compiled.memory_analysis().host_temp_size_in_bytes if compiled is not None else 0
-    return Memory(**given, activations=activations, gradients=gradients, temporaries=temp - gradients - activations, host=host,
-                  largest=tuple(sorted(held, key=lambda a: -a.bytes)[:8]))
+    return Memory(**given, activations=activations, gradients=gradients, temporaries=temp - gradients - activations,
+                  host=outcome.host, largest=tuple(sorted(held, key=lambda a: -a.bytes)[:8]))
 
 
 def _dims(shape: str) -> tuple[int, ...]:
@@ -161,7 +127,8 @@ def _dims(shape: str) -> tuple[int, ...]:
 
 
 def _total(folder: Path) -> int:
-    """Bytes of the program's own memory from the compiler's report: all a failed compilation leaves."""
+    """Bytes of the program's own memory from the compiler's report, where no program came of it; some 4 MB that libtpu adds
+    to every program are not in it."""
     report = _newest(folder, "memory-usage-report.txt")
     found = re.search(r"Memory Space: default.*?Total bytes: (\d+)", report.read_text(), re.S) if report else None
     return int(found.group(1)) if found else 0

@@ -85,7 +85,8 @@ class Forecast:
                         for name in ("compute", "memory", "exposed", "hidden", "seconds")},
             "bound": self.bound, "tokens_per_second_per_chip": round(self.tokens_per_second_per_chip, 1),
             "mfu": round(self.mfu, 4), "kernels_without_cost": sorted(self.work.silent),
-            "seconds_to_lower": round(c.seconds_to_lower, 1), "seconds_to_compile": round(c.seconds_to_compile, 1)}
+            "seconds_to_lower": round(c.seconds_to_lower, 1), "seconds_to_compile": round(c.seconds_to_compile, 1),
+            "has_code": c.has_code}
 
 
 def forecast(compiled: Compiled) -> Forecast:

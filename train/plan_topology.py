@@ -25,7 +25,8 @@ def show_topology(name: str, cfg: RunConfig, machine: str, file: str = "") -> in
     console.print(f"compiling the step of {name} for {found.chips} chips, {found.name}"
                   + (f", {found.slices} slices" if found.slices > 1 else ""))
     plan = forecast(compile_step(cfg, found))
-    console.print(f"lowered in {plan.compiled.seconds_to_lower:.0f} s, compiled in {plan.compiled.seconds_to_compile:.0f} s")
+    console.print(f"lowered in {plan.compiled.seconds_to_lower:.0f} s, compiled in {plan.compiled.seconds_to_compile:.0f} s"
+                  + ("" if plan.compiled.has_code else ", machine code left out: it would change nothing below"))
     for table in (memory_table(name, plan), arrays_table(plan), traffic_table(plan), time_table(plan)):
         console.print(table)
     console.print(verdict(plan))

@@ -1,0 +1,130 @@
+"""The compiler in a process of its own, which is left when it has decided everything that a plan reads.
+
+libtpu first optimises and schedules a program and lays out its memory, writes all that down, and then generates machine code.
+The second part takes several times as long as the first, for Kimi K2 more than ten minutes, and changes no operation, no
+collective and no buffer. What it alone can find is a kernel that does not compile: tests/plan compiles each of ours by itself.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from configs.schema import ConfigError, RunConfig
+from model.transformer import param_specs
+from optim.build import build_optimizer
+from optim.schedules import learning_rate
+from quant.coverage import coverage, require_whole_groups
+from quant.served import settled_step
+from train.compat import compile_for_devices, start_jax
+from train.mesh import batch_sharding, check_mesh, make_mesh, param_shardings, platform
+from train.state import TrainState, state_shardings
+from train.step import StepConfig, make_train_step
+from train.topology import Topology
+
+BATCH = {"tokens": jnp.int32, "targets": jnp.int32, "positions": jnp.int32, "segments": jnp.int32, "weights": jnp.float32}
+
+DECISIONS = ("after_optimizations.txt", "after_optimizations-live-range.txt", "after_optimizations-memory-usage-report.txt")
+"""What libtpu writes of a program, in no order, once it is decided."""
+
+SETTLED = 10.0
+"""Seconds without another write to them, of which the slowest program we saw needs two."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a compilation ended: with machine code, or left before it, or `too_large` for the chip. temp, host: bytes of the
+    program's own memory on the device and in the host, known with the code only (0 else)."""
+
+    seconds_to_lower: float
+    seconds_to_compile: float
+    has_code: bool = False
+    too_large: bool = False
+    temp: int = 0
+    host: int = 0
+
+
+def abstract_step(cfg: RunConfig, topology: Topology) -> tuple[Any, TrainState, dict[str, jax.ShapeDtypeStruct], Mesh]:
+    """The jitted step of `cfg` on a machine, and the state and batch it takes as shapes in their shardings."""
+    mesh = make_mesh(cfg.mesh, topology.devices())
+    check_mesh(cfg, mesh)
+    specs = param_specs(cfg.model)
+    shardings = param_shardings(specs, mesh)
+    coverage(specs, cfg.quant)
+    require_whole_groups(specs, shardings, cfg.quant)
+    optimizer = build_optimizer(specs, cfg.optim, cfg.train.steps, mesh=mesh, shardings=shardings)
+    settled = settled_step(cfg.quant) is not None
+    step = make_train_step(StepConfig(cfg, "bfloat16", platform(mesh), mesh, settled), specs, optimizer,
+                           learning_rate(cfg.optim, cfg.train.steps))
+    state = state_shardings(cfg, specs, optimizer, mesh)
+    rows = (cfg.train.batch_size, cfg.train.seq_len)
+    batch = {name: jax.ShapeDtypeStruct(rows, dtype, sharding=batch_sharding(mesh)) for name, dtype in BATCH.items()}
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(placed, None)), state, batch, mesh
+
+
+def compile_apart(cfg: RunConfig, topology: Topology, folder: Path) -> Outcome:
+    """Compile in another process; what the compiler wrote about the program is in `folder` afterwards. ConfigError with the
+    compiler's sentence where the machine cannot run the step."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    child = context.Process(target=_compile, args=(cfg, topology, folder, there), daemon=True)
+    child.start()
+    there.close()
+    try:
+        lowering = _receive(here, topology)
+        started = time.monotonic()
+        while not here.poll(1.0):
+            if _decided(folder):
+                return Outcome(lowering, time.monotonic() - started - SETTLED)
+        return Outcome(lowering, time.monotonic() - started, **_receive(here, topology))
+    finally:
+        child.kill()
+        child.join()
+
+
+def _receive(connection: Any, topology: Topology) -> Any:
+    """The child's next word; ConfigError where it is an error or nothing."""
+    try:
+        word = connection.recv()
+    except EOFError:
+        raise ConfigError(f"the compiler for {topology.name} ended without a word; is there enough memory?") from None
+    if isinstance(word, str):
+        raise ConfigError(word)
+    return word
+
+
+def _compile(cfg: RunConfig, topology: Topology, folder: Path, parent: Any) -> None:
+    """In the child: sends the seconds of lowering and the fields of an Outcome, or a sentence."""
+    start_jax("cpu")
+    step, state, batch, mesh = abstract_step(cfg, topology)
+    devices = list(mesh.devices.flat)
+    started = time.monotonic()
+    try:
+        with jax.default_device(devices[0]):  # kernels that ask which device they are for must not find the host
+            lowered = step.lower(state, batch)
+            parent.send(time.monotonic() - started)
+            memory = compile_for_devices(lowered, folder, devices).memory_analysis()
+        parent.send({"has_code": True, "temp": memory.temp_size_in_bytes, "host": memory.host_temp_size_in_bytes})
+    except ConfigError as error:
+        parent.send(str(error))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            parent.send({"too_large": True})
+        else:
+            parent.send(f"{topology.name} cannot run this step: {str(error).splitlines()[0][:300]}")
+
+
+def _decided(folder: Path) -> bool:
+    """Whether the compiler has written down all of the step's program, and some time ago."""
+    found = [max(folder.glob(f"*train_step*.{ending}"), key=lambda p: p.stat().st_size, default=None) for ending in DECISIONS]
+    if None in found or not all(file.stat().st_size for file in found):
+        return False
+    return max(file.stat().st_mtime for file in found) < time.time() - SETTLED and "Total bytes" in found[2].read_text()
