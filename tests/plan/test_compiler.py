@@ -1,0 +1,52 @@
+"""When a plan leaves the compiler, and what it says of one that fails. No compiler for other chips is needed here."""
+
+import multiprocessing
+import os
+import time
+
+import pytest
+
+from configs.schema import ConfigError
+from train.compiler import DECISIONS, SETTLED, _decided, _receive
+from train.topology import topology
+
+MODULE = "module_0000.jit_train_step.cl_1."
+
+
+def written(folder, ending, text="Total bytes: 1", ago=2 * SETTLED):
+    file = folder / (MODULE + ending)
+    file.write_text(text)
+    os.utime(file, (time.time() - ago,) * 2)
+
+
+def test_a_program_is_decided_when_all_of_it_is_written_and_rests(tmp_path):
+    """Not while a file is missing or empty, not right after a write, and not by files of another program."""
+    assert not _decided(tmp_path)
+    for ending in DECISIONS:
+        (tmp_path / f"module_0001.jit_other.cl_1.{ending}").write_text("Total bytes: 1")
+    for ending in DECISIONS:
+        assert not _decided(tmp_path)
+        written(tmp_path, ending)
+    assert _decided(tmp_path)
+    written(tmp_path, DECISIONS[0], ago=SETTLED / 2)
+    assert not _decided(tmp_path)
+    written(tmp_path, DECISIONS[0], text="")
+    assert not _decided(tmp_path)
+
+
+def test_no_report_of_memory_is_no_decision(tmp_path):
+    """The report is read where there is no program to ask, so its total must be there."""
+    for ending in DECISIONS:
+        written(tmp_path, ending, text="HloModule jit_train_step")
+    assert not _decided(tmp_path)
+
+
+@pytest.mark.parametrize("last_word, sentence", [("v5p-4 cannot run this step: why", "cannot run this step: why"),
+                                                 (None, "ended without a word; is there enough memory")])
+def test_a_compiler_that_fails_is_one_sentence(last_word, sentence):
+    here, there = multiprocessing.Pipe(duplex=False)
+    if last_word:
+        there.send(last_word)
+    there.close()
+    with pytest.raises(ConfigError, match=sentence):
+        _receive(here, topology("v5p-4"))
