@@ -13,6 +13,7 @@ from configs.schema import MeshConfig
 from model import attention
 from tests.plan.test_kernels_compile import BF16, array, compiled, kernels
 from train.aot import compile_step
+from train.roofline import STATED
 from train.topology import topology
 
 pytestmark = [pytest.mark.slow,
@@ -39,13 +40,17 @@ def test_attention(d, v):
 
 
 def test_in_the_train_step():
-    """A step of a small K2-shaped model: attention is kernels in every layer, and is not repeated under remat names."""
+    """A step of a small K2-shaped model: attention is kernels in every layer, and is not repeated under remat names. They are
+    told from those of the experts by the FLOPs that they state."""
     cfg = preset("tiny")
     model = dataclasses.replace(cfg.model, num_hidden_layers=3, hidden_size=256, moe_intermediate_size=128,
                                 qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
     cfg = dataclasses.replace(cfg, model=model, mesh=MeshConfig(data=1), train=dataclasses.replace(
-        cfg.train, batch_size=2, seq_len=512, accumulate=1, remat="names"))
+        cfg.train, batch_size=2, seq_len=512, accumulate=1, remat="names", layers="scan"))
     program = compile_step(cfg, topology("h200-1")).program
-    calls = [i for scope in program.computations.values() for i in scope.values()
-             if i.kind == "custom-call" and "mosaic_gpu" in i.rest and "_attend" in i.op_name]
+    d, v, pairs = model.qk_head_dim, model.v_head_dim, 2 * model.num_attention_heads * 512 * 512
+    stated = [int(STATED.search(i.op_name).group(1)) for scope in program.computations.values() for i in scope.values()
+              if i.kind == "custom-call" and "mosaic_gpu" in i.rest and STATED.search(i.op_name)]
+    calls = [flops for flops in stated if flops in {pairs * n for n in (d + v, 2 * d + v, 2 * d + 2 * v)}]
     assert len(calls) == 3 * (1 + 1), "the dense layer's and the scanned layers'"
+    assert len(set(calls)) == 3
