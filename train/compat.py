@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -138,4 +139,17 @@ def compile_for_devices(lowered, dump: Path, devices: list):
         options["xla_gpu_experimental_use_collective_kernels"] = ""
         # There is nothing to time kernels on, and the tuner would compile all it could choose from: most of the time.
         options["xla_gpu_autotune_level"] = 0
-    return lowered.compile(compiler_options=options)
+    return compile_with(lowered, options)
+
+
+def compile_with(lowered, options: dict):
+    """Compile with those of the options that this compiler knows: they come and go with its versions."""
+    import jax
+
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        unknown = re.search(r"No such compile option: '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in options:
+            raise
+    return compile_with(lowered, {name: value for name, value in options.items() if name != unknown[1]})

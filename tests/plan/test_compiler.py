@@ -4,9 +4,12 @@ import multiprocessing
 import os
 import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from configs.schema import ConfigError
+from train.compat import compile_with
 from train.compiler import DECISIONS, SETTLED, _decided, _receive
 from train.topology import topology
 
@@ -50,3 +53,12 @@ def test_a_compiler_that_fails_is_one_sentence(last_word, sentence):
     there.close()
     with pytest.raises(ConfigError, match=sentence):
         _receive(here, topology("v5p-4"))
+
+
+def test_options_of_other_versions_are_left_out():
+    """An option that this compiler does not know is no reason to fail; anything else still is."""
+    lowered = jax.jit(lambda x: x + 1).lower(jnp.zeros(()))
+    known = {"xla_backend_optimization_level": 1}
+    assert compile_with(lowered, known | {"xla_never_heard_of": True, "xla_nor_of_this": 0})(jnp.zeros(())) == 1
+    with pytest.raises(Exception, match="xla_backend_optimization_level"):
+        compile_with(lowered, {"xla_backend_optimization_level": "not a number"})
