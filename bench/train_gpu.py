@@ -31,7 +31,8 @@ from configs.presets import preset
 from configs.schema import RunConfig
 from optim.build import build_optimizer
 from optim.schedules import learning_rate
-from train.compat import compiler_options, interpreter, keep_freed_memory, start_jax
+from train.compat import interpreter, keep_freed_memory, known_options, start_jax
+from train.compiler_options import step_options
 from train.counts import train_flops_per_token
 from train.mesh import batch_sharding, param_shardings
 from train.metrics import peak_flops
@@ -69,7 +70,8 @@ def variant(name: str, session: Session) -> Callable:
         return state, {k: v for k, v in metrics.items() if name != "without QK-Clip" or k != "max_logit"}
 
     skipped = mock.patch("optim.muon.orthogonalize_tree", lambda tree, plan, **_: tree)
-    compiled = jax.jit(run, donate_argnums=0, compiler_options=compiler_options(session.platform) or None)
+    options = known_options(step_options(session.mesh.devices.flat[0]))
+    compiled = jax.jit(run, donate_argnums=0, compiler_options=options or None)
 
     def call(state, batch):
         with skipped if name == "without Newton-Schulz" else nullcontext():  # it is traced when it is first called

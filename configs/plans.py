@@ -57,11 +57,11 @@ def kimi_k2_tpu7x_256() -> RunConfig:
 
 
 def kimi_k2_thinking_256k() -> RunConfig:
-    """256 rows of 256K: 16 devices share a row."""
+    """256 rows of 256K: 32 devices share a row."""
     base = kimi_k2_thinking()
     return replace(base, optim=replace(base.optim, momentum_dtype="bfloat16"),
-                   mesh=MeshConfig(data=1, fsdp=8, expert=8, context=16),
-                   train=replace(base.train, accumulate=4))
+                   mesh=MeshConfig(data=1, fsdp=4, expert=8, context=32),
+                   train=replace(base.train, accumulate=8))
 
 
 def deepseek_v3_h100_512() -> RunConfig:

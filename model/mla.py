@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -17,6 +18,14 @@ from model.project import project
 
 LATENT_EPS = 1e-6
 """Of the two latent norms: every released model uses it, whatever rms_norm_eps says."""
+
+EXPANDED = 2 << 30
+"""Bytes of keys and values that exist at a time: those of all 64 heads of Kimi K2 over 256K positions are 10.7 GB."""
+
+
+def head_groups(heads: int, head: int) -> int:
+    """In how many equal groups the keys and values of `heads` heads are expanded, of `head` bytes each: the fewest that fit."""
+    return next((n for n in range(1, heads) if heads % n == 0 and heads // n * head <= EXPANDED), heads)
 
 
 class MLA(nnx.Module):
@@ -68,19 +77,31 @@ class MLA(nnx.Module):
         Where the positions of a row lie on several devices, each has its own queries and gathers the latents of all
         positions: they are 1/36 of the keys and values of Kimi K2, which every device expands for its heads.
         """
-        cfg = self.cfg
         q = jnp.concatenate(self.queries(x_BSD, call), axis=-1)
         cached = self.latents(x_BSD, call)
-        shards = call.shards
-        latent, k_rope = jnp.split(shards.all_positions(cached, 1), [cfg.kv_lora_rank], axis=-1)
-        kv = project("BSR,RHd->BSHd", latent, call.weight(self.kv_b))
-        k_nope, v = jnp.split(kv, [cfg.qk_nope_head_dim], axis=-1)
-        k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))], -1)
-        at = shards.own_positions(jnp.arange(k.shape[1]), 0)
-        out, max_logit = attention.causal(q, k, v, shards.all_positions(call.segments, 1), at, rope.softmax_scale(cfg),
-                                          call.platform)
+        latents, segments = call.shards.all_positions(cached, 1), call.shards.all_positions(call.segments, 1)
+        kv_b = call.weight(self.kv_b)
+        count = head_groups(kv_b.shape[1], latents.size // latents.shape[-1] * (q.shape[-1] + self.cfg.v_head_dim) * q.itemsize)
+        outs, max_logits = [], []
+        for group in zip(jnp.split(q, count, axis=2), jnp.split(kv_b, count, axis=1)):
+            if outs:  # one after the other, in the backward pass too: a scheduler in search of speed would take all at once
+                *group, outs[-1] = lax.optimization_barrier((*group, outs[-1]))
+            out, max_logit = self._expand_and_attend(*group, latents, segments, call)
+            outs, max_logits = [*outs, out], [*max_logits, max_logit]
+        out, max_logit = jnp.concatenate(outs, 2), jnp.concatenate(max_logits)
         out = project("BSHv,HvD->BSD", out, call.weight(self.o))
-        return shards.total_over_tensor(out, self.o.spec), LayerAux(max_logit), cached
+        return call.shards.total_over_tensor(out, self.o.spec), LayerAux(max_logit), cached
+
+    def _expand_and_attend(self, q: Float[Array, "B S H nope+rope"], kv_b: Float[Array, "R H nope+v"],
+                           latents: Float[Array, "B T R+rope"], segments: Int[Array, "B T"], call: Call):
+        """Output [B, S, H, v] and maximum logit of some heads; T: all positions, of which S are this device's."""
+        cfg, nope = self.cfg, self.cfg.qk_nope_head_dim
+        latent, k_rope = jnp.split(latents, [cfg.kv_lora_rank], axis=-1)
+        # Two products, not one to be cut afterwards: the gradient would put the parts together again.
+        k_nope, v = (project("BSR,RHd->BSHd", latent, w) for w in (kv_b[..., :nope], kv_b[..., nope:]))
+        k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))], -1)
+        at = call.shards.own_positions(jnp.arange(k.shape[1]), 0)
+        return attention.causal(q, k, v, segments, at, rope.softmax_scale(cfg), call.platform)
 
     def decode(self, x_BSD: Array, cache_LBTR: Float[Array, "L B T R+rope"], layer: int | Int[Array, ""], call: Call
                ) -> tuple[Array, Float[Array, "L B T R+rope"]]:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from train.compiler_options import step_options
+
 
 def quiet_absl_flags() -> None:
     """Grain's worker options read absl flags, which are unparsed in a program that does not run under absl.app."""
@@ -118,12 +120,6 @@ def device_grid(sizes: tuple[int, ...], devices: list) -> np.ndarray:
                                                 allow_split_physical_axes=True)
 
 
-def compiler_options(platform: str) -> dict:
-    """What the train step is compiled with. On TPUs one pass is left out: it takes reductions of gradients out of the loop
-    over microbatches, which would keep whole gradients instead of parts, and in libtpu 0.0.50 it fails on ours."""
-    return {"xla_disable_hlo_passes": "while-loop-all-reduce-code-motion"} if platform == "tpu" else {}
-
-
 def once_options(platform: str) -> dict:
     """What a program that runs once is compiled with: on a CPU, LLVM's full effort on the generators of initial weights
     takes three times longer than all the rest of it."""
@@ -133,7 +129,7 @@ def once_options(platform: str) -> dict:
 def compile_for_devices(lowered, dump: Path, devices: list):
     """Compile for abstract devices and leave the compiler's own account of HLO and memory in `dump`, also where memory
     does not suffice. Raises what the compiler raises."""
-    options = compiler_options(devices[0].platform) | {"xla_dump_to": str(dump), "xla_dump_hlo_as_text": True}
+    options = step_options(devices[0]) | {"xla_dump_to": str(dump), "xla_dump_hlo_as_text": True}
     if devices[0].platform != "tpu":
         # The default replaces small all-reduces by a kernel that cannot be compiled without a GPU.
         options["xla_gpu_experimental_use_collective_kernels"] = ""
@@ -143,13 +139,25 @@ def compile_for_devices(lowered, dump: Path, devices: list):
 
 
 def compile_with(lowered, options: dict):
-    """Compile with those of the options that this compiler knows: they come and go with its versions."""
+    """Compile with those of the options that this compiler knows."""
+    return _compile(lowered, options)[0]
+
+
+def known_options(options: dict) -> dict:
+    """Those that the compiler of this process's devices knows: they come and go with its versions."""
+    import jax
+
+    return _compile(jax.jit(lambda: 0).lower(), options)[1] if options else {}
+
+
+def _compile(lowered, options: dict) -> tuple:
+    """The compiled program, and the options that the compiler knew."""
     import jax
 
     try:
-        return lowered.compile(compiler_options=options)
+        return lowered.compile(compiler_options=options), options
     except jax.errors.JaxRuntimeError as error:
         unknown = re.search(r"No such compile option: '(\w+)'", str(error))
         if unknown is None or unknown[1] not in options:
             raise
-    return compile_with(lowered, {name: value for name, value in options.items() if name != unknown[1]})
+    return _compile(lowered, {name: value for name, value in options.items() if name != unknown[1]})

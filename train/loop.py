@@ -24,7 +24,8 @@ from quant.coverage import coverage, require_whole_groups
 from quant.served import settled_step
 from train import processes
 from train.checkpoint import Checkpoints
-from train.compat import compile_seconds, compiler_options, interpreter, keep_freed_memory
+from train.compat import compile_seconds, interpreter, keep_freed_memory, known_options
+from train.compiler_options import step_options
 from train.console import Bar, clock, console, human
 from train.counts import train_flops_per_token
 from train.held_out import Evaluator
@@ -60,11 +61,12 @@ def build(session: Session) -> Machine:
     schedule = learning_rate(cfg.optim, cfg.train.steps)
     out = jax.tree.map(lambda leaf: leaf.sharding, state_shardings(cfg, session.specs, optimizer, session.mesh))
 
+    options = known_options(step_options(session.mesh.devices.flat[0]))
+
     def program(settled: bool):
         config = StepConfig(cfg, session.compute_dtype, session.platform, session.mesh, settled)
         return jax.jit(make_train_step(config, session.specs, optimizer, schedule), donate_argnums=0,
-                       out_shardings=(out, replicated(session.mesh)),
-                       compiler_options=compiler_options(session.platform) or None)
+                       out_shardings=(out, replicated(session.mesh)), compiler_options=options or None)
 
     packed_from = packed_step(session)
     programs = {settled: program(settled) for settled in (False, True)}  # compiled when they are first called

@@ -1,8 +1,9 @@
 """How long a compiled step should take on its chips: every operation at the rate of its scarcest resource.
 
-A device works through a program's operations one after another; each takes the longer of its arithmetic and its memory
-traffic. Collectives with a start and a done run beside the other work of the loop body they are in, the others stop it.
-Elementwise arithmetic is not counted: it hides behind memory traffic except inside fused kernels.
+A device works through a program's operations in the order the compiler gave them; each takes the longer of its arithmetic
+and its memory traffic. What has a start and a done runs beside what stands between the two, one such after another; what is
+not over at its done is waited for. Other collectives stop the device. Elementwise arithmetic is not counted: it hides behind
+memory traffic except inside fused kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from optim.hlo import Instruction, Program
 from train.interconnect import Interconnect
 
 _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "replica-id", "iota",
-         "domain", "opt-barrier", "copy-done", "async-done", "async-update", "add-dependency"}
+         "domain", "opt-barrier", "copy-start", "copy-done", "add-dependency"}
 KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu", "mosaic_gpu_v2", "triton_kernel_call")
 """Targets of Pallas kernels: the compiler cannot count them, they state their own cost: in a name scope, as the kernels of
 kernels/hopper.py do, or by pallas_call's cost_estimate."""
@@ -42,13 +43,42 @@ class Work:
         return self.compute + self.memory + self.exposed
 
     def add(self, other: Work, times: float = 1) -> None:
-        """`times` runs of another computation, one after the other. `hidden` is settled in each loop body."""
+        """`times` runs of another computation, one after the other."""
         for name in ("compute", "memory", "exposed", "hidden", "flops", "bytes"):
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
         self.silent |= other.silent
         self.collectives += [replace(c, times=c.times * times) for c in other.collectives]
         for name, seconds in other.by_operation.items():
             self.by_operation[name] += times * seconds
+
+
+class Beside:
+    """What runs beside a computation's own operations: collectives on the wires, work of a chip's other cores. One after
+    another in order of their starts, which is right for wires and pessimistic for the rest."""
+
+    def __init__(self) -> None:
+        self.free = 0.0  # when the last of it is over
+        self.underway: dict[str, tuple[float, Work]] = {}
+
+    def start(self, name: str, inner: Work, now: float) -> None:
+        self.free = max(self.free, now) + inner.seconds
+        self.underway[name] = self.free, inner
+
+    def update(self, name: str, of: str, now: float) -> None:
+        """A start without operands gets them here, and begins; any other goes on under this name."""
+        ends, inner = self.underway.pop(of)
+        if ends is None:
+            self.start(name, inner, now)
+        else:
+            self.underway[name] = ends, inner
+
+    def done(self, name: str, work: Work) -> None:
+        """Wait for it, and count it in `work`."""
+        ends, inner = self.underway.pop(name)
+        waited = max((ends or 0.0) - work.seconds, 0.0)
+        wires = inner.exposed / inner.seconds if inner.seconds else 1.0
+        work.add(replace(inner, compute=0.0, memory=(1 - wires) * waited, exposed=wires * waited,
+                         hidden=wires * max(inner.seconds - waited, 0.0)))
 
 
 def label(op_name: str) -> str:
@@ -78,51 +108,71 @@ class Roofline:
         """One run of a computation inside a loop of `outer` trips."""
         if (computation, outer) in self._done:
             return self._done[computation, outer]
-        work = Work()
-        overlapping = 0.0
+        work, beside = Work(), Beside()
         for instruction in self.program.computations[computation].values():
-            overlapping += self._instruction(work, computation, instruction, outer)
-        room = work.compute + work.memory
-        work.hidden += min(overlapping, room)
-        work.exposed += max(overlapping - room, 0.0)
+            self._instruction(work, beside, computation, instruction, outer)
+        for name in list(beside.underway):
+            beside.done(name, work)
         self._done[computation, outer] = work
         return work
 
-    def _instruction(self, work: Work, computation: str, instruction: Instruction, outer: float) -> float:
-        """Add an instruction to `work`; seconds that may run beside the rest of the computation are returned instead."""
-        kind = instruction.kind
-        if found := collective(instruction, self.wires.mesh.size):
-            return self._collective(work, found)
-        if kind in _FREE or kind.endswith("-done"):
-            return 0.0
-        if kind == "while":
+    def _instruction(self, work: Work, beside: Beside, computation: str, instruction: Instruction, outer: float) -> None:
+        """Add an instruction to `work`, or start, go on with or wait for what is `beside` it."""
+        kind, name = instruction.kind, instruction.name
+        first = instruction.operands[0].partition("#")[0] if instruction.operands else ""
+        if kind in _FREE:
+            return
+        if kind.endswith("-done"):
+            if first in beside.underway:
+                beside.done(first, work)
+        elif kind.endswith("-update"):
+            if first in beside.underway:
+                beside.update(name, first, work.seconds)
+        elif found := collective(instruction, self.wires.mesh.size):
+            moved = self._moved(found)
+            if found.overlaps:
+                beside.start(name, moved, work.seconds)
+            else:
+                work.add(moved)
+        elif kind in ("async-start", "call-start"):
+            inner = Work()
+            for called in self.program.called(instruction):
+                inner.add(self.run(called, outer))
+            inner.collectives = [replace(c, overlaps=True) for c in inner.collectives]
+            if instruction.operands:
+                beside.start(name, inner, work.seconds)
+            else:
+                beside.underway[name] = None, inner
+        elif kind == "while":
             trips = self.program.trips(instruction)
             trips = open_trips(instruction, outer) if trips is None else trips
             work.add(self.run(self.program.called(instruction)[0], max(trips, 1)), trips)
-        elif kind in ("conditional", "call", "async-start"):
-            runs = [self.run(c, outer) for c in self.program.called(instruction)]
-            if runs:
+        elif kind in ("conditional", "call"):
+            if runs := [self.run(c, outer) for c in self.program.called(instruction)]:
                 work.add(expected_branch(instruction, runs, lambda w: w.seconds))
         else:
-            flops, moved, inner = self._cost(work, computation, instruction)
-            compute, memory = flops / self.peak, moved / self.memory_rate
-            work.flops, work.bytes = work.flops + flops, work.bytes + moved
-            if compute >= memory:
-                work.compute += compute
-            else:
-                work.memory += memory
-            work.by_operation[label(instruction.op_name)] += max(compute, memory)
-            return sum(self._collective(work, c) for c in inner)
-        return 0.0
+            self._operation(work, beside, computation, instruction)
 
-    def _collective(self, work: Work, c: Collective) -> float:
+    def _operation(self, work: Work, beside: Beside, computation: str, instruction: Instruction) -> None:
+        flops, moved, inner = self._cost(work, computation, instruction)
+        for number, c in enumerate(inner):
+            if c.overlaps:
+                beside.start(f"{instruction.name} {number}", self._moved(c), work.seconds)
+            else:
+                work.add(self._moved(c))
+        compute, memory = flops / self.peak, moved / self.memory_rate
+        work.flops, work.bytes = work.flops + flops, work.bytes + moved
+        if compute >= memory:
+            work.compute += compute
+        else:
+            work.memory += memory
+        work.by_operation[label(instruction.op_name)] += max(compute, memory)
+
+    def _moved(self, c: Collective) -> Work:
+        """A collective, waited for."""
         seconds = self.wires.seconds(c)
-        work.collectives.append(c)
-        work.by_operation[f"{c.kind} over {'*'.join(self.wires.axes(c.members)) or 'one device'}"] += seconds
-        if c.overlaps:
-            return seconds
-        work.exposed += seconds
-        return 0.0
+        return Work(exposed=seconds, collectives=[c], by_operation=defaultdict(float, {
+            f"{c.kind} over {'*'.join(self.wires.axes(c.members)) or 'one device'}": seconds}))
 
     def _cost(self, work: Work, computation: str, instruction: Instruction) -> tuple[float, float, list[Collective]]:
         """FLOPs, bytes to and from main memory, and collectives fused into it."""

@@ -15,10 +15,30 @@ from model.transport import rounds
 AXIS = ("expert",)
 
 
+PIECES = 4
+"""At most, of a device's tokens: experts work on one while the next is on its way to them and the last on its way back."""
+
+ROWS_FOR_A_WEIGHT = 1024
+"""Rows of an expert below which a piece would read weights for too little work."""
+
+
 def all_gather(x_ND: Array, experts_NK: Array, gates_NK: Array, weights: experts.Weights, shards: Shards, platform: str
                ) -> Array:
-    """See model/transport/. Here N grows to the tokens of all `expert` devices; the pairs that concern this device's
-    experts go through a buffer of SLACK * N * K rows, in rounds that other devices need not have."""
+    """See model/transport/. In pieces where collectives run beside other work, which they do on TPUs."""
+    count = pieces(*experts_NK.shape, len(weights[1]), platform)
+    parts = zip(*(jnp.split(a, count) for a in (x_ND, experts_NK, gates_NK)))
+    return jnp.concatenate([_piece(*part, weights, shards, platform) for part in parts])
+
+
+def pieces(N: int, K: int, held: int, platform: str) -> int:
+    """Into how many pieces N tokens are cut whose N * K pairs, and as many of every other device, meet `held` experts here."""
+    wanted = min(PIECES, N * K // held // ROWS_FOR_A_WEIGHT) if platform == "tpu" else 1
+    return max(n for n in range(1, max(wanted, 1) + 1) if N % n == 0)
+
+
+def _piece(x_ND: Array, experts_NK: Array, gates_NK: Array, weights: experts.Weights, shards: Shards, platform: str) -> Array:
+    """Here N grows to the tokens of all `expert` devices; the pairs that concern this device's experts go through a buffer of
+    SLACK * N * K rows, in rounds that other devices need not have."""
     ways, held, (N, K) = shards.size(*AXIS), len(weights[1]), experts_NK.shape
     x, chosen, gates = (shards.gather_axis(a, AXIS, 0) for a in (x_ND, experts_NK, gates_NK))
     chosen = chosen - shards.index(*AXIS) * held

@@ -1,10 +1,11 @@
-"""Remat policies change memory, not numbers."""
+"""Remat policies, and groups of heads that are expanded one after the other, change memory, not numbers."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model import mla
 from model.remat import POLICIES
 from model.transformer import bind
 from tests.model.networks import call_for, random_params, small
@@ -35,6 +36,22 @@ def test_same_gradients_less_memory(policy, kept_everything):
         # Fusion differs between the programs, so float32 sums do; routing is the same.
         np.testing.assert_allclose(got[path], want[path], atol=2e-6 + 1e-5 * np.abs(want[path]).max(), err_msg=path)
     assert run.memory_analysis().temp_size_in_bytes < memory
+
+
+def test_heads_are_expanded_in_groups(kept_everything, monkeypatch):
+    """As where the keys and values of all heads over a long row would not fit."""
+    params, want, _ = kept_everything
+    monkeypatch.setattr(mla, "EXPANDED", 1)
+    got = grad_of("names")(params)
+    for path in want:
+        np.testing.assert_allclose(got[path], want[path], atol=2e-6 + 1e-5 * np.abs(want[path]).max(), err_msg=path)
+
+
+def test_groups_are_as_few_as_fit():
+    assert mla.head_groups(64, 4 * 4096 * 320 * 2) == 1  # Kimi K2, four rows of 4096
+    assert mla.head_groups(64, 262144 * 320 * 2) == 8
+    assert mla.head_groups(6, mla.EXPANDED // 4) == 2 and mla.head_groups(5, mla.EXPANDED // 4) == 5
+    assert mla.head_groups(2, mla.EXPANDED * 9) == 2  # a head cannot be cut
 
 
 def test_unknown_policy():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs.schema import ConfigError
-from train.compat import compile_with
+from train.compat import compile_with, known_options
 from train.compiler import DECISIONS, SETTLED, _decided, _receive
 from train.topology import topology
 
@@ -60,5 +60,6 @@ def test_options_of_other_versions_are_left_out():
     lowered = jax.jit(lambda x: x + 1).lower(jnp.zeros(()))
     known = {"xla_backend_optimization_level": 1}
     assert compile_with(lowered, known | {"xla_never_heard_of": True, "xla_nor_of_this": 0})(jnp.zeros(())) == 1
+    assert known_options(known | {"xla_never_heard_of": True}) == known
     with pytest.raises(Exception, match="xla_backend_optimization_level"):
         compile_with(lowered, {"xla_backend_optimization_level": "not a number"})

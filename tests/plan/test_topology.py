@@ -137,3 +137,44 @@ def test_what_a_program_says_is_read_as_what_it_is():
     assert (scatter.kind, scatter.bytes, scatter.received) == ("reduce-scatter", 8 * 128 * 2, 7 * 8 * 128 * 2)
     assert work.exposed == wires.seconds(scatter) > 0 and work.hidden == 0
     assert work.flops == 3000 and not work.silent
+
+
+BESIDE = """HloModule m, is_scheduled=true
+
+%gathering (a: bf16[8,1024]) -> bf16[64,1024] {
+  %a = bf16[8,1024]{1,0} parameter(0)
+  ROOT %g = bf16[64,1024]{1,0} all-gather(%a), replica_groups=[8,8]<=[64], dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: bf16[8,1024], b: bf16[4096,4096]) -> bf16[64,1024] {
+  %a = bf16[8,1024]{1,0} parameter(0)
+  %b = bf16[4096,4096]{1,0} parameter(1)
+  FIRST
+  %c = bf16[4096,4096]{1,0} copy(%b)
+  THEN
+  ROOT %d = bf16[64,1024]{1,0} async-done(%LAST), calls=%gathering
+}
+"""
+
+STARTED = "%s = ((bf16[8,1024]{1,0}), bf16[64,1024]{1,0}) async-start(%a), calls=%gathering"
+
+
+def test_what_is_started_runs_beside_what_follows_until_it_is_waited_for():
+    wires = machine("v5p:4x4x4", {"fsdp": 8, "expert": 8})
+
+    def work(first, then, last):
+        text = BESIDE.replace("FIRST", first).replace("THEN", then).replace("LAST", last)
+        return Roofline(Program(text), wires).step()
+
+    late, early = work("", STARTED, "s"), work(STARTED, "", "s")
+    unfed = STARTED.replace("(%a)", "()").replace("async-start", "call-start")
+    fed = "%u = ((bf16[8,1024]{1,0}), bf16[64,1024]{1,0}) call-update(%s, %a)"
+    (gather,) = early.collectives
+    seconds = wires.seconds(gather)
+    assert gather.overlaps and 0 < seconds < early.memory
+    assert late.exposed == pytest.approx(seconds) and late.hidden == 0
+    assert early.exposed == 0 and early.hidden == pytest.approx(seconds)
+    assert work(unfed, fed, "u").exposed == pytest.approx(seconds)  # it begins when it gets its operands
+    assert work(unfed + "\n  " + fed, "", "u").exposed == 0
+    two = work(STARTED + "\n  " + STARTED.replace("%s", "%s2", 1), "%e = bf16[64,1024]{1,0} async-done(%s)", "s2")
+    assert two.exposed + two.hidden == pytest.approx(2 * seconds)  # over the same wires, one after the other

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from configs.schema import MeshConfig
 from model import experts, transport
 from model.shards import shards_of
-from model.transport import rounds
+from model.transport import gather, rounds
 from train.mesh import make_mesh
 
 N, D, F, E, K, WAYS = 24, 16, 8, 16, 3, 4
@@ -68,6 +68,22 @@ def test_against_one_device(mesh, name, routing, monkeypatch):
     for mine, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         # float32 sums of at most 96 terms in another order
         np.testing.assert_allclose(mine, other, rtol=0, atol=3e-6 * np.abs(other).max())
+
+
+def test_pieces_change_nothing(mesh, monkeypatch):
+    """As on chips whose wires work beside their cores: each piece has buffers and rounds of its own."""
+    variables, chosen, g = inputs("skewed")
+    want = run("one device", variables, chosen, g)
+    monkeypatch.setattr(gather, "pieces", lambda *_: 3)
+    for mine, other in zip(jax.tree.leaves(run("all_gather", variables, chosen, g, mesh)), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=0, atol=3e-6 * np.abs(other).max())
+
+
+def test_pieces_leave_experts_enough_rows():
+    assert gather.pieces(16384, 8, 24, "tpu") == 4  # Kimi K2, four rows of 4096 a device, experts over 16: 5461 rows each
+    assert gather.pieces(8192, 6, 32, "tpu") == 1
+    assert gather.pieces(16384, 8, 24, "hopper") == gather.pieces(24, 3, 4, "tpu") == 1
+    assert gather.pieces(3 * 4096 + 1, 8, 8, "tpu") == 1  # no part divides
 
 
 def test_no_routing_fits_the_buffer_of_the_skewed_test():
