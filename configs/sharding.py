@@ -29,18 +29,22 @@ RULES: Rules = {
     "experts": (("expert", "fsdp", "context"), ("expert", "fsdp"), ("expert",)),
     "heads": (("tensor",), *_STORAGE),
     "hidden": (("tensor",),),
-    "expert_hidden": (("tensor",),),
     "vocab": (("tensor",),),
     "embed": _STORAGE,
+    "expert_hidden": (("tensor",), *_STORAGE),
     "q_latent": _STORAGE,
     "kv_norm": _STORAGE,
 }
 """Logical axis -> mesh axes, best first; the first choice that divides and is still free in the array is taken.
 
 Experts take fsdp and context too where they divide, and heads where tensor leaves them: their Newton-Schulz then needs
-no communication. What tensor splits stays split in the forward pass; so do experts over `expert`; everything else is
-stored in parts and gathered at its use. Axes not named here are never split. Earlier entries choose first. Vectors are
-whole everywhere: gathering one would take longer than reading it."""
+no communication. Experts' hidden widths are stored in parts where parts of their inputs would cut groups of the grid
+(GROUP). What tensor splits stays split in the forward pass; so do experts over `expert`; everything else is stored in
+parts and gathered at its use. Axes not named here are never split. Earlier entries choose first. Vectors are whole
+everywhere: gathering one would take longer than reading it."""
+
+GROUP = 32
+"""Weights with one scale on the grid that engines read. Inputs of matrices on the grid are stored in multiples of it."""
 
 REPLICATED_LIMIT = 1 << 22
 """Elements above which a part of an array that could be split further is an error."""
@@ -54,21 +58,25 @@ def partition(spec: ParamSpec, sizes: Mapping[str, int], rules: Rules = RULES) -
     for logical, choices in rules.items():
         if logical in spec.axes and not vector:
             size, used = spec.shape[spec.axis(logical)], {axis for axes in chosen.values() for axis in axes}
-            chosen[logical] = _first_that_fits(logical, size, choices, sizes, used)
+            whole = size // GROUP if spec.on_grid and logical == spec.matrix.rows[0] and size % GROUP == 0 else size
+            chosen[logical] = _first_that_fits(logical, size, whole, choices, sizes, used)
     out = tuple(chosen.get(axis, ()) for axis in spec.axes)
     _require_small_parts(spec, out, sizes)
     return out
 
 
-def _first_that_fits(logical: str, size: int, choices: Partition, sizes: Mapping[str, int], used: set[str]
+def _first_that_fits(logical: str, size: int, units: int, choices: Partition, sizes: Mapping[str, int], used: set[str]
                      ) -> tuple[str, ...]:
+    """Of the choices with axes that the mesh has and no other dimension uses, the first that divides: `size`, and the number
+    of `units` that storage leaves whole."""
     for axes in choices:
         require(set(axes) <= set(AXES), f"the sharding rule {logical} -> {axes} names an axis that no mesh has; "
                                         f"there are {', '.join(AXES)}")
         require(len(set(axes)) == len(axes), f"the sharding rule {logical} -> {axes} uses a mesh axis twice on one tensor; "
                                              "name each axis once")
         present = tuple(axis for axis in axes if sizes[axis] > 1)
-        if present and size % math.prod(sizes[axis] for axis in present) == 0 and not used & set(present):
+        whole = size if "tensor" in present else units
+        if present and whole % math.prod(sizes[axis] for axis in present) == 0 and not used & set(present):
             return present
     return ()
 

@@ -62,6 +62,11 @@ MOST_CHUNK = 1 << 26
 """Bytes. An array without such axes is cut at this size: packed and unpacked, a piece is in memory twice."""
 
 
+LEAST_SLICE = 1 << 24
+"""Bytes. Of an array that many devices hold alike each writes a part of at least this size: parts are cut by programs, which
+take longer to compile than a small array takes to write."""
+
+
 def storage_options(path: Any, x: Any):
     """How an array is cut on disk, so that a reader of single experts need not read a layer (train/stored.py)."""
     axes, piece = [], x.nbytes
@@ -125,6 +130,7 @@ class Checkpoints:
         prints = {name: np.asarray(value) for name, value in _fingerprints(named).items()}
         context = orbax().Context()
         context.array.saving.scoped_storage_options_creator = storage_options
+        context.array.saving.min_slice_bytes_for_replica_parallel = LEAST_SLICE
         with context:
             self._open().save_checkpointables_async(step, {"state": named, "fingerprint": prints}, force=True)
 

@@ -1,7 +1,7 @@
 """The compiler in a process of its own, which is left when it has decided everything that a plan reads.
 
-libtpu first optimises and schedules a program and lays out its memory, writes all that down, and then generates machine code.
-The second part takes several times as long as the first, for Kimi K2 more than ten minutes, and changes no operation, no
+A compiler first optimises and schedules a program and lays out its memory, writes all that down, and then generates machine
+code. The second part takes several times as long as the first, for Kimi K2 more than ten minutes, and changes no operation, no
 collective and no buffer. What it alone can find is a kernel that does not compile: tests/plan compiles each of ours by itself.
 """
 
@@ -32,7 +32,7 @@ from train.topology import Topology
 BATCH = {"tokens": jnp.int32, "targets": jnp.int32, "positions": jnp.int32, "segments": jnp.int32, "weights": jnp.float32}
 
 DECISIONS = ("after_optimizations.txt", "after_optimizations-live-range.txt", "after_optimizations-memory-usage-report.txt")
-"""What libtpu writes of a program, in no order, once it is decided."""
+"""What libtpu and XLA's GPU compiler write of a program, in no order, once it is decided."""
 
 SETTLED = 10.0
 """Seconds without another write to them, of which the slowest program we saw needs two."""
@@ -124,7 +124,7 @@ def _compile(cfg: RunConfig, topology: Topology, folder: Path, parent: Any) -> N
 
 def _decided(folder: Path) -> bool:
     """Whether the compiler has written down all of the step's program, and some time ago."""
-    found = [max(folder.glob(f"*train_step*.{ending}"), key=lambda p: p.stat().st_size, default=None) for ending in DECISIONS]
+    found = [max(folder.glob(f"*train_step*{ending}"), key=lambda p: p.stat().st_size, default=None) for ending in DECISIONS]
     if None in found or not all(file.stat().st_size for file in found):
         return False
     return max(file.stat().st_mtime for file in found) < time.time() - SETTLED and "Total bytes" in found[2].read_text()

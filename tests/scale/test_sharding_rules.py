@@ -33,6 +33,15 @@ def test_kimi_k2_fits_every_mesh_evenly(axes):
             assert {"fsdp", "expert", "context"} & {a for a in mesh if mesh[a] > 1} <= set(used)
 
 
+def test_storage_leaves_groups_of_the_grid_whole():
+    """DeepSeek-V3 over 64: parts of 112 inputs would cut groups of 32, so the hidden width is stored in parts instead."""
+    specs, mesh = param_specs(preset("deepseek_v3").model), sizes(fsdp=64, expert=8)
+    gate_up, down = specs["moe.mlp.experts_gate_up"], specs["moe.mlp.experts_down"]
+    assert partition(gate_up, mesh)[gate_up.axis("embed")] == ()
+    assert partition(gate_up, mesh)[gate_up.axis("expert_hidden")] == ("fsdp",)
+    assert partition(down, mesh)[down.axis("embed")] == ("fsdp",)  # not the inputs of this one
+
+
 def test_what_a_device_works_with():
     """Experts stay split over expert, widths and heads over tensor; all else is gathered whole."""
     specs, shards = param_specs(K2.model), Shards(tuple(sizes(fsdp=4, expert=8, tensor=2, context=2).items()))
