@@ -17,6 +17,7 @@ def small_tiles(monkeypatch):
     """So that small matrices have several; the interpreter takes any size."""
     monkeypatch.setattr(symmetric_tpu, "LANES", 8)
     monkeypatch.setattr(symmetric_tpu, "LARGEST_TILE", 24)
+    monkeypatch.setattr(symmetric_tpu, "LARGEST_STEP", 16)
 
 
 HERE = ("full", "rows", "tpu")

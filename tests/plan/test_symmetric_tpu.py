@@ -49,4 +49,8 @@ def test_compiles(name, m, n):
     plan = plan_of(specs, CFG, "tpu", mesh=mesh, shardings=places)
     assert plan[0].forms[0].product == "tpu" and not work.silent and not work.collectives
     assert work.flops == pytest.approx(device_flops(plan), rel=0.01)
-    assert work.compute > 0.7 * work.seconds  # the rest reads and writes float32 weights, gradients and momentum once
+    chip = machine.chip
+    # Weights, gradients, momenta and their successors in float32, once each. Beyond that, squares of a Gram matrix wait for
+    # memory on chips that multiply much faster than they read.
+    once = 6 * 4 * m * n / (chip.bandwidth / chip.devices * chip.memory)
+    assert work.seconds < 1.6 * (work.flops / (chip.flops / chip.devices * chip.matmul) + once)
