@@ -58,8 +58,8 @@ def partition(spec: ParamSpec, sizes: Mapping[str, int], rules: Rules = RULES) -
     for logical, choices in rules.items():
         if logical in spec.axes and not vector:
             size, used = spec.shape[spec.axis(logical)], {axis for axes in chosen.values() for axis in axes}
-            whole = size // GROUP if spec.on_grid and logical == spec.matrix.rows[0] and size % GROUP == 0 else size
-            chosen[logical] = _first_that_fits(logical, size, whole, choices, sizes, used)
+            grouped = spec.on_grid and logical == spec.matrix.rows[0] and size % GROUP == 0
+            chosen[logical] = _first_that_fits(logical, size, size // GROUP if grouped else size, choices, sizes, used)
     out = tuple(chosen.get(axis, ()) for axis in spec.axes)
     _require_small_parts(spec, out, sizes)
     return out
@@ -67,16 +67,16 @@ def partition(spec: ParamSpec, sizes: Mapping[str, int], rules: Rules = RULES) -
 
 def _first_that_fits(logical: str, size: int, units: int, choices: Partition, sizes: Mapping[str, int], used: set[str]
                      ) -> tuple[str, ...]:
-    """Of the choices with axes that the mesh has and no other dimension uses, the first that divides: `size`, and the number
-    of `units` that storage leaves whole."""
+    """Of the choices with axes that the mesh has and no other dimension uses, the first that divides the `units` that storage
+    leaves whole, or `size` where the axis is tensor."""
     for axes in choices:
         require(set(axes) <= set(AXES), f"the sharding rule {logical} -> {axes} names an axis that no mesh has; "
                                         f"there are {', '.join(AXES)}")
         require(len(set(axes)) == len(axes), f"the sharding rule {logical} -> {axes} uses a mesh axis twice on one tensor; "
                                              "name each axis once")
         present = tuple(axis for axis in axes if sizes[axis] > 1)
-        whole = size if "tensor" in present else units
-        if present and whole % math.prod(sizes[axis] for axis in present) == 0 and not used & set(present):
+        parts = size if "tensor" in present else units
+        if present and parts % math.prod(sizes[axis] for axis in present) == 0 and not used & set(present):
             return present
     return ()
 

@@ -1,8 +1,9 @@
 """How long a compiled step should take on its chips: every operation at the rate of its scarcest resource.
 
 A device works through a program's operations in the order the compiler gave them; each takes the longer of its arithmetic
-and its memory traffic. What has a start and a done runs beside what stands between the two, one such after another; what is
-not over at its done is waited for. Other collectives stop the device. Elementwise arithmetic is not counted: it hides behind
+and its memory traffic. A collective with a start and a done runs beside what stands between the two, one such after another;
+what is not over at its done is waited for. Other collectives stop the device, and asynchronous copies count as memory traffic
+where they start. Elementwise arithmetic is not counted: it hides behind
 memory traffic except inside fused kernels.
 """
 
@@ -17,7 +18,7 @@ from optim.hlo import Instruction, Program
 from train.interconnect import Interconnect
 
 _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "replica-id", "iota",
-         "domain", "opt-barrier", "copy-start", "copy-done", "add-dependency"}
+         "domain", "opt-barrier", "copy-done", "add-dependency"}
 KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu", "mosaic_gpu_v2", "triton_kernel_call")
 """Targets of Pallas kernels: the compiler cannot count them, they state their own cost: in a name scope, as the kernels of
 kernels/hopper.py do, or by pallas_call's cost_estimate."""
@@ -53,8 +54,8 @@ class Work:
 
 
 class Beside:
-    """What runs beside a computation's own operations: collectives on the wires, work of a chip's other cores. One after
-    another in order of their starts, which is right for wires and pessimistic for the rest."""
+    """Collectives that run beside a computation's own operations, one after another in order of their starts: they share
+    the wires."""
 
     def __init__(self) -> None:
         self.free = 0.0  # when the last of it is over
@@ -139,7 +140,9 @@ class Roofline:
             for called in self.program.called(instruction):
                 inner.add(self.run(called, outer))
             inner.collectives = [replace(c, overlaps=True) for c in inner.collectives]
-            if instruction.operands:
+            if not inner.collectives:  # copies share the memory's bandwidth with what they run beside
+                work.add(inner)
+            elif instruction.operands:
                 beside.start(name, inner, work.seconds)
             else:
                 beside.underway[name] = None, inner
@@ -204,6 +207,8 @@ class Roofline:
         read = [sum(s.bytes for s in shapes if s.space == 0) for shapes in operands]
         written = sum(s.bytes for s in instruction.shapes if s.space == 0)
         kind, body = instruction.kind, None
+        if kind == "copy-start":  # its result names the source again
+            written = sum(s.bytes for s in instruction.shapes[:1] if s.space == 0)
         if kind in ("dynamic-slice", "slice", "gather"):
             return 2 * written
         if kind in ("dynamic-update-slice", "scatter"):

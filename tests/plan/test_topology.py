@@ -178,3 +178,29 @@ def test_what_is_started_runs_beside_what_follows_until_it_is_waited_for():
     assert work(unfed + "\n  " + fed, "", "u").exposed == 0
     two = work(STARTED + "\n  " + STARTED.replace("%s", "%s2", 1), "%e = bf16[64,1024]{1,0} async-done(%s)", "s2")
     assert two.exposed + two.hidden == pytest.approx(2 * seconds)  # over the same wires, one after the other
+
+
+COPIES = """HloModule m, is_scheduled=true
+
+%cutting (b: bf16[4096,4096]) -> bf16[4096,4096] {
+  %b = bf16[4096,4096]{1,0} parameter(0)
+  ROOT %c = bf16[4096,4096]{1,0} copy(%b)
+}
+
+ENTRY %main (b: bf16[4096,4096]) -> bf16[4096,4096] {
+  %b = bf16[4096,4096]{1,0} parameter(0)
+  %f = (bf16[4096,4096]{1,0:S(1)}, bf16[4096,4096]{1,0}, u32[]{:S(2)}) copy-start(%b)
+  %g = bf16[4096,4096]{1,0:S(1)} copy-done(%f)
+  %s = ((bf16[4096,4096]{1,0}), bf16[4096,4096]{1,0}, u32[]{:S(2)}) async-start(%b), calls=%cutting
+  %d = bf16[4096,4096]{1,0} copy(%b)
+  ROOT %e = bf16[4096,4096]{1,0} async-done(%s), calls=%cutting
+}
+"""
+
+
+def test_copies_beside_other_work_still_take_the_memory_their_bytes():
+    """One into a core's own memory, one by another core, one that the device waits for: none hides another."""
+    wires = machine("v5p:4x4x4", {"fsdp": 8, "expert": 8})
+    roofline = Roofline(Program(COPIES), wires)
+    work, plain = roofline.step(), 2 * 2 * 4096 * 4096 / roofline.memory_rate
+    assert work.memory == pytest.approx(2.5 * plain) and work.hidden == work.exposed == 0
