@@ -8,6 +8,8 @@ collective and no buffer. What it alone can find is a kernel that does not compi
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +105,7 @@ def _receive(connection: Any, topology: Topology) -> Any:
 
 def _compile(cfg: RunConfig, topology: Topology, folder: Path, parent: Any) -> None:
     """In the child: sends the seconds of lowering and the fields of an Outcome, or a sentence."""
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     start_jax("cpu")
     step, state, batch, mesh = abstract_step(cfg, topology)
     devices = list(mesh.devices.flat)
@@ -120,6 +123,12 @@ def _compile(cfg: RunConfig, topology: Topology, folder: Path, parent: Any) -> N
             parent.send({"too_large": True})
         else:
             parent.send(f"{topology.name} cannot run this step: {str(error).splitlines()[0][:300]}")
+
+
+def _end_with(parent: Any) -> None:
+    """A killed `plan` would otherwise leave its compiler at work."""
+    parent.join()
+    os._exit(1)
 
 
 def _decided(folder: Path) -> bool:

@@ -2,7 +2,10 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,8 @@ from configs.schema import ConfigError
 from train.compat import compile_with, known_options
 from train.compiler import DECISIONS, SETTLED, _decided, _receive
 from train.topology import topology
+
+ROOT = Path(__file__).parents[2]
 
 MODULE = "module_0000.jit_train_step.cl_1."
 
@@ -63,3 +68,30 @@ def test_options_of_other_versions_are_left_out():
     assert known_options(known | {"xla_never_heard_of": True}) == known
     with pytest.raises(Exception, match="xla_backend_optimization_level"):
         compile_with(lowered, {"xla_backend_optimization_level": "not a number"})
+
+
+KILLED = """
+import multiprocessing, os, threading, time
+from train.compiler import _end_with
+
+def work():
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=work, daemon=True).start()
+    time.sleep(600)
+"""
+
+
+def test_a_killed_plan_leaves_no_compiler_behind(tmp_path):
+    """The pipe closes when the last of both processes is gone."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)})
+    child = int(parent.stdout.readline())
+    os.kill(child, 0)
+    parent.kill()
+    assert parent.communicate(timeout=60)[0] == ""
