@@ -16,7 +16,7 @@ TPU = {
 
 SPARSE_CORES = TPU | {
     # Gathers and scatters over the wires are driven by the SparseCores, beside the work of the TensorCores. The compiler
-    # makes none of them asynchronous otherwise. The same options as in Google's recipes for these chips (tpu-recipes).
+    # makes none of them asynchronous otherwise. Most of these are in public recipes for such chips (tpu-recipes).
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": "true",
