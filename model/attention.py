@@ -2,7 +2,7 @@
 
 One registry, one signature: `(q, k, v, segments, at, scale, chunk) -> (out, max_logit)`. Keys are those of a whole row;
 queries may be some of its positions, `at`, ascending (a device's part of a long row). `reference` holds all logits at
-once and is the definition; `chunked` and `hopper` are linear in memory and skip what nobody may see. Documents are
+once and is the definition; `chunked`, `hopper` and `tpu` are linear in memory and skip what nobody may see. Documents are
 contiguous, numbered from 1; 0 is padding, whose outputs are finite and meaningless.
 """
 

@@ -1,4 +1,4 @@
-"""Post-training baselines of a run's masters, by the names that the command line knows: `RUN:gptq`, `--quant awq`."""
+"""Post-training baselines of a run's masters, by the names that the command line knows: `RUN:gptq`."""
 
 from __future__ import annotations
 

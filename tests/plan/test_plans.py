@@ -1,4 +1,4 @@
-"""Steps compiled for machines that are not here. Needs the extra plan-tpu (make test-plan); without it these are skipped."""
+"""Steps compiled for machines that are not here. Needs the extra plan-tpu; without it these are skipped."""
 
 import dataclasses
 import importlib.util

@@ -1,6 +1,5 @@
 """Loss, gradients, updates, router biases and clip factors do not depend on the mesh, on layers being scanned, on what is
-recomputed, on microbatches; with the grid and without. All pairs of settings in `make test`, every combination in
-`make test-slow`."""
+recomputed, on microbatches; with the grid and without. Four combinations in `make test`, every one in `make test-slow`."""
 
 import itertools
 from functools import lru_cache
