@@ -65,14 +65,14 @@ demo-tools: $(READY)
 	$(RUN_PY) report $(TOOLS)
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -n 2 -q
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -q
 
 test-peers: $(PEERS)
 	.venv-peers/bin/python -m pytest -q --override-ini addopts= -m 'not slow' tests/peers
 
 # The whole suite again on the oldest supported Python and jax.
 test-oldest: $(PEERS)
-	.venv-peers/bin/python -m pytest -n 2 -q
+	.venv-peers/bin/python -m pytest -n 2 --dist worksteal -q
 
 test-slow: $(READY) $(PEERS)
 	$(VENV)/bin/python -m pytest -q -m slow

@@ -35,7 +35,7 @@ def train(arguments: list[str]) -> int:
     console.quiet = not processes.first()
     from train.loop import train
     from train.run_dir import RunDir
-    with processes.losing_another():
+    with processes.ending_together():
         return train(cfg, RunDir(run), remix)
 
 
@@ -188,6 +188,7 @@ def data(arguments: list[str]) -> int:
     cfg = tyro.cli(RunConfig, default=preset(name), args=arguments, prog=f"launch.py data --preset {name} --rows {rows}",
                    description="Look at the data that a training run with these settings would see. --index "
                    "FILE.array_record: tokenise it once into a file, which data.paths can then name instead.")
+    shown = _count("--rows", rows, 1)
     from data.pipeline import open_data, write_index
     from data.preview import show
     from data.tokenizer import load_tokenizer
@@ -196,7 +197,7 @@ def data(arguments: list[str]) -> int:
         if not index.endswith(".array_record"):
             raise ConfigError(f"--index {index}: give it the ending .array_record, by which it will be known")
         console.print(f"wrote {write_index(cfg, load_tokenizer(cfg.data.tokenizer), index)} documents to {index}")
-    show(open_data(cfg, load_tokenizer(cfg.data.tokenizer)), console, rows=int(rows))
+    show(open_data(cfg, load_tokenizer(cfg.data.tokenizer)), console, rows=shown)
     return 0
 
 
@@ -210,11 +211,14 @@ def plan(arguments: list[str]) -> int:
     cfg = tyro.cli(RunConfig, default=preset(name), args=arguments,
                    prog=f"launch.py plan --preset {name} --topology {machine or 'v5p:8x8x8'} --sweep 8 --json FILE",
                    description="Show what would be trained.")
+    limit = _count("--sweep", meshes, 0)
     if not machine:
+        if limit or file:
+            raise ConfigError(f"{'--sweep' if limit else '--json'} needs a machine; name it with --topology, such as v5p:8x8x8")
         from train.plan import show_plan
         return show_plan(name, cfg)
     from train.plan_topology import show_topology, sweep
-    return sweep(name, cfg, machine, int(meshes), file) if int(meshes) else show_topology(name, cfg, machine, file)
+    return sweep(name, cfg, machine, limit, file) if limit else show_topology(name, cfg, machine, file)
 
 
 WITH_CONFIG = {"train": train, "plan": plan, "data": data, "import": import_}
@@ -235,6 +239,13 @@ def _take(arguments: list[str], flag: str, default: str) -> tuple[str, list[str]
         else:
             rest.append(word)
     return value, rest
+
+
+def _count(flag: str, text: str, least: int) -> int:
+    """A whole number, at least `least`."""
+    if not text.isdecimal() or int(text) < least:
+        raise ConfigError(f"{flag} must be a whole number, at least {least}, not {text!r}")
+    return int(text)
 
 
 def _dashed(arguments: list[str]) -> list[str]:

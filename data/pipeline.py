@@ -100,6 +100,11 @@ class Data:
             ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
         return iter(ahead)
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are held-out rows."""
+        return len(self._heldout) > 0
+
     def validation(self, limit: int = 0) -> list[Batch]:
         """Held-out batches in a fixed order, the last filled up with padding rows; `limit` 0 takes all."""
         size = self.batch_size

@@ -20,7 +20,7 @@ from train.console import Bar, console
 from train.expert_inputs import expert_inputs
 from train.held_out import Evaluator
 from train.run_dir import RunDir
-from train.session import Session, load_params, open_session, parse_source
+from train.session import Session, load_params, open_to_look, parse_source
 from train.weights import Weights, load_weights
 
 COLUMNS = {"held_out_loss": "loss", "kl": "KL", "kl_per_decade_of_position": "slope", "weight_error": "weights",
@@ -36,7 +36,7 @@ def distortion_report(source: str, others: tuple[str, ...] = (), calibration_bat
     calibration_batches   training batches that the calibrated baselines see
     """
     run, step = parse_source(source)
-    session = open_session(run.load_config(), run.load_facts().get("compute_dtype"))
+    session = open_to_look(run)
     if calibration_batches < 1:
         raise ConfigError(f"--calibration-batches must be at least 1, not {calibration_batches}")
     named = [tuple(arm.split("=", 1)) if "=" in arm else (arm, arm) for arm in others]

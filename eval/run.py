@@ -17,7 +17,7 @@ from eval.play import Settings, play
 from train.console import Bar, console
 from train.held_out import Evaluator
 from train.run_dir import RunDir
-from train.session import open_session
+from train.session import open_to_look
 from train.weights import Weights, load_weights
 
 BATCH = 64
@@ -31,7 +31,7 @@ def evaluate_arms(run_path: Path, arms: tuple[str, ...], lengths: tuple[int, ...
     evals.jsonl; suite horizon is eval/horizon.py."""
     run = RunDir(run_path)
     cfg = run.load_config()
-    session = open_session(cfg, run.load_facts().get("compute_dtype"))
+    session = open_to_look(run)
     if problems < 1:
         raise ConfigError(f"--problems must be at least 1, not {problems}")
     named = [tuple(arm.split("=", 1)) if "=" in arm else (arm, arm) for arm in arms] or \

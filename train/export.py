@@ -24,7 +24,7 @@ from train import probe
 from train.checkpoint import Checkpoints, Restored
 from train.console import Bar, console, human
 from train.run_dir import RunDir
-from train.session import Session, open_session, parse_source
+from train.session import Session, open_to_look, parse_source
 from train.weights import load_export
 
 
@@ -39,7 +39,7 @@ def export_run(source: str, out: Path | None, form: str) -> int:
         raise ConfigError(f"{run.path} was trained on three bits, which no engine reads; export it with --format bf16")
     if out.exists():
         raise ConfigError(f"{out} exists; name a new directory with --out, or remove it first")
-    session = open_session(cfg, run.load_facts().get("compute_dtype"))
+    session = open_to_look(run)
     stored = _stored(session, run, step)
     params, step = stored.state, stored.step
     quant = dataclasses.replace(cfg.quant, grid="none" if form == "bf16" else "int4")
@@ -127,7 +127,7 @@ def verify_directory(directory: Path, source: str | None) -> int:
     reference = specs = None
     if source:
         run, step = parse_source(source)
-        session = open_session(run.load_config(), run.load_facts().get("compute_dtype"))
+        session = open_to_look(run)
         reference, specs = _stored(session, run, step).state, session.specs
     with Bar(f"verifying {directory}", 1, "tensor") as bar:
         def progress(done: int, total: int) -> None:

@@ -3,34 +3,69 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from configs.schema import ConfigError, ModelConfig
+from configs.sharding import ROW_AXES, TOKEN_AXES
 from data.pipeline import Data
 from model import cross_entropy
 from model.call import Call
 from model.decode.served_params import SERVED
+from model.shards import ONE_DEVICE, shards_of
 from model.transformer import bind
 from quant.served import Serving
 from train import processes
 from train.mesh import batch_sharding
 from train.session import Session
+from train.step import Batch, own_part, stored_parts
 
 
-@partial(jax.jit, static_argnames=("model", "serving", "dtype", "platform"))
-def _sums(params, batch, amount, *, model: ModelConfig, serving: Serving, dtype: str, platform: str):
-    """Sum of weight * nll, and of the weights."""
-    call = Call(batch["positions"], batch["segments"], amount, serving, dtype, platform)
-    network = bind(model, params)
-    hidden, _, _ = network(batch["tokens"], call)
-    nll, _ = cross_entropy.chunked(hidden.reshape(-1, hidden.shape[-1]), call.exact_weight(network.head),
-                                   batch["targets"].reshape(-1))
-    weights = batch["weights"].reshape(-1)
-    return jnp.sum(weights * nll), jnp.sum(weights)
+@dataclass(frozen=True)
+class Setting:
+    """What is compiled in. microbatches: parts of a device's rows, one after another, as small as those it trains on."""
+
+    model: ModelConfig
+    serving: Serving
+    dtype: str
+    platform: str
+    microbatches: int
+    transport: str = "auto"
+    mesh: Mesh | None = None
+
+
+@partial(jax.jit, static_argnames="setting")
+def sums(params: dict[str, Array], batch: Batch, amount: Array, setting: Setting) -> Float[Array, "2"]:
+    """Sum of weight * nll, and of the weights, of a whole batch: global arrays in. As in train/step.py, every device works
+    on its rows, its positions, and its parts of the parameters."""
+    run = partial(_own_sums, setting=setting)
+    if shards_of(setting.mesh) == ONE_DEVICE:
+        return run(params, batch, amount)
+    return jax.shard_map(run, mesh=setting.mesh, in_specs=(stored_parts(setting.model, setting.mesh),
+                                                           batch_sharding(setting.mesh).spec, P()),
+                         out_specs=P(), check_vma=False)(params, batch, amount)
+
+
+def _own_sums(params: dict[str, Array], batch: Batch, amount: Array, setting: Setting) -> Float[Array, "2"]:
+    shards = shards_of(setting.mesh)
+
+    def of_rows(rows: Batch) -> Float[Array, "2"]:
+        call = Call(rows["positions"], rows["segments"], amount, setting.serving, setting.dtype, setting.platform,
+                    shards=shards, transport=setting.transport)
+        network = bind(setting.model, params)
+        nll, _ = cross_entropy.losses(network(rows["tokens"], call)[0], network.head, rows["targets"], call)
+        weights = rows["weights"].reshape(-1)
+        return jnp.stack([jnp.sum(weights * nll), jnp.sum(weights)])
+
+    micro = jax.tree.map(lambda x: x.reshape(setting.microbatches, -1, *x.shape[1:]), own_part(batch, shards))
+    return shards.total(jnp.sum(jax.lax.map(of_rows, micro), axis=0), TOKEN_AXES)
 
 
 class Evaluator:
@@ -50,19 +85,28 @@ class Evaluator:
             raise ConfigError(f"{weights.name} has another vocabulary than the run's data")
         return self._evaluate(weights.params, 0.0, SERVED, self.session.cfg.train.eval_batches, weights.model)
 
+    def _setting(self, serving: Serving, model: ModelConfig) -> Setting:
+        """A device that looks at a run that others trained has all of their rows to go through."""
+        session, cfg = self.session, self.session.cfg
+        trained, here = (math.prod(max(size, 1) for size in sizes)
+                         for sizes in ([getattr(cfg.mesh, axis) for axis in ROW_AXES],
+                                       [session.mesh.shape[axis] for axis in ROW_AXES]))
+        return Setting(model, serving, session.compute_dtype, session.platform,
+                       cfg.train.accumulate * max(trained // here, 1), cfg.train.transport, session.mesh)
+
     def _evaluate(self, params, amount: float, serving: Serving, batches: int, model: ModelConfig | None = None):
         session = self.session
         held_out = self.data.validation(batches)
         if not held_out:
             raise ConfigError("there are no held-out rows to evaluate on; raise --data.validation-fraction")
-        nll = weight = source_bytes = 0.0
+        setting = self._setting(serving, model or session.cfg.model)
+        totals, source_bytes = np.zeros(2), 0
         for batch in held_out:
             size = len(batch["tokens"])
             placed = processes.place(batch, batch_sharding(session.mesh), slice(0, size), size)
-            batch_nll, batch_weight = _sums(params, placed, jnp.float32(amount), model=model or session.cfg.model,
-                                            serving=serving, dtype=session.compute_dtype, platform=session.platform)
-            nll, weight = nll + float(batch_nll), weight + float(batch_weight)
+            totals += np.asarray(sums(params, placed, jnp.float32(amount), setting))
             source_bytes += self.data.source_bytes(batch)
+        nll, weight = totals.tolist()
         out = {"held_out_loss": nll / weight}
         if not session.cfg.data.paths:
             return out

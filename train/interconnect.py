@@ -75,7 +75,8 @@ class Interconnect:
         rings = []
         slices = {getattr(d, "slice_index", 0) or 0 for d in devices}
         if len(slices) > 1:
-            rings.append(Ring(len(slices), chip.outside * chip.wire, chip.outside * chip.wire))
+            outside = chip.outside * chip.wire / chip.devices
+            rings.append(Ring(len(slices), outside, outside))
         link = chip.link * chip.wire / chip.devices
         if len({d.core_on_chip for d in devices}) > 1:
             rings.append(Ring(2, DIE_TO_DIE * chip.link * chip.wire, DIE_TO_DIE * chip.link * chip.wire))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from configs.schema import ConfigError, MeshConfig
 from train.processes import COORDINATOR, COUNT, INDEX
-from train.stop import EXIT_DONE, EXIT_LOST, EXIT_STOPPED, EXIT_USAGE
+from train.stop import EXIT_DONE, EXIT_FAILED, EXIT_LOST, EXIT_STOPPED, EXIT_USAGE
 
 GRACE_SECONDS = 10.0
 """What the others get to end by themselves once one is lost."""
@@ -25,8 +25,8 @@ GRACE_SECONDS = 10.0
 
 def parse(where: str, mesh: MeshConfig) -> tuple[int, int]:
     """Processes and devices per process of `local:N` or `local:NxM`."""
-    found = re.fullmatch(r"local:(\d+)(?:x(\d+))?", where)
-    if not found or int(found.group(1)) < 1:
+    found = re.fullmatch(r"local:(0|[1-9]\d*)(?:x(0|[1-9]\d*))?", where)
+    if not found or "0" in found.groups():
         raise ConfigError(f"--on {where}: write local, local:PROCESSES, local:PROCESSESxDEVICES (such as local:2x4) or cluster")
     processes = int(found.group(1))
     needed = max(mesh.data, 1) * mesh.fsdp * mesh.expert * mesh.context * mesh.tensor
@@ -40,8 +40,8 @@ def parse(where: str, mesh: MeshConfig) -> tuple[int, int]:
 def run(arguments: list[str], processes: int, devices: int) -> int:
     """Start `launch.py ARGUMENTS` in every process and wait. SIGINT and SIGTERM reach all of them.
 
-    The code is the processes' own where they agree; EXIT_LOST where one ended without being asked, with a sentence that
-    names it, after the others were ended too.
+    The code is the processes' own where they agree; EXIT_LOST where one ended without being asked, and EXIT_FAILED where one
+    failed, with a sentence that names it, after the others were ended too.
     """
     command = [sys.executable, str(Path(__file__).parent.parent / "launch.py"), *arguments]
     address = f"127.0.0.1:{_free_port()}"
@@ -83,9 +83,10 @@ def _lost(children: list[subprocess.Popen], index: int) -> int:
     if code == EXIT_USAGE:  # it has said what is wrong; so will the others
         deadline = time.monotonic() + GRACE_SECONDS
     else:
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        print(f"error: process {index} of {len(children)} {how}; the others are ended, and the same command goes on from the "
-              f"newest checkpoint", file=sys.stderr, flush=True)
+        how = ("failed" if code == EXIT_FAILED else
+               f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}")
+        then = "" if code == EXIT_FAILED else ", and the same command goes on from the newest checkpoint"
+        print(f"error: process {index} of {len(children)} {how}; the others are ended{then}", file=sys.stderr, flush=True)
         deadline = time.monotonic() + GRACE_SECONDS / 5
     while time.monotonic() < deadline and any(child.poll() is None for child in children):
         time.sleep(0.1)
@@ -93,7 +94,7 @@ def _lost(children: list[subprocess.Popen], index: int) -> int:
         if child.poll() is None:
             child.kill()
         child.wait()
-    return EXIT_USAGE if code == EXIT_USAGE else EXIT_LOST
+    return code if code in (EXIT_USAGE, EXIT_FAILED) else EXIT_LOST
 
 
 def _free_port() -> int:

@@ -139,8 +139,13 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
     if step >= cfg.train.steps:
         console.print(f"already trained to step {step}; raise --train.steps to go on")
         return EXIT_DONE
-    with StopSignal() as stop:
-        state, step = run_steps(machine, data, state, step, checkpoints, run, stop, started, compiling)
+    try:
+        with StopSignal() as stop:
+            state, step = run_steps(machine, data, state, step, checkpoints, run, stop, started, compiling)
+    except Exception as error:
+        if not processes.lost_another(error):  # all of them finish what they were saving, or none can
+            checkpoints.close()
+        raise
     checkpoints.close()
     if stop.requested:
         console.print(f"stopped by {stop.requested} after step {step}, saved; the same command goes on from there")
@@ -247,12 +252,12 @@ def run_steps(machine: Machine, data: Data, state: TrainState, step: int, checkp
                 recorder.measure_optimizer(machine.time_update, state)
             if reported:
                 recorder.report(codes.report(state.params))
-            if last or (cfg.train.eval_every and step % cfg.train.eval_every == 0):
-                amount = float(metrics["grid_amount"])
-                recorder.evaluated(step, evaluator(state.params, amount=amount, batches=cfg.train.eval_batches))
             if last or stopping or step in checkpoints.landmarks or step % cfg.train.checkpoint_every == 0:
                 checkpoints.save(step, state)
                 recorder.restart_clock()
+            if data.holds_out and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
+                amount = float(metrics["grid_amount"])
+                recorder.evaluated(step, evaluator(state.params, amount=amount, batches=cfg.train.eval_batches))
             bar.advance()
             if last or stopping:
                 break

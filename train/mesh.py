@@ -6,6 +6,7 @@ Axis types are Auto everywhere. Arrays outside the step are global; train/step.p
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -35,20 +36,25 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def check_rows(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+def check_rows(batch_size: int, accumulate: int, sizes: Mapping[str, int]) -> None:
     """Every device must get the same number of rows of every microbatch."""
-    ways = int(np.prod([mesh.shape[axis] for axis in ROW_AXES]))
+    ways = int(np.prod([sizes[axis] for axis in ROW_AXES]))
     require(batch_size % (ways * accumulate) == 0,
             f"train.batch_size={batch_size} cannot be split over {ways} devices and train.accumulate={accumulate}; "
-            f"the nearest that can: {max(batch_size // (ways * accumulate), 1) * ways * accumulate}")
+            f"the nearest that can: {max(round(batch_size / (ways * accumulate)), 1) * ways * accumulate}")
+
+
+def check_sizes(cfg: RunConfig, sizes: Mapping[str, int]) -> None:
+    """ConfigError, with the fix, where a mesh axis of this size does not divide what it splits: rows of every microbatch,
+    positions of a row, experts, heads, widths."""
+    check_model(cfg.model, sizes)
+    check_positions(cfg.train.seq_len, sizes)
+    check_rows(cfg.train.batch_size, cfg.train.accumulate, sizes)
 
 
 def check_mesh(cfg: RunConfig, mesh: Mesh) -> None:
-    """ConfigError, with the fix, where an axis of the mesh does not divide what it splits: rows of every microbatch,
-    positions of a row, experts, heads, widths."""
-    check_model(cfg.model, mesh.shape)
-    check_positions(cfg.train.seq_len, mesh.shape)
-    check_rows(cfg.train.batch_size, cfg.train.accumulate, mesh)
+    """The same for a mesh of devices, and that they know the run's transport."""
+    check_sizes(cfg, mesh.shape)
     require(mesh.shape["expert"] == 1 or cfg.train.transport != "ragged_all_to_all" or platform(mesh) != "cpu",
             "train.transport ragged_all_to_all does not exist on cpu devices; take all_to_all, which moves the same and the "
             "padding of its buffers, or auto")

@@ -14,7 +14,7 @@ from optim.plan import COLUMNS, plan_rows, total_flops
 from optim.routing import routing_table
 from train.console import console, human
 from train.counts import cache_bytes_per_token, parameters, served_bytes, state_bytes, train_flops_per_token
-from train.mesh import param_shardings
+from train.mesh import check_sizes, param_shardings
 from train.run_dir import config_hash
 
 
@@ -26,6 +26,8 @@ def planned_mesh(cfg: RunConfig) -> AbstractMesh:
 
 def show_plan(name: str, cfg: RunConfig) -> int:
     """Print the ParamSpec table with each array's update rule and grid, then the totals."""
+    mesh = planned_mesh(cfg)
+    check_sizes(cfg, mesh.shape)
     specs = param_specs(cfg.model)
     routes = {route.path: route for route in routing_table(specs, cfg.optim)}
     table = Table(title=f"{name} (config {config_hash(cfg)})")
@@ -37,7 +39,6 @@ def show_plan(name: str, cfg: RunConfig) -> int:
         table.add_row(path, " x ".join(map(str, spec.shape)), " ".join(spec.axes), routes[path].rule, matrices, served)
     console.print(table)
 
-    mesh = planned_mesh(cfg)
     groups = plan_of(specs, cfg.optim, "tpu", mesh=mesh, shardings=param_shardings(specs, mesh))
     table = Table(title=f"Newton-Schulz on the mesh {dict(mesh.shape)}: {human(total_flops(groups))}FLOP per step in all")
     for column in COLUMNS:

@@ -9,19 +9,22 @@ from pathlib import Path
 
 from rich.table import Table
 
+from configs.param_spec import Specs
 from configs.schema import ConfigError, MeshConfig, RunConfig
+from configs.sharding import partition
 from model.transformer import param_specs
 from train.aot import compile_step
 from train.console import Bar, console, human
 from train.counts import state_bytes
 from train.forecast import MARGIN, Forecast, advice, forecast
-from train.mesh import ROW_AXES
+from train.mesh import ROW_AXES, check_sizes
 from train.topology import GIB, Topology, topology
 
 
 def show_topology(name: str, cfg: RunConfig, machine: str, file: str = "") -> int:
     """Compile the step for a machine, print what that tells, write it as JSON to `file`. 1 where it does not fit."""
     found = topology(machine)
+    _require_writable(file)
     console.print(f"compiling the step of {name} for {found.chips} chips, {found.name}"
                   + (f", {found.slices} slices" if found.slices > 1 else ""))
     plan = forecast(compile_step(cfg, found))
@@ -33,9 +36,15 @@ def show_topology(name: str, cfg: RunConfig, machine: str, file: str = "") -> in
     for sentence in advice(plan):
         console.print(f"- {sentence}")
     if file:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text(json.dumps({"preset": name} | plan.summary(), indent=1) + "\n")
     return 0 if plan.compiled.fits else 1
+
+
+def _require_writable(file: str) -> None:
+    """OSError before minutes of compiling rather than after them."""
+    if file:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).open("a").close()
 
 
 def memory_table(name: str, plan: Forecast) -> Table:
@@ -101,25 +110,32 @@ def verdict(plan: Forecast) -> str:
 
 
 def candidates(cfg: RunConfig, machine: Topology) -> list[MeshConfig]:
-    """Meshes worth compiling, most promising first: every axis a power of two (times what is left over for fsdp), rows and
-    experts divide, the state alone leaves half the memory. Context is split for long rows only, tensor never beyond 8."""
-    count, model, train = machine.device_count, cfg.model, cfg.train
-    state = sum(state_bytes(param_specs(model), cfg.optim).values())
+    """Meshes worth compiling, most promising first: every axis a power of two (times what is left over for fsdp), all that is
+    split divides, the state alone leaves half the memory. Context is split for long rows only, tensor never beyond 8."""
+    count, specs = machine.device_count, param_specs(cfg.model)
+    state = sum(state_bytes(specs, cfg.optim).values())
     powers = [2**i for i in range(count.bit_length())]
     found = []
     for expert, context, tensor, data in itertools.product(powers, powers, [p for p in powers if p <= 8], powers):
         others = expert * context * tensor * data
-        if count % others or model.n_routed_experts % expert or (context > 1 and train.seq_len // context < 4096):
+        if count % others or data % machine.slices or (context > 1 and cfg.train.seq_len // context < 4096):
             continue
         mesh = MeshConfig(data=data, fsdp=count // others, expert=expert, context=context, tensor=tensor)
-        rows = data * mesh.fsdp * expert
-        if train.batch_size % (rows * train.accumulate) or model.num_attention_heads % tensor:
-            continue
-        if state / (mesh.fsdp * expert * tensor) > machine.chip.hbm / 2:
-            continue
-        found.append(mesh)
+        if state / (count // data) <= machine.chip.hbm / 2 and _divides(cfg, specs, mesh):
+            found.append(mesh)
     # Few copies of the weights first; then experts over at most a ring of eight; then little of context and tensor.
     return sorted(found, key=lambda m: (m.tensor * m.context, m.data, abs(m.expert.bit_length() - 4)))
+
+
+def _divides(cfg: RunConfig, specs: Specs, mesh: MeshConfig) -> bool:
+    sizes = dataclasses.asdict(mesh)
+    try:
+        check_sizes(cfg, sizes)
+        for spec in specs.values():
+            partition(spec, sizes)
+    except ConfigError:
+        return False
+    return True
 
 
 def sweep(name: str, cfg: RunConfig, machine: str, limit: int, file: str = "") -> int:
@@ -130,6 +146,8 @@ def sweep(name: str, cfg: RunConfig, machine: str, limit: int, file: str = "") -
         raise ConfigError(f"no mesh of {found.device_count} devices divides train.batch_size={cfg.train.batch_size} over "
                           f"train.accumulate={cfg.train.accumulate} microbatches with room for the state; change one of them, "
                           f"or take more chips")
+    found.devices()  # whether there is a compiler for it
+    _require_writable(file)
     console.print(f"{len(meshes)} meshes of {'/'.join((*ROW_AXES, 'context', 'tensor'))} are possible on {found.name}; "
                   f"compiling {min(limit, len(meshes))}")
     plans, failed = [], []
@@ -151,7 +169,7 @@ def sweep(name: str, cfg: RunConfig, machine: str, limit: int, file: str = "") -
         table.add_row(*sizes, f"{p.compiled.memory.peak / GIB:.1f}", *(fits if p.compiled.fits else ["no", "", "", "", ""]))
     console.print(table)
     for mesh, reason in failed:
-        console.print(f"{mesh}: {reason}")
+        console.print(f"{mesh}: {reason}", markup=False)
     if file:
         Path(file).write_text(json.dumps({"preset": name, "sweep": [p.summary() for p in plans]}, indent=1) + "\n")
     return 0 if plans and plans[0].compiled.fits else 1

@@ -8,7 +8,9 @@ tells each its place through the three variables below; on a cluster jax finds t
 from __future__ import annotations
 
 import os
+import re
 import sys
+import traceback
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.schema import ConfigError
-from train.stop import EXIT_LOST
+from train.stop import EXIT_FAILED, EXIT_LOST
 
 COORDINATOR, COUNT, INDEX = "ABRUZZI_COORDINATOR", "ABRUZZI_PROCESSES", "ABRUZZI_PROCESS"
 """host:port of the first process, how many there are, and which one this is."""
@@ -71,18 +73,32 @@ def agree(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if several() else number
 
 
+OWN_FAILURES = re.compile("RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED|[Cc]ompil")
+"""What a device says of this process's own program; whatever else breaks off a step among several is the loss of another."""
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether a collective broke off because another process is gone."""
+    return several() and isinstance(error, jax.errors.JaxRuntimeError) and not OWN_FAILURES.search(str(error))
+
+
 @contextmanager
-def losing_another():
-    """Ends this process with EXIT_LOST and a sentence where a collective breaks off because another process is gone."""
+def ending_together():
+    """Of several processes one whose device fails ends with a sentence and a code of its own: EXIT_LOST where another process
+    is gone, EXIT_FAILED otherwise. The usual way out would wait for the others, and they for this one."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if not several():
             raise
-        print(f"error: process {jax.process_index()} of {jax.process_count()} lost another one "
-              f"({str(error).splitlines()[0][:120]}); start all again, they go on from the newest checkpoint",
-              file=sys.stderr, flush=True)
-        os._exit(EXIT_LOST)  # the usual way out would wait for the process that is gone
+        this, said = f"process {jax.process_index()} of {jax.process_count()}", str(error).splitlines()[0][:160]
+        if lost_another(error):
+            code, sentence = EXIT_LOST, f"{this} lost another one ({said}); start all again, they go on from what was saved"
+        else:
+            traceback.print_exc()
+            code, sentence = EXIT_FAILED, f"{this} failed: {said}"
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        os._exit(code)
 
 
 def stop_here(step: int) -> bool:
@@ -100,7 +116,7 @@ def my_rows(sharding: NamedSharding, batch_size: int, seq_len: int) -> slice:
 
 
 def place(batch: dict[str, np.ndarray], sharding: NamedSharding, rows: slice, batch_size: int) -> dict[str, jax.Array]:
-    """Global arrays [batch_size, S] from the rows of this process. The one place where a batch becomes sharded."""
+    """Global arrays [batch_size, S] from the rows of this process: every device gets its rows, and its run of positions."""
     if not several():
         return jax.device_put(batch, sharding)
 

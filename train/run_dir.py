@@ -25,8 +25,9 @@ SECTIONS = {"model": ModelConfig, "optim": OptimConfig, "quant": QuantConfig, "d
             "mesh": MeshConfig, "profile": ProfileConfig}
 
 MAY_CHANGE = {"mesh", "profile", "train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every",
-              "train.keep", "train.steps", "train.remat", "train.init_from", "train.fork_from"}
-"""What a resumed run may set anew: where it runs, how long, what it prints. All else would change what was trained."""
+              "train.keep", "train.steps", "train.remat", "train.layers", "train.accumulate", "train.transport",
+              "train.init_from", "train.fork_from"}
+"""What a resumed run may set anew: where and how it runs, how long, what it prints. The rest would change what is trained."""
 
 
 def to_dict(cfg: RunConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from configs.param_spec import Specs
-from configs.schema import ConfigError, RunConfig
+from configs.schema import ConfigError, MeshConfig, RunConfig
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import param_specs
 from train import processes
@@ -56,17 +56,24 @@ class Session:
         return platform(self.mesh)
 
 
-def open_session(cfg: RunConfig, compute_dtype: str | None = None) -> Session:
+def open_session(cfg: RunConfig, compute_dtype: str | None = None, mesh: Mesh | None = None) -> Session:
     """Check the config against the tokenizer and the devices. `compute_dtype` overrides "auto" (a resumed run keeps
-    the one it was started with)."""
+    the one it was started with); `mesh` takes the place of the config's."""
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise ConfigError(f"tokenizer {cfg.data.tokenizer} has {tokenizer.vocab_size} ids but model.vocab_size is "
                           f"{cfg.model.vocab_size}; set --model.vocab-size {-(-tokenizer.vocab_size // 64) * 64}")
     dtype = compute_dtype or (cfg.train.compute_dtype if cfg.train.compute_dtype != "auto" else fastest_dtype())
-    mesh = make_mesh(cfg.mesh)
+    mesh = mesh or make_mesh(cfg.mesh)
     check_mesh(cfg, mesh)
     return Session(cfg, param_specs(cfg.model), mesh, tokenizer, dtype)
+
+
+def open_to_look(run: RunDir, compute_dtype: str | None = None) -> Session:
+    """A run's session on one device, whatever mesh it was trained on: looking at weights (export, verify, eval, generate,
+    distort) takes no other."""
+    alone = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+    return open_session(run.load_config(), compute_dtype or run.load_facts().get("compute_dtype"), alone)
 
 
 def parse_source(source: str) -> tuple[RunDir, int | None]:

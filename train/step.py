@@ -1,6 +1,7 @@
 """One optimizer step, top to bottom: loss and gradients, Muon and AdamW, QK-Clip, router bias.
 
-Where a batch becomes sharded and what moves between devices: `gradients`, and docs/scale.md."""
+train/processes.py puts every row on its device; in `gradients` each device then works on what it holds, and what moves
+between devices moves below it (docs/scale.md)."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from configs.param_spec import Specs
-from configs.schema import RunConfig
-from configs.sharding import ROW_AXES, TOKEN_AXES
+from configs.schema import ModelConfig, RunConfig
+from configs.sharding import TOKEN_AXES
 from model import cross_entropy, distillation
 from model.call import Call, LayerAux, ModelAux, MoEAux, combine, nothing_measured, over_devices
 from model.decode.served_params import SERVED
@@ -28,6 +29,7 @@ from optim.apply import apply_updates, stochastic_round
 from optim.metrics import gradient_metrics, update_metrics
 from quant.served import Serving, grid_amount
 from train.checkpoint import fingerprint
+from train.mesh import batch_sharding, param_shardings
 from train.state import TrainState
 
 Batch = dict[str, Array]
@@ -90,20 +92,30 @@ def gradients(params: dict[str, Array], batch: Batch, amount: Array, cfg: StepCo
     teacher = teacher or {}
     if cfg.shards == ONE_DEVICE:
         return local_gradients(params, teacher, batch, amount, key, cfg)
-    parts = {path: P(*(axes or None for axes in cfg.shards.stored(spec)))
-             for path, spec in param_specs(cfg.run.model).items()}
+    parts = stored_parts(cfg.run.model, cfg.mesh)
     measured = ModelAux(LayerAux(P(None, "tensor")), MoEAux(P(), P()), P())
     run = jax.shard_map(partial(local_gradients, cfg=cfg), mesh=cfg.mesh,
-                        in_specs=(parts, {path: parts[path] for path in teacher}, P(ROW_AXES, "context"), P(), P()),
+                        in_specs=(parts, {path: parts[path] for path in teacher}, batch_sharding(cfg.mesh).spec, P(), P()),
                         out_specs=(P(), parts, measured), check_vma=False)
     return run(params, teacher, batch, amount, key)
+
+
+def stored_parts(model: ModelConfig, mesh: Mesh) -> dict[str, P]:
+    """How each parameter is cut, for shard_map."""
+    return {path: sharding.spec for path, sharding in param_shardings(param_specs(model), mesh).items()}
+
+
+def own_part(batch: Batch, shards: Shards) -> Batch:
+    """Batches lie cut into runs of neighbouring positions; a device works on an early and a late chunk of each of its rows
+    (model/shards.py). Rows of integers are small, so it takes them whole and cuts them anew."""
+    return {name: shards.own_positions(shards.gather_axis(x, ("context",), 1), 1) for name, x in batch.items()}
 
 
 def local_gradients(params: dict[str, Array], teacher: dict[str, Array], batch: Batch, amount: Array,
                     key: PRNGKeyArray | None, cfg: StepConfig) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
     """The same for one device, gradients summed over microbatches here and over devices once, at the end."""
     shards = cfg.shards
-    batch = {name: shards.own_positions(shards.gather_axis(x, ("context",), 1), 1) for name, x in batch.items()}
+    batch = own_part(batch, shards)
     total_weight = shards.total(jnp.sum(batch["weights"]), TOKEN_AXES)
     nll, grads, aux = accumulated(params, teacher, batch, amount, total_weight, key, cfg)
     specs = param_specs(cfg.run.model)

@@ -5,9 +5,12 @@ Of several processes any may get the signal: jax listens for SIGTERM and names o
 
 from __future__ import annotations
 
+import os
 import signal
 
 EXIT_DONE = 0
+EXIT_FAILED = 1
+"""A device or the program failed; so also whatever Python reports with a traceback."""
 EXIT_USAGE = 2
 """A wrong command, config or file; nothing was changed."""
 EXIT_STOPPED = 75
@@ -39,8 +42,9 @@ class StopSignal:
     def __enter__(self):
         from train import processes
 
-        numbers = () if processes.several() else (signal.SIGINT, signal.SIGTERM)
-        self._old = {s: signal.signal(s, self._note) for s in numbers}
+        handlers = ({signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)} if processes.several()
+                    else {signal.SIGINT: self._note, signal.SIGTERM: self._note})
+        self._old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(self, *exc):

@@ -68,6 +68,9 @@ CHIPS = {
     "b200": Chip("B200", 1, 191514411008, 7672e9, 900e9, 50e9, 0, matmul=0.8, wire=0.8),
 }
 
+POD = 9216
+"""Chips of the largest slice there is, a tpu7x pod's (docs.cloud.google.com/tpu/docs)."""
+
 NODE = 8
 """GPUs of a node when only their count is given."""
 
@@ -116,15 +119,19 @@ def torus(chips: int, dimensions: int) -> tuple[int, ...] | None:
 
 def topology(name: str) -> Topology:
     """The machine of a name. ConfigError with what is known where the name is not."""
-    found = re.fullmatch(r"(?:(\d+)x)?([a-z]+\w*?)[:-]([\dx]+)", name.lower())
+    size = r"[1-9]\d{0,4}"
+    found = re.fullmatch(rf"(?:({size})x)?([a-z]+\w*?)[:-]({size}(?:x{size})*)", name.lower())
     chip_name = found.group(2) if found else re.split(r"[:-]", name.lower())[0]
     if not found or chip_name not in CHIPS:
-        near = difflib.get_close_matches(chip_name, CHIPS, 1)
+        near = difflib.get_close_matches(chip_name, CHIPS, 1) if chip_name not in CHIPS else ()
         raise ConfigError(f"there is no topology {name!r}; {f'did you mean {near[0]}? ' if near else ''}write CHIP:SHAPE or "
                           f"CHIP-COUNT with a chip of {', '.join(CHIPS)}, such as v5p:8x8x8, v6e-16 or h100:64x8")
     chip, slices = CHIPS[chip_name], int(found.group(1) or 1)
-    sizes = [int(n) for n in found.group(3).split("x") if n]
+    sizes = [int(n) for n in found.group(3).split("x")]
     if len(sizes) == 1:
+        require(chip.dimensions > 0 or sizes[0] < NODE or sizes[0] % NODE == 0,
+                f"{sizes[0]} GPUs are no whole nodes of {NODE}; write NODESxGPUS, such as "
+                f"{chip_name}:{-(-sizes[0] // NODE)}x{NODE}")
         shape = torus(sizes[0], chip.dimensions) if chip.dimensions else (max(sizes[0] // NODE, 1), min(sizes[0], NODE))
         require(shape is not None and math.prod(shape) == sizes[0],
                 f"no {chip_name} slice has {sizes[0]} chips; give its shape, such as {chip_name}:"
@@ -132,9 +139,11 @@ def topology(name: str) -> Topology:
     else:
         shape = tuple(sizes)
     wanted = chip.dimensions or 2
-    require(len(shape) == wanted and min(shape) >= 1,
+    require(len(shape) == wanted,
             f"a {chip_name} {'slice' if chip.dimensions else 'cluster'} has {wanted} sizes"
             f"{'' if chip.dimensions else ', nodes x GPUs per node'}, not {'x'.join(map(str, shape))}")
+    require(not chip.dimensions or math.prod(shape) <= POD, f"no {chip_name} slice has {math.prod(shape)} chips, {POD} at most; "
+                                                            f"several slices are written 2x{chip_name}:SHAPE")
     require(slices == 1 or chip.dimensions > 0, f"{name} has several slices of GPUs; give all nodes in one shape")
     return Topology(f"{chip_name}:{'x'.join(map(str, shape))}", chip, shape, slices)
 

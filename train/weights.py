@@ -23,7 +23,7 @@ from quant.resident import Int4Weight
 from quant.served import Serving
 from train.baselines import BASELINES, baseline
 from train.console import console
-from train.session import fastest_dtype, load_params, open_session, parse_source
+from train.session import fastest_dtype, load_params, open_to_look, parse_source
 
 KINDS = ("bf16", "int4", *BASELINES)
 
@@ -70,7 +70,7 @@ def load_weights(source: str, dtype: str | None = None) -> Weights:
 
 def _from_run(source: str, where: str, kind: str | None, dtype: str | None) -> Weights:
     run, step = parse_source(where)
-    session = open_session(run.load_config(), dtype or run.load_facts().get("compute_dtype"))
+    session = open_to_look(run, dtype)
     cfg = session.cfg
     params, _ = load_params(session, run, step)
     kind = kind or ("int4" if cfg.quant.grid != "none" else "bf16")

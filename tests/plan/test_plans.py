@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+import launch
 from bench.plans import RESULTS
-from configs.plans import MACHINES
+from configs.plans import MACHINES, PLANS
 from configs.presets import preset
 from configs.schema import ConfigError, MeshConfig
 from train.aot import compile_step
 from train.forecast import advice, forecast
-from train.plan_topology import candidates, verdict
+from train.plan_topology import candidates, show_topology, verdict
 from train.topology import GIB, topology
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +81,29 @@ def test_sweep_candidates_divide():
         assert mesh.data * mesh.fsdp * mesh.expert * mesh.context * mesh.tensor == 16
         assert cfg.train.batch_size % (mesh.data * mesh.fsdp * mesh.expert * cfg.train.accumulate) == 0
         assert cfg.model.n_routed_experts % mesh.expert == 0
+    assert all(mesh.data % 2 == 0 for mesh in candidates(cfg, topology("2xv6e-16"))), "only copies lie on several slices"
 
+
+@pytest.mark.parametrize("name", sorted(set(PLANS) - {"moonlight_16b_h200_1"}))
+def test_a_sweep_would_find_the_shipped_plan(name):
+    cfg, machine = preset(name), topology(MACHINES[name])
+    assert cfg.mesh in candidates(cfg, machine)
+
+
+def test_results_must_have_a_place_before_anything_is_compiled(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        show_topology("tiny", small(), "v5p-4", str(tmp_path / "file" / "plan.json"))
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    ("--sweep x", "--sweep must be a whole number, at least 0"), ("--sweep -1", "at least 0"),
+    ("--sweep 2", "--sweep needs a machine"), ("--json plan.json", "--json needs a machine"),
+    ("--mesh.expert 3", "does not divide model.n_routed_experts"), ("--mesh.context 7", "the nearest that can")])
+def test_wrong_commands_are_one_sentence(capsys, arguments, sentence):
+    assert launch.main(["plan", *arguments.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert sentence in line
 
 @needs_libtpu
 @pytest.mark.slow

@@ -27,6 +27,8 @@ def test_names(name, shape, devices):
 @pytest.mark.parametrize("name, sentence", [
     ("v9p-16", "did you mean v5p"), ("v6e-17", "no v6e slice has 17 chips"), ("v6e:4x4x4", "has 2 sizes"),
     ("h100:2x2x2", "nodes x GPUs per node"), ("2xh100:4x8", "several slices of GPUs"), ("v5p", "write CHIP:SHAPE"),
+    ("0xv5p:2x2x2", "no topology"), ("v5p:2xx2x2", "no topology"), ("h100:0x8", "no topology"), ("", "no topology"),
+    ("v5p:1000x1000x1000", "9216 at most"), ("h100-12", "no whole nodes of 8"),
 ])
 def test_wrong_names_are_one_sentence(name, sentence):
     with pytest.raises(ConfigError, match=sentence) as error:
@@ -106,6 +108,16 @@ def test_what_comes_along_an_axis_has_to_come_through_it():
     slow = machine("h100:64x8", {"fsdp": 64, "expert": 8})
     outside = CHIPS["h100"].outside * CHIPS["h100"].wire
     assert seconds(slow, "all-gather", 8e9, "fsdp", "expert") == pytest.approx(8e9 * 63 / 64 / 8 / outside)
+
+
+def test_devices_of_a_chip_share_its_way_to_other_slices():
+    found = topology("2xtpu7x:2x2x1")
+    devices = [types.SimpleNamespace(coords=[x, y, 0], core_on_chip=core, slice_index=slice_)
+               for slice_ in range(2) for x in range(2) for y in range(2) for core in range(2)]
+    grid = np.array(devices, object).reshape(2, 8)
+    wires = Interconnect(found, types.SimpleNamespace(devices=grid, size=16, axis_names=("data", "fsdp")))
+    both = 2 * 4e9 / seconds(wires, "all-gather", 8e9, "data")
+    assert both == pytest.approx(found.chip.outside * found.chip.wire)
 
 
 KERNELS = """HloModule m, is_scheduled=true

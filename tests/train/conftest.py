@@ -1,6 +1,7 @@
 """One small run, trained once and shared by the tests of the loop, of resuming and of the verbs."""
 
 import dataclasses
+import os
 
 import jax
 import pytest
@@ -14,9 +15,11 @@ from train.run_dir import RunDir
 
 @pytest.fixture(scope="package", autouse=True)
 def programs_on_disk(tmp_path_factory):
-    """However many runs need a program, it is compiled once. Only in this folder: elsewhere tests ask compiled programs for
-    what those from a cache do not know."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    """However many runs and test processes need a program, it is compiled once. Only in this folder: elsewhere tests ask
+    compiled programs for what those from a cache do not know."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    jax.config.update("jax_compilation_cache_dir", str(shared / "xla"))
     compilation_cache.reset_cache()  # it may have been found unused
     yield
     jax.config.update("jax_compilation_cache_dir", None)

@@ -11,13 +11,15 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from configs.schema import ConfigError, MeshConfig
+from train import processes
 from train.local import GRACE_SECONDS, parse
 from train.run_dir import RunDir
-from train.stop import EXIT_LOST, EXIT_STOPPED
+from train.stop import EXIT_FAILED, EXIT_LOST, EXIT_STOPPED
 
 ROOT = Path(__file__).parents[2]
 # A constant rate, because other schedules depend on the number of steps, and a real run's: at the tiny preset's 5e-3 the
@@ -65,10 +67,24 @@ def test_where(where, mesh, expected):
 
 @pytest.mark.parametrize("where, mesh, sentence", [
     ("remote:3", MeshConfig(), "write local"), ("local:2x4", MeshConfig(data=1, fsdp=4), "choose processes x devices = 4"),
-    ("local:3", MeshConfig(data=4), "choose processes x devices = 4")])
+    ("local:3", MeshConfig(data=4), "choose processes x devices = 4"), ("local:0", MeshConfig(), "write local"),
+    ("local:2x0", MeshConfig(), "write local")])
 def test_where_not(where, mesh, sentence):
     with pytest.raises(ConfigError, match=sentence):
         parse(where, mesh)
+
+
+@pytest.mark.parametrize("said, code, sentence", [
+    ("UNAVAILABLE: Gloo all-reduce failed: connection closed by peer", EXIT_LOST, "process 0 of 2 lost another one"),
+    ("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes", EXIT_FAILED, "process 0 of 2 failed: RESOURCE_EXHAUSTED"),
+    ("INTERNAL: Mosaic failed to compile TPU kernel", EXIT_FAILED, "process 0 of 2 failed: INTERNAL")])
+def test_own_failures_are_not_the_loss_of_another(monkeypatch, capsys, said, code, sentence):
+    """Starting again mends the one and not the other."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended, processes.ending_together():
+        raise jax.errors.JaxRuntimeError(said)
+    assert ended.value.code == code and sentence in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -101,11 +117,12 @@ def test_a_checkpoint_moves_to_another_mesh(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_stops_both(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_to_one_stops_both(tmp_path, number):
     """Both save the same step and end with 75; the same command goes on."""
     run = tmp_path / "run"
     process = start(run, 4000, "--on", "local:2", "--mesh.data", "2")
-    os.kill(reach(process, run, 8)[1], signal.SIGTERM)
+    os.kill(reach(process, run, 8)[1], number)
     out = finished(process, EXIT_STOPPED)
     (line,) = [x for x in out.splitlines() if "stopped by SIGTERM after step" in x]
     step = int(line.split("after step ")[1].split(",")[0])

@@ -11,14 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from configs.schema import ConfigError
+from configs.schema import ConfigError, MeshConfig
 from data.pipeline import PLAN_VERSION, open_data
 from data.tokenizer import load_tokenizer
 from optim.build import build_optimizer
 from tests.train.conftest import small
 from train.checkpoint import CheckpointError, Checkpoints, fingerprint
+from train.held_out import Evaluator
 from train.loop import require_same_order, train
-from train.run_dir import RunDir
+from train.run_dir import RunDir, differences
 from train.session import load_params, open_session
 from train.state import state_shardings
 from train.stop import EXIT_DONE, EXIT_STOPPED, StopSignal
@@ -180,6 +181,36 @@ def test_a_mixture_is_edited_by_flag_only(tmp_path, capsys):
         train(unmixed, run, remix=True)
     with pytest.raises(ConfigError, match="optim.lr"):
         train(dataclasses.replace(edited, optim=dataclasses.replace(edited.optim, lr=1.0)), run, remix=True)
+
+
+def test_how_a_run_is_computed_may_change():
+    """A mesh with more devices needs fewer microbatches, and perhaps another transport."""
+    cfg = small()
+    other = dataclasses.replace(cfg, mesh=MeshConfig(data=1, fsdp=2), train=dataclasses.replace(
+        cfg.train, accumulate=2, transport="all_to_all", layers="unroll", remat="layer"))
+    assert not differences(cfg, other)
+    assert differences(cfg, dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=16)))
+
+
+def test_a_run_that_holds_nothing_out_ends_well(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a text that is learned by heart. " * 100)
+    cfg = small(steps=2)
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, paths=(str(text),), validation_fraction=0.0))
+    run = RunDir(tmp_path / "run")
+    assert train(cfg, run) == EXIT_DONE
+    assert (run.checkpoints / "2").is_dir() and not [r for r in run.read_metrics() if r["kind"] == "eval"]
+
+
+def test_a_failing_evaluation_loses_no_step(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no memory for it")
+
+    run = RunDir(tmp_path / "run")
+    monkeypatch.setattr(Evaluator, "__call__", fail)
+    with pytest.raises(RuntimeError, match="no memory for it"):
+        train(small(steps=2), run)
+    assert train(small(steps=2), run) == EXIT_DONE, "already trained"
 
 
 def test_a_run_of_another_plan_version_is_refused(tmp_path):
