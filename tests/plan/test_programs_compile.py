@@ -1,0 +1,93 @@
+"""What verbs run besides the train step, compiled for chips that are not here. Needs the extras plan-tpu and plan-gpu."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from configs.presets import preset
+from configs.schema import MeshConfig
+from model.decode import generate
+from model.decode.sampling import Budget, Sampling
+from model.transformer import param_specs
+from quant.coverage import group_axis
+from quant.resident import Int4Weight
+from quant.served import Serving
+from train import compat, held_out, probe
+from train.compiler import BATCH
+from train.mesh import batch_sharding, make_mesh, param_shardings, platform
+from train.topology import topology
+
+pytestmark = pytest.mark.slow
+MODEL = dataclasses.replace(preset("moonlight_16b").model, num_hidden_layers=3)
+SPECS = param_specs(MODEL)
+TPU = pytest.param("v6e-1", marks=pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs plan-tpu"))
+GPU = pytest.param("h200-1", marks=pytest.mark.skipif(not importlib.util.find_spec("jax_plugins"), reason="needs plan-gpu"))
+
+array = jax.ShapeDtypeStruct
+
+
+def integers(*shape):
+    return array(shape, jnp.int32)
+
+
+def weights(dtype, packed: bool) -> dict:
+    """As served: experts of an INT4 directory stay packed."""
+    out = {}
+    for path, spec in SPECS.items():
+        if packed and spec.on_grid:
+            axis = group_axis(spec)
+            scales = list(spec.shape)
+            scales[axis] //= 32
+            out[path] = Int4Weight(array(spec.shape, jnp.int4), array(tuple(scales), jnp.bfloat16), axis, 32)
+        else:
+            out[path] = array(spec.shape, jnp.float32 if spec.update == "router_bias" else dtype)
+    return out
+
+
+def compiled(machine: str, function, *arrays, **settings):
+    """The program of a jitted function on trees of abstract arrays, for the first device of a machine."""
+    device = topology(machine).devices()[0]
+    place = lambda a: a.update(sharding=SingleDeviceSharding(device)) if isinstance(a, array) else a  # noqa: E731
+    with jax.default_device(device):  # Triton asks which device it is for
+        return compat.compile_with(function.lower(*jax.tree.map(place, arrays), **settings), {})
+
+
+def kind(machine: str) -> str:
+    return platform(make_mesh(MeshConfig(data=1), topology(machine).devices()[:1]))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("machine", [TPU, GPU])
+def test_generating(machine, packed):
+    """A prompt, and the loop of replies, whose cache is written where it lies."""
+    program, params = generate.Program(MODEL, "bfloat16", kind(machine), True), weights(jnp.bfloat16, packed)
+    assert compiled(machine, generate._prefill, params, integers(4, 512), integers(4), cache_len=1024, program=program)
+    cache = array((3, 4, 1024, MODEL.kv_lora_rank + MODEL.qk_rope_head_dim), jnp.bfloat16)
+    budget, sampling = Budget(), Sampling()
+    found = compiled(machine, generate._loop, params, array((4, MODEL.vocab_size), jnp.float32), cache, integers(4),
+                     integers(4), integers(1), sampling, budget, room=16, program=program)
+    assert found.memory_analysis().alias_size_in_bytes >= cache.size * 2
+
+
+@pytest.mark.parametrize("machine", [TPU, GPU])
+def test_the_probe_of_an_export(machine):
+    layer = {path: jax.tree.map(lambda a: array((1, *a.shape[1:]), a.dtype), w)
+             for path, w in weights(jnp.float32, True).items() if path.startswith("moe.")}
+    assert compiled(machine, probe._run, layer, array((2, 32, MODEL.hidden_size), jnp.float32), model=MODEL,
+                    platform=kind(machine), part="moe")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs plan-tpu")
+def test_the_held_out_loss_of_several_devices():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2), topology("v6e-4").devices())
+    params = {path: array(SPECS[path].shape, jnp.float32, sharding=place)
+              for path, place in param_shardings(SPECS, mesh).items()}
+    rows = {name: array((8, 1024), dtype, sharding=batch_sharding(mesh)) for name, dtype in BATCH.items()}
+    setting = held_out.Setting(MODEL, Serving.of(MODEL, preset("moonlight_16b").quant), "bfloat16", "tpu", 2, mesh=mesh)
+    program = held_out.sums.lower(params, rows, array((), jnp.float32), setting).compile()
+    memory = program.memory_analysis()  # the compiler copies the experts into another layout; a layer of them is gathered
+    assert memory.temp_size_in_bytes < 1.5 * memory.argument_size_in_bytes
