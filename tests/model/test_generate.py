@@ -1,5 +1,7 @@
 """Decoding equals the teacher-forced forward pass; samplers; stops; streaming; the cache's size."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,13 @@ def decoder(params, rows=1, **settings):
     return Decoder(CFG, params, rows, **dict(stop_ids=(), dtype="float32", platform="cpu") | settings)
 
 
+@partial(jax.jit, static_argnames="cfg")
+def forward(cfg, params, call, tokens):
+    """Logits as in training."""
+    network = bind(cfg, params)
+    return network.logits(network(tokens, call)[0], call)
+
+
 @pytest.fixture(scope="module")
 def params():
     return random_params(CFG, std=0.2, bias=0.1)
@@ -49,11 +58,10 @@ def test_decode_equals_teacher_forcing(q_lora_rank):
     params = random_params(cfg, std=0.2, bias=0.1)
     tokens = np.random.default_rng(0).integers(0, 96, (3, 24)).astype(np.int32)
     lengths, rows = np.array([9, 2, 6], np.int32), np.arange(3)
-    network, call = bind(cfg, params), call_for(tokens)
-    want = np.asarray(network.logits(network(tokens, call)[0], call))
+    want = np.asarray(forward(cfg, params, call_for(tokens), tokens))
     close = 1e-5 * np.abs(want).max()  # float32 sums in another order
     program = Program(cfg, "float32", "cpu", True)
-    logits, cache = prefill(params, jnp.asarray(tokens[:, :14]), jnp.asarray(lengths), 32, program)
+    logits, cache = generate._prefill(params, jnp.asarray(tokens[:, :14]), jnp.asarray(lengths), 32, program)
     assert cache.shape == (cfg.num_hidden_layers, 3, 32, cfg.kv_lora_rank + cfg.qk_rope_head_dim)
     step = jax.jit(extend, static_argnames="program")
     for n in range(5):
@@ -72,12 +80,12 @@ def test_blocks_of_the_cache_change_nothing(params, monkeypatch):
     """Logits of a row that reaches over three blocks of the cache, and of a short row beside it."""
     monkeypatch.setattr(latent_cache, "BLOCK", 16)
     tokens = np.random.default_rng(0).integers(0, 96, (2, 41)).astype(np.int32)
-    call = call_for(tokens)
-    network = bind(CFG, params)
-    want = np.asarray(network.logits(network(tokens, call)[0], call))
+    want = np.asarray(forward(CFG, params, call_for(tokens), tokens))
     program = Program(CFG, "float32", "cpu", True)
-    _, cache = prefill(params, jnp.asarray(tokens[:, :40]), jnp.array([40, 3]), 64, program)
-    logits, _ = extend(params, tokens[[0, 1], [40, 3]][:, None], cache, jnp.array([[40], [3]]), program)
+    read = jax.jit(lambda *arrays: prefill(*arrays, 64, program))  # functions of their own: jit knows nothing of BLOCK
+    go_on = jax.jit(lambda *arrays: extend(*arrays, program))
+    _, cache = read(params, jnp.asarray(tokens[:, :40]), jnp.array([40, 3]))
+    logits, _ = go_on(params, tokens[[0, 1], [40, 3]][:, None], cache, jnp.array([[40], [3]]))
     assert np.abs(np.asarray(logits) - want[[0, 1], [40, 3]]).max() <= 1e-5 * np.abs(want).max()
 
 
@@ -165,18 +173,13 @@ def test_prepared_weights_give_the_same_tokens_and_logits():
     params = random_params(CFG, std=0.2, bias=0.1)
     tokens = np.asarray([PROMPTS[1]], np.int32)
 
-    @jax.jit
-    def forward(weights, call):
-        network = bind(CFG, weights)
-        return network.logits(network(tokens, call)[0], call)
-
     for dtype in ("float32", "bfloat16"):
         for amount in (0.0, 1.0):
             logits = []
             ready = serve(params, param_specs(CFG), INT4, amount, dtype)
             for weights, serving in ((params, INT4), (ready, SERVED)):
                 call = call_for(tokens, serving=serving, amount=amount, dtype=dtype)
-                logits.append(np.asarray(forward(weights, call)))
+                logits.append(np.asarray(forward(CFG, weights, call, tokens)))
             np.testing.assert_array_equal(*logits)
             assert ready["moe.mlp.router_bias"].dtype == jnp.float32
             assert ready["moe.mlp.experts_down"].dtype == dtype
