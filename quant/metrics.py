@@ -40,12 +40,12 @@ def code_flow(history: CodeHistory, params: dict[str, Array], specs: Specs, grou
     direction of their own last move that was seen. Costs two bytes per weight on the grid."""
     codes = codes_of(params, specs, group, levels)
     flipped = oscillating = jnp.float32(0)
-    total, moved = 0, {}
+    total, moved = 0.0, {}
     for path, now in codes.items():
         step = jnp.sign(now - history.codes[path]).astype(jnp.int8)
         last = history.moved[path]
         flipped += jnp.sum(step != 0, dtype=jnp.float32)
         oscillating += jnp.sum(step * last < 0, dtype=jnp.float32)
         moved[path] = jnp.where(step != 0, step, last)
-        total += now.size
+        total += float(now.size)  # too many for an int32
     return CodeHistory(codes, moved), {"quant/flipped": flipped / total, "quant/oscillating": oscillating / total}

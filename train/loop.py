@@ -76,10 +76,12 @@ def build(session: Session) -> Machine:
 
     @jax.jit
     def update_only(state):
-        """The optimizer's share of a step by itself; the parameters stand in for a gradient."""
+        """The optimizer's share of a step by itself; the parameters stand in for a gradient. Only sums come out: beside a state
+        that must stay as it is there may be no room for all updates."""
         logits = jnp.zeros((cfg.model.num_hidden_layers, cfg.model.num_attention_heads))
         counts = jnp.ones((cfg.model.num_moe_layers, cfg.model.n_routed_experts))
-        return optimizer.update(state.params, state.optimizer, state.params, max_logits=logits, expert_counts=counts)[0]
+        updates, _ = optimizer.update(state.params, state.optimizer, state.params, max_logits=logits, expert_counts=counts)
+        return jax.tree.map(jnp.sum, updates)
 
     def time_update(state) -> float:
         jax.block_until_ready(update_only(state))

@@ -206,5 +206,6 @@ def routing_metrics(aux: ModelAux, batch: Batch, cfg: StepConfig) -> dict[str, A
     entropy = -jnp.sum(share * jnp.log(jnp.maximum(share, 1e-9)), axis=-1) / jnp.log(counts.shape[-1])
     sent = jnp.sum(batch["segments"] > 0) * cfg.run.model.num_experts_per_tok
     return {"load_max_over_mean": jnp.max(counts, axis=-1) / jnp.maximum(jnp.mean(counts, axis=-1), 1e-9),
-            "load_entropy": entropy, "expert_load": share, "dropped_tokens": jnp.sum(sent - counts.sum(-1)),
+            "load_entropy": entropy, "expert_load": share,
+            "dropped_tokens": jnp.sum(sent - counts.astype(jnp.int32).sum(-1)),  # float32 cannot count to 2**24 and one
             "max_logit": jnp.max(aux.attention.max_logit)}

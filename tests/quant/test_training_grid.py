@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from configs.presets import preset
 from configs.schema import ConfigError, QuantConfig
+from model.transformer import param_specs
 from quant import grid
 from quant.coverage import coverage, group_axis, require_whole_groups
-from quant.error import grid_error
+from quant.error import _sums, grid_error
 from quant.metrics import CodeHistory, code_flow, codes_of
 from quant.served import Serving, as_served, grid_amount
 from tests.quant.small_model import INT4, MODEL, PLAIN, random_weights, specs_of
@@ -108,6 +110,17 @@ def test_grid_error_by_hand():
     # A sum over 40,000 float32 squares, in another order.
     assert float(metrics["grid_error"]) == pytest.approx(np.linalg.norm(w - q) / np.linalg.norm(w), rel=1e-5)
     assert 1 / 32 <= float(metrics["codes_at_edge"]) < 0.1
+
+
+def test_a_trillion_weights_are_counted():
+    """Counts beyond an int32, which one array of Moonlight's already has, are numbers that a float32 holds."""
+    specs = param_specs(preset("kimi_k2").model)
+    params = {path: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16) for path, spec in specs.items() if spec.on_grid}
+    codes = {path: jax.ShapeDtypeStruct(x.shape, jnp.int8) for path, x in params.items()}
+    measured = jax.eval_shape(lambda p: grid_error(p, specs, 32), params)
+    _, moved = jax.eval_shape(lambda c, p: code_flow(CodeHistory(c, c), p, specs, 32), codes, params)
+    assert {x.dtype for x in (measured | moved).values()} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.eval_shape(lambda w: _sums(w, -1, 32, 7), params[DOWN])} == {jnp.dtype("float32")}
 
 
 def test_flips_and_oscillation():
