@@ -8,6 +8,8 @@ import numpy as np
 
 from configs.presets import preset
 from configs.schema import ModelConfig, RunConfig
+from model.transformer import param_specs
+from train.counts import train_flops_per_token
 
 SHAPES = {
     "25M, 32 experts": (dict(vocab_size=512, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, q_lora_rank=128,
@@ -19,6 +21,18 @@ SHAPES = {
 """Model fields, rows, tokens per row. The first is the shape on which other trainers were measured before."""
 
 MATMUL = np.ones((2048, 256), np.float32), np.ones((256, 1024), np.float32)
+"""The operands of one product."""
+
+
+def step_flops(cfg: RunConfig) -> int:
+    """Useful operations of a step, forward and backward."""
+    tokens = cfg.train.batch_size * cfg.train.seq_len
+    return tokens * train_flops_per_token(cfg.model, param_specs(cfg.model), cfg.train.seq_len)
+
+
+def products(cfg: RunConfig) -> int:
+    """How many products are as many operations as a step is useful ones: what takes as long meets the same slow moments."""
+    return max(round(step_flops(cfg) / (2 * MATMUL[0].size * MATMUL[1].shape[1])), 1)
 
 
 def config(shape: str, dtype: str) -> RunConfig:

@@ -3,7 +3,8 @@
     python -m bench.train_cpu [--peers-python PATH] [--shapes tiny] [--dtypes float32] [--first-step] [--write]
 
 Ours does everything (Muon on experts, INT4 on the grid, QK-Clip, router bias, balance loss); the peer (bench/torch_peer.py)
-does less. Every contender has a process of its own, in the Python that suits it (--peers-python: one with the peers extra),
+does less. The limit is as many products of matrices as a step has useful operations. Every contender has a process of its
+own, in the Python that suits it (--peers-python: one with the peers extra),
 and trains on the same rows of the same shape; they step in turns, one at a time, and the fastest step counts, because other
 work on a machine can only slow one down. Processor time is beside it: it counts both cores, and leaves out what others use.
 
@@ -26,11 +27,9 @@ import jax
 import jax.numpy as jnp
 
 from bench import measure
-from bench.shapes import MATMUL, SHAPES, config, random_batch
+from bench.shapes import MATMUL, SHAPES, config, products, random_batch, step_flops
 from bench.turns import ROOT, Contender, fastest, serve
-from model.transformer import param_specs
 from train.compat import keep_freed_memory, start_jax
-from train.counts import train_flops_per_token
 from train.loop import build
 from train.session import open_session
 from train.state import initial_state
@@ -64,8 +63,13 @@ def ours(shape: str, dtype: str) -> None:
     def pull() -> float:
         return float(jax.block_until_ready(compiled(held["state"].params))[0])
 
+    def matmul() -> float:
+        for _ in range(products(cfg)):
+            result = jax.block_until_ready(product(x, y))
+        return float(result[0, 0])
+
     serve({"python": sys.version.split()[0], "jax": jax.__version__, "threads": os.cpu_count()},
-          {"step": step, "pull": pull, "matmul": lambda: float(jax.block_until_ready(product(x, y))[0, 0])})
+          {"step": step, "pull": pull, "matmul": matmul})
 
 
 def compare(shape: str, dtype: str, rounds: int, peers: str, without: list[str]) -> dict:
@@ -75,21 +79,21 @@ def compare(shape: str, dtype: str, rounds: int, peers: str, without: list[str])
              for how in ("uncompiled", "compiled") if not {experts, precision, how} & set(without)]
     sides = {"ours": Contender(sys.executable, "-m", "bench.train_cpu", "--serve", shape, dtype)}
     sides |= {name: Contender(peers, "-m", "bench.torch_peer", shape, dtype, *name.split()[1:]) for name in torch}
-    steps, pulls, products = (fastest(sides, action, n) for action, n in (("step", rounds), ("pull", rounds), ("matmul", 50)))
+    steps, pulls, limits = fastest(sides, ("step", "pull", "matmul"), rounds)
     for side in sides.values():
         side.close()
     tokens = cfg.train.batch_size * cfg.train.seq_len
-    per_token = train_flops_per_token(cfg.model, param_specs(cfg.model), cfg.train.seq_len)
-    limit = 2 * MATMUL[0].size * MATMUL[1].shape[1] / min(seconds for seconds, _ in products.values())
+    limit, busy = (min(of_one) for of_one in zip(*limits.values()))
     rows = {side: {"tokens_per_s": round(tokens / steps[side][0]), "step_ms": round(1e3 * steps[side][0], 1),
                    "step_cpu_ms": round(1e3 * steps[side][1], 1), "forward_backward_ms": round(1e3 * pulls[side][0], 1),
                    "forward_backward_cpu_ms": round(1e3 * pulls[side][1], 1)} for side in sides}
     peer = max(torch, key=lambda side: rows[side]["tokens_per_s"])
     frugal = min(torch, key=lambda side: rows[side]["step_cpu_ms"])
-    return {"shape": shape, "dtype": dtype, "tokens": tokens, "flops_per_token": per_token, "sides": rows, "best_peer": peer,
+    return {"shape": shape, "dtype": dtype, "tokens": tokens, "flops": step_flops(cfg), "sides": rows, "best_peer": peer,
             "ratio": round(rows["ours"]["tokens_per_s"] / rows[peer]["tokens_per_s"], 2),
             "ratio_of_processor_time": round(rows[frugal]["step_cpu_ms"] / rows["ours"]["step_cpu_ms"], 2),
-            "matmul_gflops": round(limit / 1e9), "share_of_limit": round(per_token * tokens / pulls["ours"][0] / limit, 3),
+            "matmul_gflops": round(step_flops(cfg) / limit / 1e9), "share_of_limit": round(limit / pulls["ours"][0], 3),
+            "share_of_limit_in_processor_time": round(busy / pulls["ours"][1], 3),
             "versions": {"ours": sides["ours"].versions, "peer": sides[peer].versions}}
 
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,14 @@ class Contender:
         self.process.wait()
 
 
-def fastest(contenders: dict[str, Contender], action: str, rounds: int) -> dict[str, tuple[float, float]]:
-    """Best (seconds, processor seconds) of each, in turns; the first round, in which they compile, is not counted."""
-    best = dict.fromkeys(contenders, (float("inf"), float("inf")))
+def fastest(contenders: dict[str, Contender], actions: Sequence[str], rounds: int) -> list[dict[str, tuple[float, float]]]:
+    """Best (seconds, processor seconds) of each, for every action, all in turns: a machine that slows down does so for all of
+    them. The first round, in which they compile, is not counted."""
+    best = [dict.fromkeys(contenders, (float("inf"), float("inf"))) for _ in actions]
     for turn in range(rounds + 1):
         for name, contender in contenders.items():
-            seconds, busy, _ = contender.do(action)
-            if turn:
-                best[name] = min(best[name][0], seconds), min(best[name][1], busy)
+            for action, so_far in zip(actions, best):
+                seconds, busy, _ = contender.do(action)
+                if turn:
+                    so_far[name] = min(so_far[name][0], seconds), min(so_far[name][1], busy)
     return best
