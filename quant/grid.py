@@ -8,8 +8,10 @@ Kimi's grid: 32 consecutive inputs share one bf16 scale, codes are the 15 intege
     value = bf16(q * s)        an all-zero group has q = 0, and s = 1 so that nothing divides by zero
 
 `lax.reduce_precision` does every bf16 rounding: XLA may drop the rounding of an `astype` chain between fused
-operations. XLA also turns `a / 7.0` into a product, which is harmless for a bf16 `a`, but would not be for `x / s`:
-that one stays a division of arrays. With these rules 0 of 7.9 M weights differ between a jitted forward and the
+operations. XLA also turns `a / 7.0` into a product, which is harmless for a bf16 `a` (no quotient of one lies near the middle
+of two bf16 numbers), but would not be for `x / s`: with bf16 masters one quotient in 400 is the middle of two codes, and chips
+divide with errors of their own. So the code is set right by comparing products that float32 holds exactly (`nearest`): every
+chip finds the same one. With these rules 0 of 7.9 M weights differ between a jitted forward and the
 exported file; without them, a quarter (docs/quantization.md).
 """
 
@@ -44,8 +46,21 @@ def quantize(w: Float[Array, "..."], axis: int, group: int, levels: int = LEVELS
     absmax = bf16_round(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
     scales = bf16_round(absmax / levels)
     scales = jnp.where(scales == 0, jnp.ones_like(scales), scales)
-    codes = jnp.clip(jnp.round(x / jnp.broadcast_to(scales, x.shape)), -levels, levels)
+    scale = jnp.broadcast_to(scales, x.shape)
+    codes = jnp.clip(nearest(x, scale, jnp.round(x / scale)), -levels, levels)
     return codes.astype(jnp.int8).reshape(w.shape), jnp.squeeze(scales, axis)
+
+
+def nearest(x: Float[Array, "..."], scale: Float[Array, "..."], guess: Float[Array, "..."]) -> Float[Array, "..."]:
+    """round_half_even(x / scale) from a guess that is at most one off; bf16 scales.
+
+    guess * scale has at most 12 bits and lies within a factor of two of x, so product and difference are exact. And a float32
+    quotient of such numbers is a middle only where the true one is: this is also what an exact division gives.
+    """
+    rest = 2 * (x - guess * scale)
+    odd = guess.astype(jnp.int32) % 2 != 0
+    up, down = (rest > scale) | (odd & (rest == scale)), (rest < -scale) | (odd & (rest == -scale))
+    return guess + up - down
 
 
 def dequantize(codes: Int8[Array, "..."], scales: Float[Array, "..."], axis: int, group: int) -> Float[Array, "..."]:

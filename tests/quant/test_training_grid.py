@@ -123,6 +123,20 @@ def test_a_trillion_weights_are_counted():
     assert {x.dtype for x in jax.eval_shape(lambda w: _sums(w, -1, 32, 7), params[DOWN])} == {jnp.dtype("float32")}
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_codes_do_not_depend_on_how_a_chip_divides(dtype):
+    """Divisions up to four units in the last place off, on random weights and on exact middles of codes."""
+    rng = np.random.default_rng(0)
+    scale = np.asarray(grid.bf16_round(jnp.asarray(rng.uniform(1e-4, 1e-2, 200_000), jnp.float32)))
+    middles = (rng.integers(-7, 7, 200_000) + 0.5) * scale
+    for x in (rng.standard_normal(200_000) * 3 * scale, middles, np.nextafter(np.float32(middles), np.float32(9))):
+        x = np.asarray(jnp.asarray(x, dtype).astype(jnp.float32))
+        exact = np.rint(x.astype(np.float64) / scale)
+        for off in range(-4, 5):
+            quotient = (x / scale).view(np.int32) + np.int32(off) * (x != 0).astype(np.int32)
+            np.testing.assert_array_equal(grid.nearest(x, scale, np.round(quotient.view(np.float32))), exact)
+
+
 def test_flips_and_oscillation():
     codes = codes_of(PARAMS, SPECS, 32)
     history = CodeHistory(codes, jax.tree.map(jnp.zeros_like, codes))
