@@ -147,13 +147,16 @@ class Imported:
 
         Raises ConfigError where scales are not bf16, which is what Int4Weight holds.
         """
-        spec, stacked = self.specs[path], {block[0] for other, block in self._slots if other == path}
-        layers = [jax.tree.map(lambda *experts: jnp.asarray(np.stack(experts)), *(
-            self._encoded(path, block) for other, block in self._slots if other == path and block[0] == layer))
-            for layer in sorted(stacked)]
-        codes, scales = zip(*((codes.astype(jnp.int4), scales) for codes, scales in layers))
-        group = spec.shape[group_axis(spec)] // scales[0].shape[group_axis(spec)]
-        return Int4Weight(jnp.stack(codes), jnp.stack(scales), group_axis(spec), group)
+        layers = [self.int4_layer(path, n) for n in sorted({block[0] for other, block in self._slots if other == path})]
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
+
+    def int4_layer(self, path: str, number: int) -> Int4Weight:
+        """[1, ...]: one layer of it."""
+        spec, blocks = self.specs[path], (b for other, b in self._slots if other == path and b[0] == number)
+        codes, scales = jax.tree.map(lambda *experts: jnp.asarray(np.stack(experts))[None],
+                                     *(self._encoded(path, block) for block in blocks))
+        group = spec.shape[group_axis(spec)] // scales.shape[group_axis(spec)]
+        return Int4Weight(codes.astype(jnp.int4), scales, group_axis(spec), group)
 
     def _encoded(self, path: str, block: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Codes (int8) and scales (bf16) of one block in stored layout."""

@@ -28,6 +28,8 @@ def start_jax(platform: str | None = None, cache: Path | None = None) -> None:
     import jax
     from flax import nnx
 
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ):
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.95"  # of a GPU's memory; unset it is 0.75
     if platform:
         jax.config.update("jax_platforms", platform)
     nnx.set_graph_mode(False)

@@ -6,17 +6,17 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from configs.schema import ConfigError, ModelConfig, QuantConfig
+from configs.platforms import platform_of
+from configs.schema import ConfigError, QuantConfig
 from data.pipeline import open_data
-from model.call import Call
-from model.decode.served_params import SERVED
-from model.transformer import bind
+from model.transformer import param_specs
 from quant.evidence import Probe
 from quant.export import export_model
 from quant.gguf_export import write_gguf
+from quant.importer import Imported
+from quant.read_config import read_config
 from quant.served import Serving
 from quant.source import WeightSource
 from quant.verify import verify
@@ -25,7 +25,6 @@ from train.checkpoint import Checkpoints, Restored
 from train.console import Bar, console, human
 from train.run_dir import RunDir
 from train.session import Session, open_to_look, parse_source
-from train.weights import load_export
 
 
 def export_run(source: str, out: Path | None, form: str) -> int:
@@ -97,19 +96,6 @@ def _probe(session: Session, params: WeightSource, quant: QuantConfig) -> Probe:
     return Probe.of(rows, probe.logits(params, session.specs, session.cfg.model, serving, rows, session.platform))
 
 
-def forward_logits(model: ModelConfig, served: dict[str, jax.Array], rows: np.ndarray, platform: str,
-                   dtype: str = "float32") -> np.ndarray:
-    """[N, S] tokens -> [N, S, V] float32 logits of served weights, computing in `dtype`."""
-    @jax.jit
-    def forward(params, tokens):
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        call = Call(positions, jnp.ones_like(tokens), jnp.float32(0), SERVED, dtype, platform)
-        network = bind(model, params)
-        return network.logits(network(tokens, call)[0], call)
-
-    return np.asarray(forward(served, jnp.asarray(rows)))
-
-
 def _measured(run: RunDir, step: int) -> dict[str, object]:
     """Numbers for the model card, from the run's own files."""
     rows = run.read_metrics()
@@ -141,9 +127,12 @@ def verify_directory(directory: Path, source: str | None) -> int:
 
 
 def _logits_of(directory: Path):
-    """The directory's forward pass, for the recorded probe; None where our network cannot read it."""
+    """The directory's forward pass, for the recorded probe, a layer at a time as it was recorded."""
     def logits(rows: np.ndarray) -> np.ndarray:
-        weights = load_export(directory, dtype="float32")
-        return forward_logits(weights.model, weights.params, rows, weights.platform)
+        config = read_config(directory)
+        specs = param_specs(config.model)
+        files = Imported(directory, specs, prefix=config.prefix)
+        return probe.logits(files, specs, config.model, Serving(config.model.dtype, "none"), rows,
+                            platform_of(jax.devices()[0]))
 
     return logits

@@ -121,13 +121,16 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
         mixtures.append((step, known.data.mixture))
         data = open_data(cfg, session.tokenizer, mixtures)
         console.print(f"mixture {known.data.mixture} until step {step}, {cfg.data.mixture} from there on")
-    processes.meet("everything is open")  # a late process must not find the files of an early one
+    # A late process must not find the files of an early one.
+    processes.require_same("the run's settings, data and step", config_hash(cfg), data.plan_hash, step)
     if processes.first():
         run.write_config(cfg, {"compute_dtype": session.compute_dtype, "plan_hash": data.plan_hash,
                                "plan_version": PLAN_VERSION, "mixtures": mixtures,
                                "platform": session.platform, "device": jax.devices()[0].device_kind,
                                "devices": jax.device_count(), "versions": interpreter(),
                                "flops_per_token": train_flops_per_token(cfg.model, session.specs, cfg.train.seq_len)})
+    processes.require_all(run.appears(), f"see {run.path}, which the first one has just written: on several hosts it must be a "
+                                        "directory that all of them share")
     if data.account.rejected and processes.first():
         run.left_out.write_text("\n".join(data.account.rejected) + "\n")
         console.print(f"[yellow]{len(data.account.rejected)} rows are left out[/]: {run.left_out} names each and says why")
@@ -154,6 +157,15 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
         return EXIT_STOPPED
     console.print(f"trained to step {step} in {clock(time.monotonic() - started)}")
     return EXIT_DONE
+
+
+def _require_same_dtypes(source: RunDir, cfg: RunConfig) -> None:
+    """ConfigError if a forked run would keep its state in other dtypes than the one it shares its first steps with."""
+    theirs = source.load_config().optim
+    for field in ("master_dtype", "momentum_dtype"):
+        if (there := getattr(theirs, field)) != (here := getattr(cfg.optim, field)):
+            raise ConfigError(f"{source.path} has optim.{field} {there}, not {here}, and a fork goes on with its state; set "
+                              f"--optim.{field.replace('_', '-')} {there}, or take its weights with --train.init-from")
 
 
 def require_same_order(run: RunDir, facts: dict[str, Any], data: Data) -> None:
@@ -184,7 +196,10 @@ def starting_state(machine: Machine, checkpoints: Checkpoints, run: RunDir) -> t
         return restored.state, restored.step
     if cfg.train.fork_from:
         source, at = _same_model(cfg.train.fork_from, cfg)
+        _require_same_dtypes(source, cfg)
         restored = Checkpoints(source.checkpoints).restore(dataclasses.replace(like, teacher={}), at)
+        for sentence in restored.damaged:
+            console.print(f"[yellow]{sentence}[/]; going back to step {restored.step}")
         console.print(f"going on from {source.path} at step {restored.step}, whose first steps this run shares")
         return taught(restored.state, session, like), restored.step
     if cfg.quant.distill_weight and not cfg.train.init_from:

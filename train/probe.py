@@ -17,6 +17,7 @@ from model.call import Call
 from model.decode.served_params import SERVED, serve
 from model.transformer import Transformer, bind
 from quant.coverage import group_axis
+from quant.importer import Imported
 from quant.resident import Int4Weight, to_int4
 from quant.served import Serving
 from quant.source import WeightSource
@@ -48,7 +49,9 @@ def _serve_one(w: np.ndarray, path: str, specs: Specs, serving: Serving) -> Arra
 
 
 def _layer(weights: WeightSource, path: str, specs: Specs, serving: Serving, number: int) -> Array | Int4Weight:
-    """[1, ...]: one layer of a stacked array as it is served."""
+    """[1, ...]: one layer of a stacked array as it is served, or as it lies in the files of an INT4 directory."""
+    if isinstance(weights, Imported) and path in weights.packed:
+        return weights.int4_layer(path, number)
     spec = specs[path]
     if not (spec.on_grid and serving.grid != "none"):
         return _serve_one(weights.read(path, (number,))[None], path, specs, serving)
@@ -63,7 +66,8 @@ def _run(params, x: Float[Array, "N S D"], *, model: ModelConfig, platform: str,
     """One part of the network on the residual stream; `params` has the arrays of that part."""
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     call = Call(positions, jnp.ones(x.shape[:2], jnp.int32), jnp.float32(0), SERVED, "float32", platform)
-    return _parts(model)[part.partition(".")[0]](bind(model, params, partly=True), part, x, call)
+    with jax.default_matmul_precision("highest"):  # accelerators multiply float32 in fewer bits unless told
+        return _parts(model)[part.partition(".")[0]](bind(model, params, partly=True), part, x, call)
 
 
 def _parts(model: ModelConfig) -> dict[str, Callable[[Transformer, str, Array, Call], Array]]:

@@ -7,6 +7,7 @@ tells each its place through the three variables below; on a cluster jax finds t
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.schema import ConfigError
-from train.stop import EXIT_FAILED, EXIT_LOST
+from train.stop import EXIT_FAILED, EXIT_LOST, EXIT_USAGE
 
 COORDINATOR, COUNT, INDEX = "ABRUZZI_COORDINATOR", "ABRUZZI_PROCESSES", "ABRUZZI_PROCESS"
 """host:port of the first process, how many there are, and which one this is."""
@@ -68,6 +69,22 @@ def meet(where: str) -> None:
         multihost_utils.sync_global_devices(where)
 
 
+def require_same(what: str, *values: object) -> None:
+    """ConfigError in all processes if these values are not the same in all of them. Waits for all."""
+    if several():
+        digest = int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:4], "big") >> 1
+        theirs = multihost_utils.process_allgather(np.int32(digest)).reshape(-1)
+        if other := [i for i, one in enumerate(theirs) if one != theirs[0]]:
+            raise ConfigError(f"{what} are not the same in process {other[0]} as in the first one; start the same command with "
+                              f"the same files on every host")
+
+
+def require_all(fine: bool, what: str) -> None:
+    """ConfigError in all processes unless this is true in all of them. Waits for all."""
+    if several() and not (found := multihost_utils.process_allgather(np.int32(fine)).reshape(-1)).all():
+        raise ConfigError(f"process {int(found.argmin())} of {len(found)} does not {what}")
+
+
 def agree(number: int) -> int:
     """The first process's number, in all of them."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if several() else number
@@ -84,16 +101,18 @@ def lost_another(error: BaseException) -> bool:
 
 @contextmanager
 def ending_together():
-    """Of several processes one whose device fails ends with a sentence and a code of its own: EXIT_LOST where another process
-    is gone, EXIT_FAILED otherwise. The usual way out would wait for the others, and they for this one."""
+    """Of several processes one that fails ends with a sentence and a code of its own: EXIT_LOST where another process is gone,
+    EXIT_USAGE for a wrong command, EXIT_FAILED otherwise. The usual way out would wait for the others, and they for this one."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
         if not several():
             raise
-        this, said = f"process {jax.process_index()} of {jax.process_count()}", str(error).splitlines()[0][:160]
+        this, said = f"process {jax.process_index()} of {jax.process_count()}", (str(error) or repr(error)).splitlines()[0][:160]
         if lost_another(error):
             code, sentence = EXIT_LOST, f"{this} lost another one ({said}); start all again, they go on from what was saved"
+        elif isinstance(error, ConfigError):
+            code, sentence = EXIT_USAGE, str(error)
         else:
             traceback.print_exc()
             code, sentence = EXIT_FAILED, f"{this} failed: {said}"

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import jax
 
+from train import processes
 from train.console import console
 
 
 class Profile:
-    """Starts before the first named step and stops when the last one has finished; steps outside the run trace nothing."""
+    """Starts before the first named step and stops when the last one has finished; steps outside the run trace nothing. Of
+    several processes the first one traces."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
         self.first, self.last = steps or (0, 0)
@@ -18,7 +20,7 @@ class Profile:
         self.running = False
 
     def before(self, step: int, state) -> None:
-        if self.first <= step <= self.last and not self.running:
+        if self.first <= step <= self.last and not self.running and processes.first():
             jax.block_until_ready(state)
             jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
             self.running = True
@@ -26,6 +28,10 @@ class Profile:
     def after(self, step: int, state, last: bool) -> None:
         if self.running and (step == self.last or last):
             jax.block_until_ready(state)
-            jax.profiler.stop_trace()
             self.running = False
+            try:
+                jax.profiler.stop_trace()
+            except (OSError, ValueError, RuntimeError) as error:  # a run is worth more than its picture
+                console.print(f"[yellow]the trace of steps {self.first} to {step} was not written[/]: {error}")
+                return
             console.print(f"traced steps {self.first} to {step} under {self.folder}; open them with xprof --logdir {self.folder}")

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,16 @@ class RunDir:
     """Paths and the small files of a run."""
 
     def __init__(self, path: str | Path):
+        if "://" in str(path):
+            raise ConfigError(f"{path}: runs are written to directories; mount the bucket and give its path")
         self.path = Path(path)
+
+    def appears(self) -> bool:
+        """Whether there is a run here, within a minute: network file systems are slow to show what another host wrote."""
+        deadline = time.monotonic() + 60
+        while not self.exists() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return self.exists()
 
     @property
     def checkpoints(self) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -16,6 +16,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import param_specs
 from train import processes
 from train.checkpoint import Checkpoints
+from train.console import console
 from train.mesh import check_mesh, make_mesh, param_shardings, platform
 from train.run_dir import RunDir
 
@@ -72,8 +73,11 @@ def open_session(cfg: RunConfig, compute_dtype: str | None = None, mesh: Mesh | 
 def open_to_look(run: RunDir, compute_dtype: str | None = None) -> Session:
     """A run's session on one device, whatever mesh it was trained on: looking at weights (export, verify, eval, generate,
     distort) takes no other."""
-    alone = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
-    return open_session(run.load_config(), compute_dtype or run.load_facts().get("compute_dtype"), alone)
+    cfg, facts = run.load_config(), run.load_facts()
+    if cfg.mesh.data == 0:  # all devices that there were
+        others = cfg.mesh.fsdp * cfg.mesh.expert * cfg.mesh.context * cfg.mesh.tensor
+        cfg = replace(cfg, mesh=replace(cfg.mesh, data=max(facts.get("devices", 1) // others, 1)))
+    return open_session(cfg, compute_dtype or facts.get("compute_dtype"), make_mesh(MeshConfig(data=1), jax.local_devices()[:1]))
 
 
 def parse_source(source: str) -> tuple[RunDir, int | None]:
@@ -88,10 +92,16 @@ def parse_source(source: str) -> tuple[RunDir, int | None]:
 
 
 def load_params(session: Session, run: RunDir, step: int | None = None) -> tuple[dict[str, jax.Array], int]:
-    """Master weights of a run's newest sound checkpoint (or of `step`), on the session's mesh."""
+    """Master weights of a run's newest sound checkpoint (or of `step`), on the session's mesh and in its dtype; says which
+    checkpoints were passed over."""
     shardings = param_shardings(session.specs, session.mesh)
-    dtype = session.cfg.optim.master_dtype
-    like = {path: jax.ShapeDtypeStruct(spec.shape, jnp.float32 if spec.update == "router_bias" else dtype,
+    stored, wanted = run.load_config().optim.master_dtype, session.cfg.optim.master_dtype
+    like = {path: jax.ShapeDtypeStruct(spec.shape, jnp.float32 if spec.update == "router_bias" else stored,
                                        sharding=shardings[path]) for path, spec in session.specs.items()}
     restored = Checkpoints(run.checkpoints).restore({"params": like}, step)
-    return restored.state["params"], restored.step
+    for sentence in restored.damaged:
+        console.print(f"[yellow]{sentence}[/]; taking step {restored.step}")
+    params = restored.state["params"]
+    if stored != wanted:
+        params = {path: w if session.specs[path].update == "router_bias" else w.astype(wanted) for path, w in params.items()}
+    return params, restored.step

@@ -14,7 +14,7 @@ from model.call import Call
 from model.decode.generate import Decoder
 from model.decode.sampling import GREEDY, Sampling
 from model.decode.served_params import SERVED, serve
-from model.transformer import param_specs
+from model.transformer import bind, param_specs
 from quant.served import Serving
 
 SMALL = dict(vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16,
@@ -50,6 +50,18 @@ def call_for(tokens, segments=None, serving: Serving = EXACT, amount: float = 0.
     for t in range(1, segments.shape[1]):
         positions[:, t] = np.where(segments[:, t] == segments[:, t - 1], positions[:, t - 1] + 1, 0)
     return Call(jnp.asarray(positions), jnp.asarray(segments), jnp.float32(amount), serving, dtype=dtype, **more)
+
+
+def forward_logits(model: ModelConfig, served: dict[str, jax.Array], rows: np.ndarray, platform: str,
+                   dtype: str = "float32") -> np.ndarray:
+    """[N, S] tokens -> [N, S, V] float32 logits of served weights, computing in `dtype`."""
+    @jax.jit
+    def forward(params, tokens):
+        call = call_for(rows, serving=SERVED, dtype=dtype, platform=platform)
+        network = bind(model, params)
+        return network.logits(network(tokens, call)[0], call)
+
+    return np.asarray(forward(served, jnp.asarray(rows)))
 
 
 def generate_batch(cfg: ModelConfig, params: dict[str, jax.Array], prompts: Sequence[Sequence[int]], *, max_new_tokens: int,

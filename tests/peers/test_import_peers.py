@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 import launch
-from train.export import forward_logits
+from tests.model.networks import forward_logits
 from train.weights import load_weights
 
 YARN = dict(type="yarn", factor=32.0, beta_fast=1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0,

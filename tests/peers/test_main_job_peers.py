@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import launch
-from train.export import forward_logits
+from tests.model.networks import forward_logits
 from train.weights import load_weights
 
 

@@ -20,8 +20,8 @@ from quant.export import export_model
 from quant.packed_gather import gather_on_grid
 from quant.resident import Int4Weight, bits_per_weight, to_int4
 from quant.source import InMemory
+from tests.model.networks import forward_logits
 from tests.quant.small_model import INT4, MODEL, PLAIN, random_weights
-from train.export import forward_logits
 from train.weights import load_weights
 
 SPECS = param_specs(MODEL)

@@ -13,9 +13,10 @@ from quant.evidence import FILE, Probe
 from quant.export import export_model
 from quant.served import Serving
 from quant.source import InMemory
+from tests.model.networks import forward_logits
 from train import probe
 from train.checkpoint import CheckpointError, Checkpoints, fingerprint
-from train.export import _measured, _TokenizerFiles, export_run, forward_logits
+from train.export import _measured, _TokenizerFiles, export_run
 from train.session import load_params, open_session
 from train.stored import StoredParams
 
