@@ -87,6 +87,16 @@ def test_own_failures_are_not_the_loss_of_another(monkeypatch, capsys, said, cod
     assert ended.value.code == code and sentence in capsys.readouterr().err
 
 
+def test_hosts_that_differ_are_told(monkeypatch):
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", lambda x: np.array([x, x, x + 1]))
+    with pytest.raises(ConfigError, match="settings are not the same in process 2 as in the first one"):
+        processes.require_same("settings", "hash", 3)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", lambda x: np.array([1, 0]))
+    with pytest.raises(ConfigError, match="process 1 of 2 does not see the directory"):
+        processes.require_all(True, "see the directory")
+
+
 @pytest.mark.slow
 def test_two_processes_are_one_run(tmp_path):
     """20 steps in one process; 10 in two with a checkpoint written by both; 10 more in one, on another mesh. Losses differ

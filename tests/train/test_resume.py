@@ -18,7 +18,7 @@ from optim.build import build_optimizer
 from tests.train.conftest import small
 from train.checkpoint import CheckpointError, Checkpoints, fingerprint
 from train.held_out import Evaluator
-from train.loop import require_same_order, train
+from train.loop import _require_same_dtypes, require_same_order, train
 from train.run_dir import RunDir, differences
 from train.session import load_params, open_session
 from train.state import state_shardings
@@ -181,6 +181,23 @@ def test_a_mixture_is_edited_by_flag_only(tmp_path, capsys):
         train(unmixed, run, remix=True)
     with pytest.raises(ConfigError, match="optim.lr"):
         train(dataclasses.replace(edited, optim=dataclasses.replace(edited.optim, lr=1.0)), run, remix=True)
+
+
+def test_weights_are_read_in_the_dtype_they_were_saved_in(trained):
+    """A run in float32 is fine-tuned in bfloat16; a fork, which takes the whole state, is refused."""
+    cfg = trained.load_config()
+    half = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, master_dtype="bfloat16"))
+    single, double = (load_params(open_session(c), trained)[0] for c in (cfg, half))
+    for path, w in double.items():
+        np.testing.assert_array_equal(w, single[path].astype(w.dtype))
+    assert {str(w.dtype) for w in double.values()} == {"bfloat16", "float32"}, "router biases stay float32"
+    with pytest.raises(ConfigError, match="optim.master_dtype float32, not bfloat16.*--train.init-from"):
+        _require_same_dtypes(trained, half)
+
+
+def test_a_bucket_is_no_directory():
+    with pytest.raises(ConfigError, match="mount the bucket"):
+        RunDir("gs://bucket/run")
 
 
 def test_how_a_run_is_computed_may_change():
