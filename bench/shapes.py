@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -30,9 +32,17 @@ def step_flops(cfg: RunConfig) -> int:
     return tokens * train_flops_per_token(cfg.model, param_specs(cfg.model), cfg.train.seq_len)
 
 
-def products(cfg: RunConfig) -> int:
-    """How many products are as many operations as a step is useful ones: what takes as long meets the same slow moments."""
-    return max(round(step_flops(cfg) / (2 * MATMUL[0].size * MATMUL[1].shape[1])), 1)
+def limit(cfg: RunConfig, product: Callable[[], Any]) -> Callable[[], float]:
+    """As many products as are the operations of a step that are useful: what takes as long meets the same slow moments.
+    `product`: one of MATMUL's operands, finished when it returns."""
+    count = max(round(step_flops(cfg) / (2 * MATMUL[0].size * MATMUL[1].shape[1])), 1)
+
+    def run() -> float:
+        for _ in range(count):
+            result = product()
+        return float(result[0, 0])
+
+    return run
 
 
 def config(shape: str, dtype: str) -> RunConfig:

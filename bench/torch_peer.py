@@ -19,7 +19,7 @@ import transformers
 from torch.nn import functional
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from bench.shapes import MATMUL, config, products, random_batch
+from bench.shapes import MATMUL, config, limit, random_batch
 from bench.turns import serve
 from configs.schema import ModelConfig, QuantConfig
 from quant.hf_config import write_config
@@ -140,15 +140,9 @@ def main() -> None:
     cfg = config(shape, dtype)
     step, pull = programs(cfg.model, random_batch(cfg), experts, precision, compiled=how == "compiled")
     product = matmul(*MATMUL, dtype)
-
-    def limit() -> float:
-        for _ in range(products(cfg)):
-            result = product()
-        return float(result[0, 0])
-
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
                 "threads": torch.get_num_threads(), "newton_schulz_of_experts": str(faster_dtype())}
-    serve(versions, {"step": step, "pull": pull, "matmul": limit})
+    serve(versions, {"step": step, "pull": pull, "matmul": limit(cfg, product)})
 
 
 if __name__ == "__main__":

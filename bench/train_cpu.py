@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from bench import measure
-from bench.shapes import MATMUL, SHAPES, config, products, random_batch, step_flops
+from bench.shapes import MATMUL, SHAPES, config, limit, random_batch, step_flops
 from bench.turns import ROOT, Contender, fastest, serve
 from train.compat import keep_freed_memory, start_jax
 from train.loop import build
@@ -63,13 +63,8 @@ def ours(shape: str, dtype: str) -> None:
     def pull() -> float:
         return float(jax.block_until_ready(compiled(held["state"].params))[0])
 
-    def matmul() -> float:
-        for _ in range(products(cfg)):
-            result = jax.block_until_ready(product(x, y))
-        return float(result[0, 0])
-
     serve({"python": sys.version.split()[0], "jax": jax.__version__, "threads": os.cpu_count()},
-          {"step": step, "pull": pull, "matmul": matmul})
+          {"step": step, "pull": pull, "matmul": limit(cfg, lambda: jax.block_until_ready(product(x, y)))})
 
 
 def compare(shape: str, dtype: str, rounds: int, peers: str, without: list[str]) -> dict:
@@ -83,7 +78,7 @@ def compare(shape: str, dtype: str, rounds: int, peers: str, without: list[str])
     for side in sides.values():
         side.close()
     tokens = cfg.train.batch_size * cfg.train.seq_len
-    limit, busy = (min(of_one) for of_one in zip(*limits.values()))
+    fastest_products, busy = (min(of_one) for of_one in zip(*limits.values()))
     rows = {side: {"tokens_per_s": round(tokens / steps[side][0]), "step_ms": round(1e3 * steps[side][0], 1),
                    "step_cpu_ms": round(1e3 * steps[side][1], 1), "forward_backward_ms": round(1e3 * pulls[side][0], 1),
                    "forward_backward_cpu_ms": round(1e3 * pulls[side][1], 1)} for side in sides}
@@ -92,7 +87,8 @@ def compare(shape: str, dtype: str, rounds: int, peers: str, without: list[str])
     return {"shape": shape, "dtype": dtype, "tokens": tokens, "flops": step_flops(cfg), "sides": rows, "best_peer": peer,
             "ratio": round(rows["ours"]["tokens_per_s"] / rows[peer]["tokens_per_s"], 2),
             "ratio_of_processor_time": round(rows[frugal]["step_cpu_ms"] / rows["ours"]["step_cpu_ms"], 2),
-            "matmul_gflops": round(step_flops(cfg) / limit / 1e9), "share_of_limit": round(limit / pulls["ours"][0], 3),
+            "matmul_gflops": round(step_flops(cfg) / fastest_products / 1e9),
+            "share_of_limit": round(fastest_products / pulls["ours"][0], 3),
             "share_of_limit_in_processor_time": round(busy / pulls["ours"][1], 3),
             "versions": {"ours": sides["ours"].versions, "peer": sides[peer].versions}}
 

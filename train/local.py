@@ -70,8 +70,8 @@ def _wait(children: list[subprocess.Popen]) -> int:
     while True:
         codes = [child.poll() for child in children]
         lost = [i for i, code in enumerate(codes) if code not in (None, EXIT_DONE, EXIT_STOPPED)]
-        if lost:  # survivors notice within moments and end too: the one that was killed is the cause
-            return _lost(children, min(lost, key=lambda i: (codes[i] > 0, codes[i] == EXIT_LOST)))
+        if lost:  # survivors notice within moments and end too: the one that was told wrong, or was killed, is the cause
+            return _lost(children, min(lost, key=lambda i: (codes[i] != EXIT_USAGE, codes[i] > 0, codes[i] == EXIT_LOST)))
         if None not in codes:
             return max(codes)
         time.sleep(0.1)

@@ -116,6 +116,7 @@ def ending_together():
         else:
             traceback.print_exc()
             code, sentence = EXIT_FAILED, f"{this} failed: {said}"
+        sys.stdout.flush()  # nobody else will
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         os._exit(code)
 
