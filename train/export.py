@@ -24,7 +24,7 @@ from train import probe
 from train.checkpoint import Checkpoints, Restored
 from train.console import Bar, console, human
 from train.run_dir import RunDir
-from train.session import Session, open_to_look, parse_source
+from train.session import Session, open_to_look, parse_source, say_passed_over
 
 
 def export_run(source: str, out: Path | None, form: str) -> int:
@@ -59,8 +59,7 @@ def export_run(source: str, out: Path | None, form: str) -> int:
 def _stored(session: Session, run: RunDir, step: int | None) -> Restored:
     """A run's masters, read from disk as they are needed; says which checkpoints were passed over."""
     stored = Checkpoints(run.checkpoints).stored({path: spec.shape for path, spec in session.specs.items()}, step)
-    for sentence in stored.damaged:
-        console.print(f"[yellow]{sentence}[/]; taking step {stored.step}")
+    say_passed_over(stored)
     return stored
 
 

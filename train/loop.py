@@ -34,7 +34,7 @@ from train.profile import Profile
 from train.recorder import GridWatch, Recorder
 from train.remix import before_edit, table_of
 from train.run_dir import RunDir, config_hash, differences
-from train.session import Session, load_params, open_session, parse_source
+from train.session import Session, load_params, open_session, parse_source, say_passed_over
 from train.state import TrainState, as_teacher, initial_state, state_shardings
 from train.step import Batch, StepConfig, make_train_step
 from train.stop import EXIT_DONE, EXIT_STOPPED, StopSignal
@@ -187,8 +187,7 @@ def starting_state(machine: Machine, checkpoints: Checkpoints, run: RunDir) -> t
     like = state_shardings(cfg, session.specs, machine.optimizer, session.mesh)
     if checkpoints.steps():
         restored = checkpoints.restore(like)
-        for sentence in restored.damaged:
-            console.print(f"[yellow]{sentence}[/]; going back to step {restored.step}")
+        say_passed_over(restored)
         if processes.first():
             checkpoints.set_aside(newer_than=restored.step)
         check_state(restored.state.optimizer, session.specs, cfg.optim)
@@ -198,8 +197,7 @@ def starting_state(machine: Machine, checkpoints: Checkpoints, run: RunDir) -> t
         source, at = _same_model(cfg.train.fork_from, cfg)
         _require_same_dtypes(source, cfg)
         restored = Checkpoints(source.checkpoints).restore(dataclasses.replace(like, teacher={}), at)
-        for sentence in restored.damaged:
-            console.print(f"[yellow]{sentence}[/]; going back to step {restored.step}")
+        say_passed_over(restored)
         console.print(f"going on from {source.path} at step {restored.step}, whose first steps this run shares")
         return taught(restored.state, session, like), restored.step
     if cfg.quant.distill_weight and not cfg.train.init_from:

@@ -15,7 +15,7 @@ from configs.schema import ConfigError, MeshConfig, RunConfig
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import param_specs
 from train import processes
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, Restored
 from train.console import console
 from train.mesh import check_mesh, make_mesh, param_shardings, platform
 from train.run_dir import RunDir
@@ -91,6 +91,12 @@ def parse_source(source: str) -> tuple[RunDir, int | None]:
     return run, int(step) if step else None
 
 
+def say_passed_over(restored: Restored) -> None:
+    """Name the checkpoints that are newer than the one that was taken, and damaged."""
+    for sentence in restored.damaged:
+        console.print(f"[yellow]{sentence}[/]; going back to step {restored.step}")
+
+
 def load_params(session: Session, run: RunDir, step: int | None = None) -> tuple[dict[str, jax.Array], int]:
     """Master weights of a run's newest sound checkpoint (or of `step`), on the session's mesh and in its dtype; says which
     checkpoints were passed over."""
@@ -99,8 +105,7 @@ def load_params(session: Session, run: RunDir, step: int | None = None) -> tuple
     like = {path: jax.ShapeDtypeStruct(spec.shape, jnp.float32 if spec.update == "router_bias" else stored,
                                        sharding=shardings[path]) for path, spec in session.specs.items()}
     restored = Checkpoints(run.checkpoints).restore({"params": like}, step)
-    for sentence in restored.damaged:
-        console.print(f"[yellow]{sentence}[/]; taking step {restored.step}")
+    say_passed_over(restored)
     params = restored.state["params"]
     if stored != wanted:
         params = {path: w if session.specs[path].update == "router_bias" else w.astype(wanted) for path, w in params.items()}
