@@ -14,6 +14,10 @@ import numpy as np
 
 from train.compiler_options import step_options
 
+GPU_MEMORY = 0.95
+"""Of a GPU's memory what a program is given, unless the user says otherwise: jax's 0.75 leaves a fifth of a planned run out.
+The rest is for the driver and the libraries."""
+
 
 def quiet_absl_flags() -> None:
     """Grain's worker options read absl flags, which are unparsed in a program that does not run under absl.app."""
@@ -29,7 +33,7 @@ def start_jax(platform: str | None = None, cache: Path | None = None) -> None:
     from flax import nnx
 
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ):
-        os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.95"  # of a GPU's memory; unset it is 0.75
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_MEMORY)
     if platform:
         jax.config.update("jax_platforms", platform)
     nnx.set_graph_mode(False)

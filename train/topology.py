@@ -15,6 +15,7 @@ from typing import Any
 
 from configs.schema import ConfigError, require
 from train import compat
+from train.compat import GPU_MEMORY
 from train.metrics import peak_flops
 
 GIB = 2**30
@@ -25,7 +26,7 @@ class Chip:
     """Vendors' figures of a chip; bandwidths in bytes per second and one direction.
 
     kind        jax's device_kind; devices: jax devices per chip
-    hbm         bytes that a program may use on one device: what the compiler allows on TPUs, capacity on GPUs
+    hbm         bytes that a program may use on one device: what the compiler allows on TPUs, what jax is given on GPUs
     bandwidth   of a chip's memory
     link        of one inter-chip link: a torus link, or a GPU's share of the switch inside a node
     outside     of a chip's share of the network between slices or nodes
@@ -63,9 +64,9 @@ CHIPS = {
     "v5p": Chip("TPU v5", 1, 95.73 * GIB, 2765e9, 100e9, 6.25e9, 3, 4),
     "v6e": Chip("TPU v6 lite", 1, 31.24 * GIB, 1638e9, 100e9, 12.5e9, 2, 16),
     "tpu7x": Chip("TPU7x", 2, 94.74 * GIB, 7380e9, 100e9, 12.5e9, 3, 4),
-    "h100": Chip("H100", 1, 84942979072, 3352e9, 450e9, 50e9, 0, matmul=0.8, wire=0.8),
-    "h200": Chip("H200", 1, 151397597184, 4800e9, 450e9, 50e9, 0, matmul=0.8, wire=0.8),
-    "b200": Chip("B200", 1, 191514411008, 7672e9, 900e9, 50e9, 0, matmul=0.8, wire=0.8),
+    "h100": Chip("H100", 1, GPU_MEMORY * 84942979072, 3352e9, 450e9, 50e9, 0, matmul=0.8, wire=0.8),
+    "h200": Chip("H200", 1, GPU_MEMORY * 151397597184, 4800e9, 450e9, 50e9, 0, matmul=0.8, wire=0.8),
+    "b200": Chip("B200", 1, GPU_MEMORY * 191514411008, 7672e9, 900e9, 50e9, 0, matmul=0.8, wire=0.8),
 }
 
 POD = 9216
@@ -159,7 +160,8 @@ def gpu_target(chip: Chip) -> str:
               "core_count": cores, "fpus_per_core": 128, "block_dim_limit_x": 2**31 - 1, "block_dim_limit_y": 65535,
               "block_dim_limit_z": 65535, "thread_dim_limit_x": 1024, "thread_dim_limit_y": 1024, "thread_dim_limit_z": 64,
               "registers_per_core_limit": 65536, "registers_per_block_limit": 65536, "clock_rate_ghz": 1.9,
-              "l2_cache_size": 50 * 2**20, "memory_bandwidth": int(chip.bandwidth), "device_memory_size": int(chip.hbm),
+              "l2_cache_size": 50 * 2**20, "memory_bandwidth": int(chip.bandwidth),
+              "device_memory_size": round(chip.hbm / GPU_MEMORY),
               "device_address_bits": 64, "pcie_bandwidth": 32 * GIB}
     fields = " ".join(f"{key}: {value}" for key, value in limits.items())
     return (f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {major} feature_extension: ACCELERATED_FEATURES }} "
