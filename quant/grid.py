@@ -10,9 +10,9 @@ Kimi's grid: 32 consecutive inputs share one bf16 scale, codes are the 15 intege
 `lax.reduce_precision` does every bf16 rounding: XLA may drop the rounding of an `astype` chain between fused
 operations. XLA also turns `a / 7.0` into a product, which is harmless for a bf16 `a` (no quotient of one lies near the middle
 of two bf16 numbers), but would not be for `x / s`: with bf16 masters one quotient in 400 is the middle of two codes, and chips
-divide with errors of their own. XLA's for CPUs too. So the code is set right by comparing products that float32 holds exactly (`nearest`): every
-chip finds the same one. With these rules 0 of 7.9 M weights differ between a jitted forward and the
-exported file; without them, a quarter (docs/quantization.md).
+divide with errors of their own, as XLA's programs for CPUs do. So the code is set right by comparing products that float32
+holds exactly (`nearest`): every chip finds the same one. With these rules 0 of 7.9 M weights differ between a jitted forward
+and the exported file; without them, a quarter (docs/quantization.md).
 """
 
 from __future__ import annotations
