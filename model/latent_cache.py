@@ -49,6 +49,6 @@ def attend(queries_BSHR: Float[Array, "B S H R+rope"], cache_LBTR: Float[Array, 
 
     start = (jnp.full((B, H, S), MASKED, jnp.float32), jnp.zeros((B, H, S), jnp.float32),
              jnp.zeros((B, H, S, rank), jnp.float32))
-    blocks = jnp.minimum(jnp.max(positions_BS) // block + 1, T // block)
+    blocks = jnp.max(jnp.where(positions_BS < T, positions_BS, 0)) // block + 1  # behind the end: padding, which reads nothing
     _, total, out = jax.lax.fori_loop(0, blocks, body, start)
     return jnp.swapaxes(out / total[..., None], 1, 2).astype(queries_BSHR.dtype)

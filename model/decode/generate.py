@@ -177,7 +177,8 @@ class Decoder:
         logits, stats.read_tokens = self._read({0: prompt}, max_new_tokens)
         stats.prompt_tokens = len(prompt)
         for n in range(max_new_tokens):
-            at = np.full(self.rows, len(prompt) + n, np.int32)
+            at = np.full(self.rows, self.cache.shape[2], np.int32)  # other rows stay as they are
+            at[0] = len(prompt) + n
             token, thought = _choose(logits, at, self.sampling, budget, thought, greedy=self.program.greedy)
             value = int(token[0])
             stats.new_tokens, stats.total_s = n + 1, time.perf_counter() - start

@@ -41,8 +41,8 @@ def chunked(q: Float[Array, "B S H k"], k: Float[Array, "B T H k"], v: Float[Arr
     at = jnp.pad(at, (0, -S % chunk), mode="edge")
     segments = jnp.pad(segments, ((0, 0), (0, -T % chunk)))
     places = Places(at, segments[:, at], segments)
-    out, max_logit = _attend(whole_chunks(q), whole_chunks(k), whole_chunks(v), places, scale, chunk)
-    return jnp.swapaxes(out[:, :, :S], 1, 2), max_logit
+    out, top = _attend(whole_chunks(q), whole_chunks(k), whole_chunks(v), places, scale, chunk)
+    return jnp.swapaxes(out[:, :, :S], 1, 2), jnp.max(top[:, :, :S], axis=(0, 2))
 
 
 class Places(NamedTuple):
@@ -138,14 +138,14 @@ def _add_part(x: Array, part: Array, j: Array, chunk: int) -> Array:
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(q, k, v, places: Places, scale: float, chunk: int):
     out, _, top = _forward(q, k, v, places, scale, chunk)
-    return out, jnp.max(top, axis=(0, 2))
+    return out, top
 
 
 def _attend_forward(q, k, v, places, scale, chunk):
     out, lse, top = _forward(q, k, v, places, scale, chunk)
     # Named, so that a remat policy that keeps them spares the backward pass a second forward pass.
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
-    return (out, jnp.max(top, axis=(0, 2))), (q, k, v, places, out, lse)
+    return (out, top), (q, k, v, places, out, lse)
 
 
 def _attend_backward(scale, chunk, saved, gradients):

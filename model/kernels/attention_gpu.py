@@ -209,10 +209,13 @@ def forward(q: Float[Array, "B S H k"], k: Float[Array, "B T H k"], v: Float[Arr
                 plgpu.barrier_arrive(k_freed.at[slot])
                 if masked:
                     key = lax.broadcasted_iota(jnp.int32, s.shape, 1) + j * keys
-                    s = jnp.where((key >= _rows(low_own[group], s.shape)) & (key <= _rows(high_own[group], s.shape)), s, nothing)
+                    sees = (key >= _rows(low_own[group], s.shape)) & (key <= _rows(high_own[group], s.shape))
+                    s = jnp.where(sees, s, nothing)
                 new = jnp.maximum(largest, jnp.max(s, axis=1))
                 shrink = jnp.exp2((largest - new) * to_log2)
                 p = jnp.exp2(s * to_log2 - _rows(new * to_log2, s.shape))
+                if masked:  # where a row has seen nothing yet p is 1, and from a fused multiply-add 2**(rounding of 1e30)
+                    p = jnp.where(sees, p, 0.0)
                 norm = norm * shrink + jnp.sum(p, axis=1)
                 p = p.astype(dtype)
                 plgpu.barrier_arrive(turn)

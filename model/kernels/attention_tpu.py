@@ -34,7 +34,7 @@ def attend(q: Float[Array, "B S H k"], k: Float[Array, "B T H k"], v: Float[Arra
 
     reach = Reach.of(jnp.pad(segments, ((0, 0), (0, -T % keys))), jnp.pad(at, (0, -S % rows), mode="edge"), rows, keys)
     out, top = _attend(whole_tiles(q, rows), whole_tiles(k, keys), whole_tiles(v, keys), reach, scale)
-    return jnp.swapaxes(out[:, :, :S], 1, 2), jnp.max(top, axis=(0, 2, 3))
+    return jnp.swapaxes(out[:, :, :S], 1, 2), jnp.max(top[..., :S], axis=(0, 2, 3))
 
 
 @jax.tree_util.register_dataclass
@@ -126,7 +126,9 @@ def _call(kernel, reach: Reach, arrays, per_query, scale: float, *, products, ou
         """Index of the tile of queries (0) or keys (1) at a grid step: the inner one stays where there is nothing to do."""
         if which == outer:
             return lambda b, o, i, first, end: o
-        return lambda b, o, i, first, end: jnp.clip(i, first[b, o], jnp.maximum(end[b, o] - 1, first[b, o]))
+        # Keys behind a device's last query are needed by nobody: first and end are then the number of tiles.
+        return lambda b, o, i, first, end: jnp.minimum(jnp.clip(i, first[b, o], jnp.maximum(end[b, o] - 1, first[b, o])),
+                                                       counts[which] - 1)
 
     def tall(which: int, width: int):
         return pl.BlockSpec((1, 1, lengths[which], width), lambda b, h, o, i, *s: (b, h, place(which)(b, o, i, *s), 0))

@@ -22,14 +22,15 @@ def exact_products():
 
 
 @pytest.mark.parametrize("kind", ["whole", "packed", "empty row"])
-@pytest.mark.parametrize("B, S, H, d, v", [
-    (2, 1024, 4, 192, 128),   # the family's heads
-    (2, 1000, 2, 192, 128),   # the last tile hangs over
-    (3, 300, 2, 128, 128), (2, 640, 3, 64, 64), (2, 512, 1, 192, 64), (1, 4096, 16, 192, 128)])
-def test_against_the_definition(B, S, H, d, v, kind):
+@pytest.mark.parametrize("B, S, H, d, v, scale", [
+    (2, 1024, 4, 192, 128, 192**-0.5),  # Moonlight's heads
+    (2, 1024, 2, 192, 128, 0.1308609),  # Kimi K2's: with YaRN's factor, by which the logit of what is not seen is no round number
+    (2, 1000, 2, 192, 128, 0.1352337),  # DeepSeek-V3's; the last tile hangs over
+    (3, 300, 2, 128, 128, 128**-0.5), (2, 640, 3, 64, 64, 0.125), (2, 512, 1, 192, 64, 0.1), (1, 4096, 16, 192, 128, 0.1308609)])
+def test_against_the_definition(B, S, H, d, v, scale, kind):
     """Output, gradients, largest logit."""
     args, exact = operands(B, S, H, d, v)
-    compare(attention_gpu.attend, args, exact, packed(B, S, kind), jnp.arange(S), d**-0.5)
+    compare(attention_gpu.attend, args, exact, packed(B, S, kind), jnp.arange(S), scale)
 
 
 def test_some_of_a_rows_queries():

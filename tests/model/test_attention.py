@@ -90,6 +90,14 @@ def test_maximum_logit_is_exact(name):
 
 
 @pytest.mark.parametrize("name", HERE)
+def test_maximum_of_logits_that_are_all_negative(name):
+    """Queries that only fill the last tile have logits of zero, which nobody's are."""
+    q = jnp.ones((1, 66, 2, 24))
+    top = attention.IMPLEMENTATIONS[name](q, -q, q, jnp.ones((1, 66), jnp.int32), jnp.arange(66), SCALE, 32)[1]
+    np.testing.assert_allclose(top, -24 * SCALE, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", HERE)
 def test_some_of_a_rows_queries(name):
     """Two chunks far apart, as a device of the context axis holds them, get what they get among all."""
     q, k, v, _ = inputs(2, 96)
@@ -104,11 +112,13 @@ def test_some_of_a_rows_queries(name):
     np.testing.assert_allclose(top, logits.max((0, 2, 3)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("at", [np.arange(200), np.r_[24:88, 136:200]], ids=["all", "two chunks of a device"])
-def test_tpu_kernels(at):
-    """Two tiles of queries and keys, documents and padding across both: outputs, maxima and the three gradients."""
-    q, k, v, g = inputs(2, 200, H=1)
-    segments, q, g, at = packed(2, 200, "packed"), q[:, at], g[:, at], jnp.asarray(at)
+@pytest.mark.parametrize("T, at", [(200, np.arange(200)), (200, np.r_[24:88, 136:200]), (384, np.r_[64:192, 192:256])],
+                         ids=["all", "two chunks of a device", "keys behind a device's queries"])
+def test_tpu_kernels(T, at):
+    """Some tiles of queries and keys, documents and padding across them: outputs, maxima and the three gradients. No block
+    lies outside of its array, which the interpreter checks and a chip may not."""
+    q, k, v, g = inputs(2, T, H=1)
+    segments, q, g, at = packed(2, T, "packed"), q[:, at], g[:, at], jnp.asarray(at)
 
     def run(name):
         def total(q, k, v):
@@ -118,7 +128,7 @@ def test_tpu_kernels(at):
 
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
-    with pltpu.force_tpu_interpret_mode():
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
         mine = run("tpu")
     for one, other in zip(jax.tree.leaves(mine[0][1]) + list(mine[1]), jax.tree.leaves((want := run("reference"))[0][1])
                           + list(want[1]), strict=True):

@@ -47,12 +47,12 @@ def operands(B, S, H, d, v, seed=0):
 
 def compare(run, args, exact, segments, at, scale):
     """`run` against the definition in float32: output, largest logit, gradients. Rounding of weights and of their
-    gradients to bfloat16, and of each result: 2**-8 each, of the largest entry."""
+    gradients to bfloat16, and of each result: 2**-8 each, of the largest entry. Rows that see nothing are zero."""
     seen = (segments[:, at] > 0)[..., None, None]
     *args, g = args
     g = jnp.where(seen, g, 0)
     (out, top), pull = jax.vjp(lambda q, k, v: run(q, k, v, segments, at, scale), *args)
-    mine = (jnp.where(seen, out, 0), *pull((g, jnp.zeros_like(top))))
+    mine = (out, *pull((g, jnp.zeros_like(top))))
     (want, want_top), pull = jax.vjp(lambda q, k, v: attention.reference(q, k, v, segments, at, scale), *exact[:3])
     want = (jnp.where(seen, want, 0), *pull((g.astype(jnp.float32), jnp.zeros_like(want_top))))
     for name, x, y in zip(("out", "dq", "dk", "dv"), mine, want, strict=True):
@@ -64,10 +64,12 @@ def compare(run, args, exact, segments, at, scale):
 @pytest.mark.skipif(not PRESENT, reason="this jax has no GPU interpreter")
 @pytest.mark.parametrize("S, H, d, v, kind, chunks", [
     pytest.param(300, 1, 64, 64, "whole", False, id="whole"),  # five tiles of queries pass through a ring of three
+    pytest.param(200, 1, 64, 64, "packed", False, id="packed"),
     pytest.param(520, 2, 192, 128, "packed", False, id="192 128", marks=pytest.mark.slow),
     pytest.param(512, 1, 128, 64, "whole", True, id="two chunks", marks=pytest.mark.slow)])
 def test_interpreted(S, H, d, v, kind, chunks, monkeypatch):
-    """The kernels as they are, warpgroups and barriers included, on small shapes."""
+    """The kernels as they are, warpgroups and barriers included, on small shapes; Kimi K2's scale, by which the logit of what
+    is not seen is no round number: a fused multiply-add, which a GPU makes here and a CPU too, leaves its rounding."""
     args, exact = operands(1, S, H, d, v)
     segments, at = packed(1, S, kind), jnp.arange(S)
     if chunks:
@@ -75,7 +77,7 @@ def test_interpreted(S, H, d, v, kind, chunks, monkeypatch):
         for x in (args, exact):
             x[0], x[3] = x[0][:, at], x[3][:, at]
     with interpreted(monkeypatch):
-        compare(attention_gpu.attend, args, exact, segments, at, 0.3)
+        compare(attention_gpu.attend, args, exact, segments, at, 0.1308609)
 
 
 def test_what_the_kernels_do_not_take(monkeypatch):

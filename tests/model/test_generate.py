@@ -136,6 +136,13 @@ def test_a_conversation_goes_on_in_its_cache(params):
     assert stats.read_tokens == 2, "the five new ones were cached while they were generated"
 
 
+def test_a_stream_leaves_other_rows_alone(params):
+    talk, longer = decoder(params, rows=2), list(PROMPTS[1])
+    longer += talk.reply({1: longer}, 9)[1] + [7]
+    assert list(talk.stream([5, 6], 9)) == decoder(params).reply({0: [5, 6]}, 9)[0]
+    assert talk.reply({1: longer}, 9) == decoder(params, rows=2).reply({1: longer}, 9)
+
+
 def test_sizes():
     assert [room_for(n) for n in (1, 16, 17, BLOCK, BLOCK + 1, 10 * BLOCK + 1)] == \
         [16, 16, 32, BLOCK, 2 * BLOCK, 12 * BLOCK]
