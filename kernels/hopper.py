@@ -23,6 +23,11 @@ try:
 except (ImportError, AttributeError):  # another jax, or one without its GPU part: the registries then choose other entries
     plgpu = None
 
+try:
+    from jax._src.lib import cuda_versions
+except ImportError:
+    cuda_versions = None
+
 CORES = 132
 """Of an H100 SXM, H200 and GH200. On one with fewer cores the remaining blocks run when the first have finished."""
 
@@ -34,6 +39,16 @@ FETCHING, WORKERS = 2, 2
 accumulator of 64 x 256 takes 128 of a worker's."""
 
 MOST_STAGES = 6
+
+
+MISCOMPILED = range(12080, 12091)
+"""CUDA 12.8.0 to 12.9.0, in jax's numbers: their assembler miscompiles the causal masks of jax's own attention kernel, which jax
+refuses with them. Whether ours come out wrong too was not tried."""
+
+
+def cuda_runtime() -> int | None:
+    """1000 * major + 10 * minor + patch of the CUDA that jax was given, None without one."""
+    return cuda_versions.cuda_runtime_get_version() if cuda_versions else None
 
 
 @dataclass(frozen=True)

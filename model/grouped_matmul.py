@@ -25,7 +25,7 @@ from quant.resident import Int4Weight
 @dataclass(frozen=True)
 class GroupedMatmul:
     """rows(x [M, I], w, block_expert [M/b], transposed) -> [M, O], in x's dtype: row by its expert's weights, which are
-    w [E, I, O], or w [E, O, I] where `transposed`.
+    w [E, I, O], or w [E, O, I] where `transposed`. Of blocks of nobody: anything finite, zeros from zeros.
     weights(x [M, D], y [M, F], block_expert, E, dtype) -> [E, D, F]: sum of outer products over each expert's rows, in
     float32 until it is whole.
     """
@@ -166,7 +166,7 @@ def block_rows(rows: int, num_experts: int, platform: str = "cpu") -> int:
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(x: Float[Array, "M D"], w: Float[Array, "E D F"] | Int4Weight, block_expert: Int[Array, "M/b"], name: str
                    ) -> Float[Array, "M F"]:
-    """Block i of `x` times w[block_expert[i]], zero where that is E; `block_expert` ascends, `name` is a key of
+    """Block i of `x` times w[block_expert[i]], where that is E zeros from zeros; `block_expert` ascends, `name` is a key of
     IMPLEMENTATIONS. An Int4Weight gives what its unpacked weights give; it has no gradient."""
     return IMPLEMENTATIONS[name].rows(x, w, block_expert, False)
 

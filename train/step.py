@@ -5,6 +5,7 @@ between devices moves below it (docs/scale.md)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -126,8 +127,9 @@ def local_gradients(params: dict[str, Array], teacher: dict[str, Array], batch: 
 def accumulated(params: dict[str, Array], teacher: dict[str, Array], batch: Batch, amount: Array, total_weight: Array,
                 key: PRNGKeyArray | None, cfg: StepConfig) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
     """Sum of nll, gradients and measurements of this device's tokens, microbatch by microbatch: in float32, and kept in
-    the masters' dtype between them. bfloat16 sums are rounded up or down at random, so that small summands count; to
-    those of the stacked layers the backward pass adds in place, so that there is one copy of them (model/stacked.py)."""
+    the masters' dtype between them and for the sum over devices. bfloat16 sums are rounded up or down at random, so that
+    small summands count; to those of the stacked layers the backward pass adds in place, so that there is one copy of them
+    (model/stacked.py)."""
     grad = jax.value_and_grad(loss_fn, has_aux=True)
     count, specs = cfg.run.train.accumulate, param_specs(cfg.run.model)
     if count == 1:
@@ -203,7 +205,7 @@ def routing_metrics(aux: ModelAux, batch: Batch, cfg: StepConfig) -> dict[str, A
     """Load balance per MoE layer, dropped tokens (0 by construction, counted all the same), the largest logit."""
     counts = aux.moe.expert_counts
     share = counts / jnp.maximum(counts.sum(-1, keepdims=True), 1)
-    entropy = -jnp.sum(share * jnp.log(jnp.maximum(share, 1e-9)), axis=-1) / jnp.log(counts.shape[-1])
+    entropy = -jnp.sum(share * jnp.log(jnp.maximum(share, 1e-9)), axis=-1) / max(math.log(counts.shape[-1]), 1e-9)
     sent = jnp.sum(batch["segments"] > 0) * cfg.run.model.num_experts_per_tok
     return {"load_max_over_mean": jnp.max(counts, axis=-1) / jnp.maximum(jnp.mean(counts, axis=-1), 1e-9),
             "load_entropy": entropy, "expert_load": share,

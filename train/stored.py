@@ -40,7 +40,8 @@ class StoredParams:
 
     @staticmethod
     def _open(directory: Path, path: str, shape: tuple[int, ...]) -> tensorstore.TensorStore:
-        kvstore = {"driver": "ocdbt", "base": f"file://{directory / 'state'}/", "path": f"params/{path}/"}
+        files = {"driver": "file", "path": f"{directory / 'state'}/"}
+        kvstore = {"driver": "ocdbt", "base": files, "path": f"params/{path}/"}
         store = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True).result()
         if tuple(store.shape) != tuple(shape):
             raise ValueError(f"{path} has shape {tuple(store.shape)} there, not {tuple(shape)}")

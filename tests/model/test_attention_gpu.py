@@ -89,5 +89,7 @@ def test_what_the_kernels_do_not_take(monkeypatch):
         with pytest.warns(UserWarning, match=why):
             out, _ = attention.causal(q, k, value, jnp.ones((1, S), jnp.int32), jnp.arange(S), 0.3, "hopper")
         assert out.shape == (1, S, 1, v)
+    monkeypatch.setattr(attention_gpu.hopper, "cuda_runtime", lambda: 12080)
+    assert "12.9.1" in attention_gpu.refusal(*[jnp.zeros((1, S, 1, 64), jnp.bfloat16)] * 2)
     monkeypatch.setattr(attention_gpu, "plgpu", None)
     assert "no Mosaic GPU" in attention_gpu.refusal(*[jnp.zeros((1, S, 1, 64), jnp.bfloat16)] * 2)

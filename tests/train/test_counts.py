@@ -7,6 +7,7 @@ from configs.schema import QuantConfig
 from model.router import gate_scale
 from model.transformer import param_specs
 from train import counts
+from train.metrics import peak_flops
 
 PUBLISHED = {
     "kimi_k2": (1_026_408_232_448, 32_861_500_928, 31_687_095_808),
@@ -30,6 +31,13 @@ def test_train_flops(name, seq_len, gigaflops):
     cfg = preset(name).model
     flops = counts.train_flops_per_token(cfg, param_specs(cfg), seq_len)
     assert flops / 1e9 == pytest.approx(gigaflops, abs=0.06)
+
+
+@pytest.mark.parametrize("kind, tera", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 NVL", 835), ("NVIDIA H100 PCIe", 756), ("NVIDIA GH200 480GB", 989),
+    ("NVIDIA GB200", 2500), ("NVIDIA B200", 2250), ("TPU v5 lite", 197), ("TPU v5", 459), ("cpu", None)])
+def test_peaks(kind, tera):
+    assert peak_flops(kind) == (tera and tera * 1e12)
 
 
 def test_bytes():

@@ -62,7 +62,7 @@ def test_pieces_of_experts_are_read_alone(tmp_path):
     """Arrays large enough to be cut: every expert is a piece of its own on disk, whatever holds it in memory."""
     arrays = {"moe.experts": np.random.default_rng(0).normal(size=(2, 3, 512, 513)).astype(np.float32),
               "moe.norm": np.ones((2, 16), np.float32), "embed": np.arange(17 * 2**20, dtype=np.float32).reshape(-1, 2**10)}
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(tmp_path / "what a#URL?cannot%20hold")
     checkpoints.save(7, {"params": jax.device_put(arrays)})
     checkpoints.close()
     stored = checkpoints.stored({path: x.shape for path, x in arrays.items()})
