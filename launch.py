@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,20 +24,22 @@ def train(arguments: list[str]) -> int:
     run, arguments = _take(arguments, "--run", f"runs/{name}")
     where, arguments = _take(arguments, "--on", "local")
     remix, arguments = "--remix" in arguments, [word for word in arguments if word != "--remix"]
-    cfg = tyro.cli(RunConfig, default=preset(name), args=arguments, prog=f"launch.py train --preset {name} --run {run} "
+    from train.run_dir import with_network_of
+    base = preset(name)
+    for field in ("init_from", "fork_from"):
+        source, _ = _take(arguments, f"--train.{field.replace('_', '-')}", getattr(base.train, field) or "None")
+        base = with_network_of(base, run, source) if source != "None" else base
+    cfg = tyro.cli(RunConfig, default=base, args=arguments, prog=f"launch.py train --preset {name} --run {run} "
                    f"--on local", description="Train; every field of the preset can be set as --section.field value. "
                    "--on local:2x4: two processes of four simulated devices; --on cluster: this host is one of several. "
                    "--remix: a run that is resumed may change data.mixture.")
-    from train import local, processes
-    if where not in ("local", "cluster") and not processes.joined_by_launcher():
-        return local.run(["train", *given], *local.parse(where, cfg.mesh))
-    processes.join(cluster=where == "cluster")
-    from train.console import console
-    console.quiet = not processes.first()
+    return _on(where, ["train", *given], cfg, lambda: _train(cfg, run, remix))
+
+
+def _train(cfg: RunConfig, run: str, remix: bool) -> int:
     from train.loop import train
     from train.run_dir import RunDir
-    with processes.ending_together():
-        return train(cfg, RunDir(run), remix)
+    return train(cfg, RunDir(run), remix)
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,7 @@ class Report:
 
 def import_(arguments: list[str]) -> int:
     """Read a Hugging Face directory, or its files (bf16, f32 or INT4), into a new run."""
+    given = arguments
     count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     sources, arguments = [Path(word) for word in arguments[:count]], arguments[count:]
     if not sources and "--help" not in arguments:
@@ -172,12 +176,29 @@ def import_(arguments: list[str]) -> int:
     name, arguments = _take(arguments, "--preset", "tiny")
     first = sources[0].resolve() if sources else Path("DIR")
     run, arguments = _take(arguments, "--run", f"runs/{first.name if len(sources) < 2 else first.parent.name}")
+    where, arguments = _take(arguments, "--on", "local")
     cfg = tyro.cli(RunConfig, default=preset(name), args=arguments,
-                   prog=f"launch.py import DIR_OR_FILES --preset {name} --run {run}",
-                   description="Import; model and quant come from the files, the rest from the preset.")
+                   prog=f"launch.py import DIR_OR_FILES --preset {name} --run {run} --on local",
+                   description="Import; model and quant come from the files, the rest from the preset. --on as in train.")
+    return _on(where, ["import", *given], cfg, lambda: _import(sources, cfg, name, run))
+
+
+def _import(sources: list[Path], cfg: RunConfig, name: str, run: str) -> int:
     from train.import_hf import import_checkpoint
     from train.run_dir import RunDir
-    return import_checkpoint(sources, cfg, RunDir(run))
+    return import_checkpoint(sources, cfg, name, RunDir(run))
+
+
+def _on(where: str, command: list[str], cfg: RunConfig, work: Callable[[], int]) -> int:
+    """`work` here, as one of several processes if `where` says so; or `command` in processes of its own."""
+    from train import local, processes
+    if where not in ("local", "cluster") and not processes.joined_by_launcher():
+        return local.run(command, *local.parse(where, cfg.mesh))
+    processes.join(cluster=where == "cluster")
+    from train.console import console
+    console.quiet = not processes.first()
+    with processes.ending_together():
+        return work()
 
 
 def data(arguments: list[str]) -> int:
@@ -248,16 +269,26 @@ def _count(flag: str, text: str, least: int) -> int:
     return int(text)
 
 
+def _each_once(arguments: list[str]) -> None:
+    """ConfigError for a flag that is given twice: the first one's values would be lost."""
+    flags = [word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--") and word != "--"]
+    if twice := next((flag for flag in flags if flags.count(flag) > 1), None):
+        raise ConfigError(f"{twice} is given twice; give it once, with all its values behind it")
+
+
 def _dashed(arguments: list[str]) -> list[str]:
-    """`section.field=value` and `--section.field=value` become `--section.field value`."""
+    """`section.field=value`, `--section.field=value` and `--section.field_name value` become `--section.field-name value`."""
     out = []
     for word in arguments:
         name, equals, value = word.partition("=")
         if equals and "." in name and name.lstrip("-").replace(".", "").replace("_", "").replace("-", "").isalnum() \
                 and "/" not in name and name.lstrip("-").split(".")[0] in RunConfig.__dataclass_fields__:
-            out += ["--" + name.lstrip("-"), value]
+            out += ["--" + name.lstrip("-").replace("_", "-"), value]
+        elif word.startswith("--") and "." in name and not equals:
+            out.append(word.replace("_", "-"))
         else:
             out.append(word)
+    _each_once(out)
     return out
 
 
@@ -281,6 +312,7 @@ def main(argv: list[str]) -> int:
         start_jax("cpu" if verb == "plan" else None)  # a plan is compiled for chips that are not here
         if verb in WITH_CONFIG:
             return WITH_CONFIG[verb](_dashed(arguments))
+        _each_once(arguments)
         return tyro.cli(VERBS[verb], args=arguments, prog=f"launch.py {verb}")()
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -19,7 +19,7 @@ def kimi_k2() -> RunConfig:
         intermediate_size=18432, moe_intermediate_size=2048, n_routed_experts=384, num_experts_per_tok=8,
         n_shared_experts=1, routed_scaling_factor=2.827, rms_norm_eps=1e-6, rope_theta=50000.0, yarn_factor=32.0,
         yarn_beta_fast=1.0, max_position_embeddings=131072, bos_token_id=163584, eos_token_id=163585,
-        pad_token_id=163839)
+        stop_token_ids=(163586,), pad_token_id=163839)
     return RunConfig(
         model=model,
         optim=OptimConfig(lr=2e-4, schedule="wsd", warmup_steps=500, decay_fraction=5.5 / 15.5, qk_clip_tau=100.0),
@@ -35,7 +35,7 @@ def kimi_k2_thinking() -> RunConfig:
     return replace(
         base,
         model=replace(base.model, yarn_factor=64.0, max_position_embeddings=262144, rms_norm_eps=1e-5,
-                      eos_token_id=163586),
+                      eos_token_id=163586, stop_token_ids=()),
         optim=replace(base.optim, lr=2e-5, schedule="cosine", warmup_steps=50),
         quant=QuantConfig(grid="int4"),
         train=replace(base.train, steps=1000, batch_size=256, seq_len=262144, checkpoint_every=100))

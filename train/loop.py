@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.box import SIMPLE
-from rich.table import Table
 
 from configs.schema import ConfigError, RunConfig
 from data.pipeline import PLAN_VERSION, Data, open_data
 from model.shards import shards_of
-from optim.build import build_optimizer, check_state
-from optim.routing import routing_table
+from optim.build import build_optimizer
 from optim.schedules import learning_rate
 from quant.coverage import coverage, require_whole_groups
 from quant.served import settled_step
@@ -33,9 +28,10 @@ from train.mesh import batch_sharding, param_shardings, replicated
 from train.profile import Profile
 from train.recorder import GridWatch, Recorder
 from train.remix import before_edit, table_of
-from train.run_dir import RunDir, config_hash, differences
-from train.session import Session, load_params, open_session, parse_source, say_passed_over
-from train.state import TrainState, as_teacher, initial_state, state_shardings
+from train.run_dir import RunDir, config_hash
+from train.session import Session, open_session
+from train.start import require_same_order, starting_state
+from train.state import TrainState, state_shardings
 from train.step import Batch, StepConfig, make_train_step
 from train.stop import EXIT_DONE, EXIT_STOPPED, StopSignal
 
@@ -106,7 +102,11 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
     Everything that can be wrong with the command is found before anything is written.
     """
     started, compiling = time.monotonic(), compile_seconds()
-    facts, known = (run.load_facts(), before_edit(run.load_config(), cfg, remix)) if run.exists() else ({}, cfg)
+    facts = run.load_facts() if run.exists() else {}
+    if facts.get("imported_from"):
+        raise ConfigError(f"{run.path} holds imported weights; name a new directory with --run and start there with "
+                          f"--train.init-from {run.path}")
+    known = before_edit(run.load_config(), cfg, remix) if facts else cfg
     session = open_session(cfg, facts.get("compute_dtype"))
     if session.platform == "cpu":
         keep_freed_memory()
@@ -116,7 +116,7 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
     machine = build(session)
     landmarks = (cfg.quant.start_step,) if cfg.quant.grid != "none" and cfg.quant.start_step else ()
     checkpoints = Checkpoints(run.checkpoints, cfg.train.keep, landmarks)
-    state, step = starting_state(machine, checkpoints, run)
+    state, step = starting_state(session, machine.optimizer, checkpoints, run)
     if known.data.mixture != cfg.data.mixture:
         mixtures.append((step, known.data.mixture))
         data = open_data(cfg, session.tokenizer, mixtures)
@@ -157,87 +157,6 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
         return EXIT_STOPPED
     console.print(f"trained to step {step} in {clock(time.monotonic() - started)}")
     return EXIT_DONE
-
-
-def _require_same_dtypes(source: RunDir, cfg: RunConfig) -> None:
-    """ConfigError if a forked run would keep its state in other dtypes than the one it shares its first steps with."""
-    theirs = source.load_config().optim
-    for field in ("master_dtype", "momentum_dtype"):
-        if (there := getattr(theirs, field)) != (here := getattr(cfg.optim, field)):
-            raise ConfigError(f"{source.path} has optim.{field} {there}, not {here}, and a fork goes on with its state; set "
-                              f"--optim.{field.replace('_', '-')} {there}, or take its weights with --train.init-from")
-
-
-def require_same_order(run: RunDir, facts: dict[str, Any], data: Data) -> None:
-    """ConfigError if a resumed run would see other rows than it was started with."""
-    version = facts.get("plan_version", 1)
-    if "plan_hash" in facts and version != PLAN_VERSION:
-        raise ConfigError(f"{run.path} was started with data plan {version}; this program has plan {PLAN_VERSION}, which puts "
-                          "rows in another order: finish the run with the program that started it, or go on from its "
-                          f"weights in a new directory with --train.init-from {run.path}")
-    if facts.get("plan_hash", data.plan_hash) != data.plan_hash:
-        raise ConfigError(f"the data of {run.path} has changed since it was started (plan {facts['plan_hash']} -> "
-                          f"{data.plan_hash}); put the files back, or name a new directory with --run")
-
-
-def starting_state(machine: Machine, checkpoints: Checkpoints, run: RunDir) -> tuple[TrainState, int]:
-    """Restored, started from another run's weights, or new; says which."""
-    session = machine.session
-    cfg = session.cfg
-    like = state_shardings(cfg, session.specs, machine.optimizer, session.mesh)
-    if checkpoints.steps():
-        restored = checkpoints.restore(like)
-        say_passed_over(restored)
-        if processes.first():
-            checkpoints.set_aside(newer_than=restored.step)
-        check_state(restored.state.optimizer, session.specs, cfg.optim)
-        console.print(f"resuming {run.path} from step {restored.step} (fingerprints of all arrays agree)")
-        return restored.state, restored.step
-    if cfg.train.fork_from:
-        source, at = _same_model(cfg.train.fork_from, cfg)
-        _require_same_dtypes(source, cfg)
-        restored = Checkpoints(source.checkpoints).restore(dataclasses.replace(like, teacher={}), at)
-        say_passed_over(restored)
-        console.print(f"going on from {source.path} at step {restored.step}, whose first steps this run shares")
-        return taught(restored.state, session, like), restored.step
-    if cfg.quant.distill_weight and not cfg.train.init_from:
-        raise ConfigError("quant.distill_weight needs a teacher; name its run with --train.fork-from or --train.init-from")
-    console.print(routing(session))
-    state = initial_state(cfg, session.specs, machine.optimizer, session.mesh)
-    if cfg.train.init_from:
-        source, at = _same_model(cfg.train.init_from, cfg)
-        params, at = load_params(session, source, at)
-        console.print(f"starting from the weights of {source.path} at step {at}")
-        state = taught(dataclasses.replace(state, params=params), session, like)
-    return state, 0
-
-
-def taught(state: TrainState, session: Session, like: TrainState) -> TrainState:
-    """The state with a copy of its own weights, as bf16 serves them, for a teacher; as it is in a run without one."""
-    if not like.teacher:
-        return state
-    copy = jax.jit(partial(as_teacher, cfg=session.cfg, specs=session.specs),
-                   out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like.teacher))
-    return dataclasses.replace(state, teacher=copy(state.params))
-
-
-def routing(session: Session) -> Table:
-    """Which rule updates which array, printed when a run begins."""
-    table = Table(box=SIMPLE)
-    for column in ("array", "shape", "matrices", "updated by", "Newton-Schulz", "scale"):
-        table.add_column(column)
-    for route in routing_table(session.specs, session.cfg.optim):
-        table.add_row(*route.cells())
-    return table
-
-
-def _same_model(source: str, cfg: RunConfig) -> tuple[RunDir, int | None]:
-    """Run and step of RUN[@STEP]; an error if it holds another network."""
-    run, step = parse_source(source)
-    changed = [d for d in differences(run.load_config(), cfg) if d.startswith("model.")]
-    if changed:
-        raise ConfigError(f"{run.path} holds another model ({'; '.join(changed)}); its weights do not fit")
-    return run, step
 
 
 def run_steps(machine: Machine, data: Data, state: TrainState, step: int, checkpoints: Checkpoints, run: RunDir,

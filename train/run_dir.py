@@ -143,3 +143,14 @@ class RunDir:
                 continue  # the line a kill cut in half
             rows[(row.get("kind", "step"), row["step"])] = row
         return sorted(rows.values(), key=lambda r: r["step"])
+
+
+def with_network_of(base: RunConfig, run: str, source: str) -> RunConfig:
+    """`base` with the model and the tokenizer of RUN[@STEP], whose weights are gone on from, or of `run` itself once it is
+    there: weights come with their network, and their ids with a tokenizer."""
+    known = next((found for found in (RunDir(run), RunDir(source.partition("@")[0])) if found.exists()), None)
+    if known is None:
+        return base
+    theirs = known.load_config()
+    data = dataclasses.replace(base.data, tokenizer=theirs.data.tokenizer)
+    return dataclasses.replace(base, model=theirs.model, data=data)

@@ -1,5 +1,6 @@
 """`launch.py import`: a directory or its files, and what is refused before anything is written."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -80,6 +81,47 @@ def test_a_mesh_gets_its_parts_one_by_one(checkpoint, weights, tmp_path, monkeyp
     assert max(size for path, _, size in asked if path == "moe.mlp.experts_gate_up") * 4 == SPECS["moe.mlp.experts_gate_up"].size
     for path, array in imported(run).items():
         np.testing.assert_array_equal(np.asarray(array), weights[path], err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def run_of_another_stop(tmp_path_factory, weights):
+    """Imported; as in Kimi K2's files, what ends a document is the first stop token and what ends a message another."""
+    folder = tmp_path_factory.mktemp("stops")
+    model = dataclasses.replace(MODEL, eos_token_id=259, stop_token_ids=(258,))
+    export_model(InMemory(weights), SPECS, model, QuantConfig(grid="none"), folder / "checkpoint")
+    assert launch.main(["import", str(folder / "checkpoint"), "--run", str(folder / "run"), *SMALL]) == EXIT_DONE
+    return RunDir(folder / "run")
+
+
+def test_training_goes_on_from_an_import(run_of_another_stop, weights, tmp_path, capsys):
+    """The network comes with the weights, whatever the preset has; a longer context is set anew. At a rate of nearly zero
+    the weights stay; resuming takes the network from the run itself."""
+    source, run = run_of_another_stop, RunDir(tmp_path / "run")
+    command = ["train", "--preset", "tiny", "--run", str(run.path), "--train.init-from", str(source.path), *SMALL,
+               "--model.yarn-factor=4", "--model.max_position_embeddings", "16384", "--optim.lr", "1e-12",
+               "--optim.qk-clip-tau", "None", "--quant.grid", "none", "--train.seq-len", "64",
+               "--train.compute-dtype", "float32", "--data.task-length", "1", "2"]
+    assert launch.main([*command, "--train.steps", "1"]) == EXIT_DONE
+    model = run.load_config().model
+    assert model == dataclasses.replace(source.load_config().model, yarn_factor=4.0, max_position_embeddings=16384)
+    for path, array in imported(run.path).items():
+        if SPECS[path].update != "router_bias":
+            np.testing.assert_allclose(np.asarray(array), weights[path], atol=1e-9, err_msg=path)
+    assert launch.main([*command, "--train.steps", "1"]) == EXIT_DONE
+    assert "already trained to step 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--run", "IMPORTED"], "holds imported weights; name a new directory"),
+    (["--train.fork-from", "IMPORTED"], "no optimizer state; take them with --train.init-from"),
+    (["--train.init-from", "IMPORTED", "--model.hidden-size", "96"], "embed is [320, 96] here and [320, 64] in"),
+    (["--train.init-from", "IMPORTED", "--train.init_from", "x"], "--train.init-from is given twice")])
+def test_what_cannot_go_on_from_an_import(run_of_another_stop, tmp_path, capsys, flags, sentence):
+    flags = [str(run_of_another_stop.path) if word == "IMPORTED" else word for word in flags]
+    where = [] if "--run" in flags else ["--run", str(tmp_path / "run")]
+    assert launch.main(["train", *where, *flags, *SMALL]) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 def cut_off(directory):

@@ -15,11 +15,16 @@ import jax
 import numpy as np
 import pytest
 
-from configs.schema import ConfigError, MeshConfig
+from configs.schema import ConfigError, MeshConfig, QuantConfig
+from model.transformer import param_specs
+from quant.export import export_model
+from quant.source import InMemory
+from tests.train.conftest import small
 from train import processes
 from train.local import GRACE_SECONDS, parse
 from train.run_dir import RunDir
 from train.stop import EXIT_FAILED, EXIT_LOST, EXIT_STOPPED
+from train.weights import load_weights
 
 ROOT = Path(__file__).parents[2]
 # A constant rate, because other schedules depend on the number of steps, and a real run's: at the tiny preset's 5e-3 the
@@ -124,6 +129,21 @@ def test_a_checkpoint_moves_to_another_mesh(tmp_path):
     finished(start(moved, 30, "--on", "local:1x4", "--mesh.data", "1", "--mesh.expert", "4"))
     one, two = rows(stayed), rows(moved)
     np.testing.assert_allclose([x for x, _ in two.values()], [x for x, _ in one.values()], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_import(tmp_path):
+    """Each reads its part, and both write one checkpoint: the same weights as one process imports."""
+    model = small().model
+    specs = param_specs(model)
+    rng = np.random.default_rng(0)
+    arrays = {path: rng.standard_normal(spec.shape).astype(np.float32) for path, spec in specs.items()}
+    export_model(InMemory(arrays), specs, model, QuantConfig(grid="none"), tmp_path / "hf")
+    for name, extra in (("one", []), ("two", ["--on", "local:2", "--mesh.data", "1", "--mesh.fsdp", "2"])):
+        command = [sys.executable, "launch.py", "import", str(tmp_path / "hf"), "--run", str(tmp_path / name), *extra]
+        subprocess.run([*command, "--train.batch-size", "8"], cwd=ROOT, check=True)
+    one, two = (load_weights(f"{tmp_path / name}:bf16", dtype="float32").params for name in ("one", "two"))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
 @pytest.mark.slow

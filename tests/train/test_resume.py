@@ -18,9 +18,10 @@ from optim.build import build_optimizer
 from tests.train.conftest import small
 from train.checkpoint import CheckpointError, Checkpoints, fingerprint
 from train.held_out import Evaluator
-from train.loop import _require_same_dtypes, require_same_order, train
+from train.loop import train
 from train.run_dir import RunDir, differences
 from train.session import load_params, open_session
+from train.start import require_same_order, require_same_state
 from train.state import state_shardings
 from train.stop import EXIT_DONE, EXIT_STOPPED, StopSignal
 
@@ -192,7 +193,7 @@ def test_weights_are_read_in_the_dtype_they_were_saved_in(trained):
         np.testing.assert_array_equal(w, single[path].astype(w.dtype))
     assert {str(w.dtype) for w in double.values()} == {"bfloat16", "float32"}, "router biases stay float32"
     with pytest.raises(ConfigError, match="optim.master_dtype float32, not bfloat16.*--train.init-from"):
-        _require_same_dtypes(trained, half)
+        require_same_state(trained, half)
 
 
 def test_a_bucket_is_no_directory():

@@ -1,0 +1,111 @@
+"""What a run starts from: its own newest checkpoint, another run's state or weights, or new ones; and what must fit then."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+from rich.box import SIMPLE
+from rich.table import Table
+
+from configs.schema import ConfigError, RunConfig
+from data.pipeline import PLAN_VERSION, Data
+from model.transformer import param_specs
+from optim.build import check_state
+from optim.routing import routing_table
+from train import processes
+from train.checkpoint import Checkpoints
+from train.console import console
+from train.run_dir import RunDir, differences
+from train.session import Session, load_params, parse_source, say_passed_over
+from train.state import TrainState, as_teacher, initial_state, state_shardings
+
+
+def starting_state(session: Session, optimizer: Any, checkpoints: Checkpoints, run: RunDir) -> tuple[TrainState, int]:
+    """Restored, started from another run's weights, or new; says which."""
+    cfg = session.cfg
+    like = state_shardings(cfg, session.specs, optimizer, session.mesh)
+    if checkpoints.steps():
+        restored = checkpoints.restore(like)
+        say_passed_over(restored)
+        if processes.first():
+            checkpoints.set_aside(newer_than=restored.step)
+        check_state(restored.state.optimizer, session.specs, cfg.optim)
+        console.print(f"resuming {run.path} from step {restored.step} (fingerprints of all arrays agree)")
+        return restored.state, restored.step
+    if cfg.train.fork_from:
+        source, at = parse_source(cfg.train.fork_from)
+        require_same_state(source, cfg)
+        restored = Checkpoints(source.checkpoints).restore(dataclasses.replace(like, teacher={}), at)
+        say_passed_over(restored)
+        console.print(f"going on from {source.path} at step {restored.step}, whose first steps this run shares")
+        return taught(restored.state, session, like), restored.step
+    if cfg.quant.distill_weight and not cfg.train.init_from:
+        raise ConfigError("quant.distill_weight needs a teacher; name its run with --train.fork-from or --train.init-from")
+    if cfg.train.init_from:
+        source, at = parse_source(cfg.train.init_from)
+        _require_same_shapes(source, session)
+    console.print(routing(session))
+    state = initial_state(cfg, session.specs, optimizer, session.mesh)
+    if cfg.train.init_from:
+        params, at = load_params(session, source, at)
+        console.print(f"starting from the weights of {source.path} at step {at}")
+        state = taught(dataclasses.replace(state, params=params), session, like)
+    return state, 0
+
+
+def taught(state: TrainState, session: Session, like: TrainState) -> TrainState:
+    """The state with a copy of its own weights, as bf16 serves them, for a teacher; as it is in a run without one."""
+    if not like.teacher:
+        return state
+    copy = jax.jit(partial(as_teacher, cfg=session.cfg, specs=session.specs),
+                   out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like.teacher))
+    return dataclasses.replace(state, teacher=copy(state.params))
+
+
+def routing(session: Session) -> Table:
+    """Which rule updates which array, printed when a run begins."""
+    table = Table(box=SIMPLE)
+    for column in ("array", "shape", "matrices", "updated by", "Newton-Schulz", "scale"):
+        table.add_column(column)
+    for route in routing_table(session.specs, session.cfg.optim):
+        table.add_row(*route.cells())
+    return table
+
+
+def require_same_order(run: RunDir, facts: dict[str, Any], data: Data) -> None:
+    """ConfigError if a resumed run would see other rows than it was started with."""
+    version = facts.get("plan_version", 1)
+    if "plan_hash" in facts and version != PLAN_VERSION:
+        raise ConfigError(f"{run.path} was started with data plan {version}; this program has plan {PLAN_VERSION}, which puts "
+                          "rows in another order: finish the run with the program that started it, or go on from its "
+                          f"weights in a new directory with --train.init-from {run.path}")
+    if facts.get("plan_hash", data.plan_hash) != data.plan_hash:
+        raise ConfigError(f"the data of {run.path} has changed since it was started (plan {facts['plan_hash']} -> "
+                          f"{data.plan_hash}); put the files back, or name a new directory with --run")
+
+
+def require_same_state(source: RunDir, cfg: RunConfig) -> None:
+    """ConfigError if a forked run has another network than the one it shares its first steps with, or other dtypes."""
+    if source.load_facts().get("imported_from"):
+        raise ConfigError(f"{source.path} holds imported weights and no optimizer state; take them with --train.init-from")
+    changed = [d for d in differences(source.load_config(), cfg) if d.startswith("model.")]
+    if changed:
+        raise ConfigError(f"{source.path} holds another model ({'; '.join(changed)}), with which a fork shares its first steps; "
+                          "leave these fields out")
+    theirs = source.load_config().optim
+    for field in ("master_dtype", "momentum_dtype"):
+        if (there := getattr(theirs, field)) != (here := getattr(cfg.optim, field)):
+            raise ConfigError(f"{source.path} has optim.{field} {there}, not {here}, and a fork goes on with its state; set "
+                              f"--optim.{field.replace('_', '-')} {there}, or take its weights with --train.init-from")
+
+
+def _require_same_shapes(source: RunDir, session: Session) -> None:
+    """ConfigError if a run's weights have other shapes. What else its network has (positions, rope, ids) may be set anew."""
+    theirs = {path: list(spec.shape) for path, spec in param_specs(source.load_config().model).items()}
+    for path, spec in session.specs.items():
+        if (there := theirs.get(path, "missing")) != (here := list(spec.shape)):
+            raise ConfigError(f"{path} is {here} here and {there} in {source.path}; leave out the --model fields that change "
+                              "shapes: a run that starts from weights takes its network from there")
