@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from configs.schema import ConfigError
+from data.chat_template import FILE as TEMPLATE_FILE
+from data.chat_template import chat_template
 
 BOS, EOS, PAD, UNK, EOT = "[BOS]", "[EOS]", "[PAD]", "[UNK]", "[EOT]"
 IM_END, IM_MIDDLE = "<|im_end|>", "<|im_middle|>"
@@ -101,10 +103,10 @@ class Tokenizer(ABC):
         """Hash of everything that decides which ids a text gets."""
         return hashlib.sha256(json.dumps(self.tokenizer_json(), sort_keys=True).encode()).hexdigest()[:16]
 
-    def save(self, directory: str | Path, system: str | None = None) -> None:
+    def save(self, directory: str | Path, system: str | None = None, mode: str = "interleaved") -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, as transformers and llama.cpp read them.
 
-        `system` is the system message that the template inserts when a conversation brings none.
+        system, mode   data.system, which the template inserts when a conversation brings none, and data.mode
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -113,12 +115,9 @@ class Tokenizer(ABC):
             "unk_token": UNK, "add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False,
             "model_max_length": 1 << 30,
         }
-        template = (Path(__file__).parent / "chat_template.jinja").read_text()
-        if system is not None:
-            template = f"{{%- set default_system = {json.dumps(system, ensure_ascii=False)} -%}}\n" + template
         (directory / "tokenizer.json").write_text(json.dumps(self.tokenizer_json(), ensure_ascii=False, indent=1))
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
-        (directory / "chat_template.jinja").write_text(template)
+        (directory / TEMPLATE_FILE).write_text(chat_template(system, mode), encoding="utf-8")
 
 
 def added_tokens(special: dict[str, int]) -> list[dict]:

@@ -107,7 +107,8 @@ def _converse(weights: Weights, decoder: Decoder, episode: Episode, limits: Limi
     for message in episode.messages:
         screen.message(message)
     context = None if limits.context is None else limits.context - limits.reply
-    run_episodes(reply, KimiRenderer(weights.tokenizer), [episode], limits.replies, context=context, watch=screen.message)
+    run_episodes(reply, KimiRenderer(weights.tokenizer, weights.system), [episode], limits.replies, weights.mode, context,
+                 screen.message)
     for failure in episode.failures:
         console.print(f"stopped: {failure}", style="red", markup=False)
     if episode.stopped == "limit":

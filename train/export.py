@@ -64,13 +64,14 @@ def _stored(session: Session, run: RunDir, step: int | None) -> Restored:
 
 
 class _TokenizerFiles:
-    """The run's tokenizer with the run's system message in its chat template."""
+    """The run's tokenizer with the run's system message and mode in its chat template."""
 
     def __init__(self, session: Session):
         self.session = session
 
     def save(self, directory: Path) -> None:
-        self.session.tokenizer.save(directory, system=self.session.cfg.data.system)
+        data = self.session.cfg.data
+        self.session.tokenizer.save(directory, data.system, data.mode)
 
 
 def _export_gguf(run: RunDir, source: str, out: Path) -> int:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from configs.param_spec import ParamSpec, Specs
 from configs.schema import ConfigError, RunConfig, require
+from data.chat_template import template_settings
 from quant.importer import Imported
 from quant.read_config import read_config
 from quant.tensor_file import Checkpoint
@@ -58,8 +59,9 @@ def import_checkpoint(sources: Sequence[Path], base: RunConfig, preset: str, run
     """Read a bf16, f32 or INT4 pack-quantized checkpoint of the DeepSeek-V3 family into a new run directory: a
     directory, or a list of its files with config.json among them.
 
-    Network and grid come from the files, all else from `base`, the preset of this name. Weights are read block by block,
-    straight into the mesh's sharding. Everything is checked before anything is written.
+    Network and grid come from the files, and data.system and data.mode where an exported chat template sets them; all else is
+    `base`'s, the preset of this name. Weights are read block by block, straight into the mesh's sharding. Everything is
+    checked before anything is written.
     """
     with one_directory(sources) as directory:
         return _import(directory, ", ".join(map(str, sources)), base, preset, run)
@@ -95,7 +97,7 @@ def _import(directory: Path, named: str, base: RunConfig, preset: str, run: RunD
     beside = tokenizer_file(directory)
     tokenizer = str(Path(beside).resolve()) if beside else base.data.tokenizer  # links do not outlive the import
     cfg = dataclasses.replace(base, model=found.model, quant=found.quant,
-                              data=dataclasses.replace(base.data, tokenizer=tokenizer))
+                              data=dataclasses.replace(base.data, tokenizer=tokenizer, **template_settings(directory)))
     session = open_session(cfg)
     files = Imported(directory, session.specs, prefix=found.prefix, for_training=found.quant.grid != "none")
     shardings = param_shardings(session.specs, session.mesh)

@@ -12,6 +12,8 @@ from jaxtyping import Array
 
 from configs.platforms import platform_of
 from configs.schema import ConfigError, ModelConfig
+from data.chat_template import template_settings
+from data.render import Mode
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.decode.generate import Decoder
 from model.decode.sampling import GREEDY, Sampling
@@ -31,7 +33,7 @@ KINDS = ("bf16", "int4", *BASELINES)
 @dataclass(frozen=True)
 class Weights:
     """What a forward pass needs; `params` are as served (model/decode/served_params.py), so nothing is rounded again. Experts may
-    be an Int4Weight (quant/resident.py)."""
+    be an Int4Weight (quant/resident.py). `system` and `mode` are those of the conversations it was trained on."""
 
     name: str
     model: ModelConfig
@@ -39,6 +41,8 @@ class Weights:
     tokenizer: Tokenizer
     dtype: str
     platform: str
+    system: str | None = None
+    mode: Mode = "interleaved"
 
     def decoder(self, rows: int, sampling: Sampling = GREEDY, positions: int = 0) -> Decoder:
         """Rows that go on with these weights."""
@@ -82,7 +86,8 @@ def _from_run(source: str, where: str, kind: str | None, dtype: str | None) -> W
             console.print(f"{source}: {note}", markup=False)
     serving = Serving(cfg.model.dtype, trained if kind == "int4" else "none", cfg.quant.group_size)
     served = serve(params, session.specs, serving, 1.0, session.compute_dtype)
-    return Weights(source, cfg.model, served, session.tokenizer, session.compute_dtype, session.platform)
+    return Weights(source, cfg.model, served, session.tokenizer, session.compute_dtype, session.platform, cfg.data.system,
+                   cfg.data.mode)
 
 
 def load_export(directory: Path, dtype: str | None = None, packed: bool | None = False) -> Weights:
@@ -102,7 +107,7 @@ def load_export(directory: Path, dtype: str | None = None, packed: bool | None =
     params = {path: jnp.asarray(files.region(path)) for path in dense}
     served = serve(params, dense, Serving(config.model.dtype, "none"), 0.0, dtype) | at_four_bits
     return Weights(str(directory), config.model, served, _tokenizer(directory, config.model), dtype,
-                   platform_of(jax.devices()[0]))
+                   platform_of(jax.devices()[0]), **template_settings(directory))
 
 
 def tokenizer_file(directory: Path) -> str | None:

@@ -7,6 +7,7 @@ import pytest
 import tokenizers
 
 from configs.schema import ConfigError, ModelConfig
+from data.chat_template import template_settings
 from data.tokenizer import SPECIAL_NAMES, load_tokenizer
 
 TEXTS = ["", "plain", "ÄÖ 漢字 🙂\n\t", "<|im_end|>[EOS]</think>", "".join(map(chr, range(1, 300)))]
@@ -45,6 +46,18 @@ def test_saved_file_means_the_same_to_hugging_face(tmp_path):
         assert theirs.encode(f"a{name}b").ids == [97, tok.special[name], 98]
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == "<|im_end|>"
     assert 'default_system = "You are \\"small\\"."' in (tmp_path / "chat_template.jinja").read_text()
+
+
+@pytest.mark.parametrize("system", [None, "", 'quick" -%}\n{%- set x = "', "\u2028 ü \\n"])
+@pytest.mark.parametrize("mode, thoughts", [("interleaved", {}), ("last_segment", {}), ("preserved", {"mode": "preserved"})])
+def test_a_saved_template_says_how_it_was_trained(tmp_path, system, mode, thoughts):
+    load_tokenizer("bytes").save(tmp_path, system, mode)
+    assert template_settings(tmp_path) == ({} if system is None else {"system": system}) | thoughts
+    (tmp_path / "chat_template.jinja").write_text('{%- set default_system = "\\x" -%}\n')
+    with pytest.raises(ConfigError, match="chat_template.jinja: default_system in the first line is no JSON text"):
+        template_settings(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    assert template_settings(tmp_path) == {}
 
 
 def test_missing_file_is_one_sentence():

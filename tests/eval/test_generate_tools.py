@@ -21,8 +21,8 @@ class Script:
 
     tokenizer, model = TOKENIZER, ModelConfig(max_position_embeddings=500)
 
-    def __init__(self, rows):
-        self.rows, self.budgets = rows, []
+    def __init__(self, rows, system, mode):
+        self.rows, self.system, self.mode, self.budgets = rows, system, mode, []
 
     def decoder(self, rows, sampling):
         return self
@@ -44,9 +44,10 @@ def screen(monkeypatch):
     return out
 
 
-def talk(monkeypatch, problem, **limits):
-    rows = [row.ids for row in KimiRenderer(TOKENIZER).rows(problem.messages, problem.tools)]
-    script = Script(rows)
+def talk(monkeypatch, problem, system=None, mode="interleaved", **limits):
+    """Every prompt has to be the beginning of a row that was trained with this system message and mode."""
+    rows = [row.ids for row in KimiRenderer(TOKENIZER, system).rows(problem.messages, problem.tools, mode)]
+    script = Script(rows, system, mode)
     monkeypatch.setattr(chat, "load_weights", lambda source: script)
     monkeypatch.setattr(chat, "make_problem", lambda *args, **kwargs: problem)
     assert chat.generate("W", "", raw=False, task="pointer_chase", length=3, tools=(), limits=chat.Limits(**limits),
@@ -67,6 +68,14 @@ def test_a_tool_loop_on_the_screen(monkeypatch, screen):
             "then 1.0 tokens/s") in shown
     assert "28 thinking + 5 answer" in shown  # three keys of 6, `=` and a digit, 8 marks; a digit and 4 ends of message
     assert f"right: the answer is {problem.answer}" in shown
+
+
+@pytest.mark.parametrize("system", [None, "You are exact."])
+@pytest.mark.parametrize("mode", ["interleaved", "preserved", "last_segment"])
+def test_weights_are_asked_as_they_were_trained(monkeypatch, screen, system, mode):
+    problem = make_problem("dict_sum", 0, 0, 1 if mode == "last_segment" else 4)
+    talk(monkeypatch, problem, system, mode)
+    assert f"right: the answer is {problem.answer}" in screen.getvalue()
 
 
 def test_the_budget_of_thoughts_is_for_the_whole_conversation(monkeypatch, screen):

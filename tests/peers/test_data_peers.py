@@ -15,16 +15,21 @@ CASES = [json.loads(line) for line in
          (Path(__file__).parents[1] / "data" / "golden_prompts.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module", params=[None, "You are small, \"quick\"\nand exact."])
+SYSTEM = "You are small, \"quick\"\nand exact."
+
+
+@pytest.fixture(scope="module", params=[(None, "interleaved"), (SYSTEM, "interleaved"), (SYSTEM, "preserved"),
+                                        (None, "preserved")])
 def saved(request, tmp_path_factory):
-    """(transformers' tokenizer of a saved folder, our renderer with the same default system message)."""
+    """(transformers' tokenizer of a saved folder, our renderer with the same default system message, the mode)."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    OURS.save(folder, system=request.param)
-    return AutoTokenizer.from_pretrained(folder), KimiRenderer(OURS, system=request.param)
+    system, mode = request.param
+    OURS.save(folder, system, mode)
+    return AutoTokenizer.from_pretrained(folder), KimiRenderer(OURS, system), mode
 
 
 def test_special_tokens_and_text(saved):
-    theirs, _ = saved
+    theirs, *_ = saved
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (OURS.bos_id, OURS.eos_id, OURS.pad_id)
     assert {name: theirs.convert_tokens_to_ids(name) for name in SPECIAL_NAMES} == OURS.special
     for text in ("plain", " ÄÖ 漢字 🙂\n\n\t x", ""):
@@ -34,13 +39,13 @@ def test_special_tokens_and_text(saved):
 
 
 def test_chat_template_writes_what_the_renderer_writes(saved):
-    theirs, renderer = saved
+    theirs, renderer, mode = saved
     compared = 0
     for case in CASES:
         messages = case["messages"][case["messages"][0]["role"] == "system":]
         if not messages:
             continue
-        prompt = renderer.prompt(messages, case["tools"])
+        prompt = renderer.prompt(messages, case["tools"], mode)
         text = theirs.apply_chat_template(messages, tools=case["tools"] or None, tokenize=False,
                                           add_generation_prompt=True)
         assert text == OURS.decode(prompt)
@@ -51,9 +56,9 @@ def test_chat_template_writes_what_the_renderer_writes(saved):
 @pytest.mark.parametrize("task", TASKS)
 def test_chat_template_gives_the_ids_of_training_rows(saved, task):
     """Live steps of a problem through transformers are prefixes of the training row, token for token."""
-    theirs, renderer = saved
+    theirs, renderer, mode = saved
     problem = make_problem(task, 0, 0, 4)
-    rows = iter(renderer.rows(problem.messages, problem.tools))
+    rows = iter(renderer.rows(problem.messages, problem.tools, mode))
     row = next(rows)
     for index, message in enumerate(problem.messages):
         if message["role"] != "assistant":

@@ -10,6 +10,7 @@ import pytest
 
 import launch
 from configs.schema import MeshConfig, ModelConfig, QuantConfig
+from data.tokenizer import load_tokenizer
 from model.transformer import param_specs
 from quant.export import export_model
 from quant.importer import Imported
@@ -57,6 +58,20 @@ def test_files_from_two_directories_are_one_checkpoint(checkpoint, weights, tmp_
     for path, array in imported(run).items():
         np.testing.assert_array_equal(np.asarray(array), weights[path], err_msg=path)
     assert str(files[0]) in RunDir(run).load_facts()["imported_from"]
+
+
+def test_system_message_and_mode_travel_with_the_weights(checkpoint, tmp_path):
+    """From an exported directory into a run, and to whoever asks either; a directory that says nothing leaves it to the
+    settings."""
+    run, settings = tmp_path / "run", ["--data.system", "mine", "--data.mode", "preserved"]
+    assert launch.main(["import", str(checkpoint), "--run", str(tmp_path / "plain"), *SMALL, *settings]) == EXIT_DONE
+    told = shutil.copytree(checkpoint, tmp_path / "told")
+    load_tokenizer("bytes").save(told, "Be brief.", "preserved")
+    assert launch.main(["import", str(told), "--run", str(run), *SMALL]) == EXIT_DONE
+    for source, system, mode in ((checkpoint, None, "interleaved"), (tmp_path / "plain", "mine", "preserved"),
+                                 (told, "Be brief.", "preserved"), (run, "Be brief.", "preserved")):
+        weights = load_weights(f"{source}:bf16", dtype="float32")
+        assert (weights.system, weights.mode) == (system, mode)
 
 
 def test_a_mesh_gets_its_parts_one_by_one(checkpoint, weights, tmp_path, monkeypatch):
