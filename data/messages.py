@@ -59,7 +59,9 @@ def conversation(row: dict[str, Any]) -> Conversation:
             raise RowError(f"message {reader.number}: {error}") from None
     if not any(message["role"] == "assistant" for message in reader.messages):
         raise RowError("has no assistant message to learn from")
-    tools = _tools(row.get("tools"))
+    if reader.waiting and reader.messages[-1]["role"] == "tool":
+        raise RowError(f"ends before the result of call {next(iter(reader.waiting))!r}")
+    tools = _tools(row.get("tools") or row.get("functions"))
     return Conversation(reader.messages, tools, [*reader.remarks, *_declared(reader.called, tools)])
 
 
@@ -90,9 +92,9 @@ def _name(body: Message, field: str) -> str | None:
 def _tools(given: str | list | None) -> list[dict]:
     if isinstance(given, str):
         try:
-            given = json.loads(given) if given.strip() else []
-        except json.JSONDecodeError as error:
-            raise RowError(f"tools are not JSON: {error.msg}") from None
+            given = _read_json(given) if given.strip() else []
+        except ValueError as error:
+            raise RowError(f"tools are not JSON: {error}") from None
     if given is None:
         return []
     if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
@@ -191,7 +193,7 @@ class _Reader:
             raise RowError(f"arguments of {function['name']} are not a JSON object: {str(given)[:60]}")
         text = arguments_text(given)
         try:
-            parsed = json.loads(text, parse_constant=_no_constant)
+            parsed = _read_json(text)
         except ValueError:
             raise RowError(f"arguments of {function['name']} are not JSON: {text[:60]}") from None
         if not isinstance(parsed, dict):
@@ -210,20 +212,29 @@ class _Reader:
         """A message that is a call: its value is one, or a list of them, as JSON."""
         value = _given(message)
         try:
-            value = value if isinstance(value, (dict, list)) else json.loads(value)
-        except (json.JSONDecodeError, TypeError):
+            value = value if isinstance(value, (dict, list)) else _read_json(value)
+        except (ValueError, TypeError):
             raise RowError(f"{message.get('role', message.get('from'))} is not JSON") from None
         calls = value if isinstance(value, list) else [value]
         return message | {"value": "", "content": "", "tool_calls": [{"function": call} for call in calls]}
 
     def _result(self, body: Message, content: str) -> None:
-        theirs = _name(body, "tool_call_id") or next(iter(self.waiting), None)
-        if theirs not in self.waiting:
-            raise RowError("is a tool result without a call before it (calls are read from fields, not from text)"
-                           if not theirs else f"is a second result of call {theirs!r}" if theirs in self.seen_ids
-                           else f"is the result of {theirs!r}, which no call before it waits for")
-        ours, name = self.waiting.pop(theirs)
+        ours, name = self.waiting.pop(self._awaited(body))
         self._append("tool", body, content, tool_call_id=ours, name=_name(body, "name") or name)
+
+    def _awaited(self, body: Message) -> str:
+        """The waiting call that a result is of, by its id in the row; where the result has none, the first of the function
+        that it names, or the first of all."""
+        theirs, function = _name(body, "tool_call_id"), _name(body, "name")
+        if theirs is None:
+            theirs = next((call for call, (_, name) in self.waiting.items() if function in (None, name)), None)
+        if theirs in self.waiting:
+            return theirs
+        if theirs in self.seen_ids:
+            raise RowError(f"is a second result of call {theirs!r}")
+        if theirs or self.waiting:
+            raise RowError(f"is the result of {theirs or function!r}, which no call before it waits for")
+        raise RowError("is a tool result without a call before it (calls are read from fields, not from text)")
 
 
 def _switched_off(body: Message) -> bool:
@@ -263,10 +274,18 @@ def _tagged(message: Message, tag: re.Pattern) -> list[str]:
 def _calls_from_tags(message: Message) -> Message:
     """A ShareGPT turn with its tagged calls as tool_calls."""
     try:
-        calls = [{"function": json.loads(text)} for text in _tagged(message, CALL_TAG)]
-    except json.JSONDecodeError:
+        calls = [{"function": _read_json(text)} for text in _tagged(message, CALL_TAG)]
+    except ValueError:
         raise RowError("a <tool_call> does not hold JSON") from None
     return message | {"value": CALL_TAG.sub("", message["value"]).strip(), "tool_calls": calls} if calls else message
+
+
+def _read_json(text: str) -> Any:
+    """The value. ValueError for what is no JSON, NaN included, and for numbers too long and brackets too deep to read."""
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
 
 
 def _no_constant(name: str) -> None:
@@ -279,15 +298,16 @@ def _legacy_call(body: Message) -> list[dict]:
 
 
 def _thoughts(body: Message, content: str) -> tuple[str, str]:
-    """(thoughts, content) of an assistant message; thoughts may also stand in tags at the start of the content."""
-    given = next((body[name] for name in THOUGHT_FIELDS if body.get(name)), None)
-    if given is not None:
-        if not isinstance(given, str):
-            raise RowError(f"thoughts are {type(given).__name__}, not text")
-        return given, content
+    """(thoughts, content) of an assistant message; thoughts may also stand in tags at the start of the content, there alone
+    or a second time."""
+    given = next((body[name] for name in THOUGHT_FIELDS if body.get(name)), "")
+    if not isinstance(given, str):
+        raise RowError(f"thoughts are {type(given).__name__}, not text")
     if not content.lstrip().startswith(THINK):
-        return "", content
+        return given, content
     thoughts, closed, rest = content.lstrip()[len(THINK):].partition(THINK_END)
     if not closed:
         raise RowError(f"opens {THINK} and does not close it")
-    return thoughts.strip("\n"), rest.lstrip("\n")
+    if given and thoughts.strip() not in ("", given.strip()):
+        raise RowError(f"has thoughts in a field and other ones between {THINK} and {THINK_END}")
+    return given or thoughts.strip("\n"), rest.lstrip("\n")

@@ -35,9 +35,10 @@ TASK_VALIDATION_BATCHES = 8
 """Held-out batches of an endless task when the run asks for all."""
 HELDOUT_SEED = 0
 """Held-out batches are the same for every data.seed, so that runs can be compared."""
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 """Of the order of rows; a run goes on only with the one it was started with. 2: data/packing.py:completed; larger windows
-of built-in problems."""
+of built-in problems. 3: results without ids go to the call of their function; `functions` are declared; thoughts that stand
+twice are trained once."""
 
 
 def assemble(rows: list[list[Piece]], seq_len: int, pad_id: int) -> Batch:

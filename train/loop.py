@@ -134,6 +134,9 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
     if data.account.rejected and processes.first():
         run.left_out.write_text("\n".join(data.account.rejected) + "\n")
         console.print(f"[yellow]{len(data.account.rejected)} rows are left out[/]: {run.left_out} names each and says why")
+    if data.account.remarks and processes.first():
+        console.print(f"[yellow]{len(data.account.remarks)} remarks on conversations that are trained[/]: `launch.py data` with "
+                      "the same settings shows them")
     console.print(f"run {run.path} (config {config_hash(cfg)}), data: "
                   + ", ".join(f"{k} {v}" for k, v in data.describe().items()))
     if cfg.quant.grid != "none":

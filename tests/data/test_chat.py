@@ -50,6 +50,34 @@ def test_openai_calls_are_renumbered_and_results_follow():
     assert not conversation(row | {"tools": tools}).remarks
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (1, 0, 2)])
+def test_results_without_ids_go_to_the_call_of_their_function(order):
+    """Two calls of one function among three: the first one waiting gets the first result."""
+    calls = [called("get", {"key": "a"}, None), called("put", {"key": "b"}, None), called("get", {"key": "c"}, None)]
+    results = [{"role": "tool", "name": name, "content": name + str(at)} for at, name in enumerate(("get", "put", "get"))]
+    made = conversation(openai({"role": "assistant", "tool_calls": calls}, *(results[i] for i in order), ANSWER)).messages
+    found = {m["tool_call_id"]: m["content"] for m in made if m["role"] == "tool"}
+    first, second = ("get0", "get2") if order.index(0) < order.index(2) else ("get2", "get0")
+    assert found == {"functions.get:0": first, "functions.put:1": "put1", "functions.get:2": second}
+
+
+def test_thoughts_that_stand_twice_are_trained_once():
+    for content in ("<think>\nhm\n</think>\n\nyes", "<think></think>yes", "yes"):
+        made = conversation(openai({"role": "assistant", "reasoning_content": "hm\n", "content": content})).messages[1]
+        assert made == {"role": "assistant", "reasoning_content": "hm\n", "content": "yes"}
+
+
+def test_a_conversation_may_end_with_its_calls():
+    """It teaches them. With half of their results it would teach to go on without the rest."""
+    calls = {"role": "assistant", "tool_calls": [called(), called(call_id="call_y")]}
+    tokenizer = load_tokenizer("bytes")
+    (row,) = KimiRenderer(tokenizer).rows(conversation(openai(calls)).messages)
+    trained = [i for i, weight in zip(row.ids, row.weights) if weight]
+    assert trained.count(tokenizer.special["<|tool_call_begin|>"]) == 2 and trained[-1] == tokenizer.eos_id
+    with pytest.raises(RowError, match="ends before the result of call 'call_y'"):
+        conversation(openai(calls, {"role": "tool", "tool_call_id": "call_x", "content": "1"}))
+
+
 def test_sharegpt():
     row = {"conversations": [
         {"from": "system", "value": "s"}, {"from": "human", "value": "q"},
@@ -65,7 +93,8 @@ def test_sharegpt():
 
 
 def test_older_and_wider_forms():
-    """OpenAI's single function_call, a system text beside the messages, declarations without their wrapper."""
+    """OpenAI's single function_call, a system text beside the messages, declarations without their wrapper or under their
+    older name."""
     row = {"system": "s", "tools": '[{"name": "add", "parameters": {}}]', "messages": [
         {"role": "user", "content": "q"},
         {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}},
@@ -76,6 +105,8 @@ def test_older_and_wider_forms():
         {"role": "assistant", "content": "", "tool_calls": [called(call_id="functions.add:0")]},
         {"role": "tool", "content": "1", "tool_call_id": "functions.add:0", "name": "add"}]
     assert talk.tools == [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    older = {"messages": row["messages"], "functions": [{"name": "add", "parameters": {}}]}
+    assert conversation(older).tools == talk.tools and not conversation(older).remarks
     own = [{"role": "system", "content": "own"}, *row["messages"]]
     assert [m["content"] for m in conversation(row | {"messages": own}).messages][:2] == ["own", "q"]
 
@@ -152,16 +183,23 @@ ANSWER = {"role": "assistant", "content": "a"}
     (openai({"role": "assistant", "content": [{"type": "image_url"}]}), "a part of type image_url, which is not text"),
     (openai({"role": "tool", "content": "1", "tool_call_id": "c"}, ANSWER), "message 2: is the result of 'c'"),
     (openai({"role": "tool", "content": "1"}, ANSWER), "message 2: is a tool result without a call"),
+    (openai({"role": "assistant", "tool_calls": [called()]}, {"role": "tool", "content": "1", "name": "mul"}),
+     "message 3: is the result of 'mul', which no call before it waits for"),
     (openai({"role": "assistant", "tool_calls": [called(), called()]}), "call id 'call_x' is used twice"),
     (openai({"role": "assistant", "tool_calls": [called()]}, ANSWER), "message 3: comes before the result of call"),
     (openai({"role": "assistant", "tool_calls": [called(arguments="{a: 1}")]}), "arguments of add are not JSON: {a"),
     (openai({"role": "assistant", "tool_calls": [called(arguments='{"a": NaN}')]}), "arguments of add are not JSON"),
     (openai({"role": "assistant", "tool_calls": [called(arguments="[1]")]}), "arguments of add are not a JSON object"),
+    (openai({"role": "assistant", "tool_calls": [called(arguments='{"a":' + "[" * 10**5)]}), "arguments of add are not JSON"),
+    (openai({"role": "assistant", "tool_calls": [called(arguments='{"a":' + "9" * 5000)]}), "arguments of add are not JSON"),
     (openai({"role": "assistant", "tool_calls": [{"id": "x"}]}), "no function name"),
     (openai({"role": "assistant", "content": "<think>a"}), "opens <think> and does not close"),
     (openai({"role": "assistant", "content": "", "reasoning_content": ["a"]}), "thoughts are list"),
+    (openai({"role": "assistant", "content": "<think>b</think>", "reasoning_content": "a"}), "thoughts in a field and other"),
+    (openai({"role": "assistant", "content": "<think>a", "reasoning_content": "a"}), "opens <think> and does not close"),
     ({"conversations": [{"from": "function_call", "value": "add(1)"}]}, "function_call is not JSON"),
     (openai(ANSWER) | {"tools": "{"}, "tools are not JSON"),
+    (openai(ANSWER) | {"tools": "[" * 10**5}, "tools are not JSON: brackets are nested too deeply"),
     (openai(ANSWER) | {"tools": {"a": 1}}, "tools must be a list"),
 ])
 def test_bad_rows(row, words):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import launch
+import train.loop as loop
 from configs.presets import preset
 from data.messages import ROLES
 from data.tasks import make_problem
@@ -52,6 +53,20 @@ def test_it_starts_from_the_pretrained_weights(trained, chats, tmp_path):
     assert (step, at, int(state.step)) == (0, 20, 0)
     for path in session.specs:
         np.testing.assert_array_equal(before[path], state.params[path], err_msg=path)
+
+
+def test_what_is_odd_about_rows_is_said_when_a_run_begins(tmp_path, monkeypatch, capsys):
+    """Remarks by their number, left-out rows by name. Nothing is trained here."""
+    messages = make_problem("pointer_chase", 0, 0, 1, "train").messages
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(map(json.dumps, [{"messages": messages}, {"messages": messages}, {"messages": []}])))
+    monkeypatch.setattr(loop, "starting_state", lambda machine, checkpoints, run: (None, 0))
+    monkeypatch.setattr(loop, "run_steps", lambda machine, data, state, step, *rest: (state, step))
+    run = RunDir(tmp_path / "run")
+    assert train(tuned(RunDir(tmp_path / "none"), path), run) == EXIT_DONE
+    printed = capsys.readouterr().out
+    assert "2 remarks on conversations that are trained: `launch.py data` with the same settings shows them" in printed
+    assert "1 rows are left out" in printed and "line 3 has no messages" in run.left_out.read_text()
 
 
 @pytest.mark.slow
