@@ -28,6 +28,9 @@ SPELLINGS = {tok.CALLS_BEGIN.replace("calls", "call"): tok.CALLS_BEGIN,
              tok.CALLS_END.replace("calls", "call"): tok.CALLS_END}
 """The singular spelling of the section marks that models sometimes write out."""
 
+DEEPEST = 100
+"""Levels of nesting in arguments that are run. How many Python's own functions bear depends on who calls them."""
+
 
 @dataclass
 class Reply:
@@ -161,7 +164,17 @@ def json_object_error(text: str) -> str | None:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         return f"are not JSON ({error.msg}): {text[:60]}"
-    return None if isinstance(value, dict) else f"are not a JSON object: {text[:60]}"
+    except (ValueError, RecursionError):
+        return f"hold a number too long or brackets too deep to read: {text[:60]}"
+    if not isinstance(value, dict):
+        return f"are not a JSON object: {text[:60]}"
+    return f"are nested more than {DEEPEST} deep: {text[:60]}" if _deeper(value, DEEPEST) else None
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects stand in each other more than `levels` times."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is not None and (levels == 0 or any(_deeper(each, levels - 1) for each in inner))
 
 
 def parse_conversation(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[list[Message], list[dict]]:

@@ -44,21 +44,25 @@ class Tool:
 def tool(function: Callable[..., object], name: str | None = None) -> Tool:
     """A Tool from a Python function: name, first docstring line, argument names and types.
 
-    ConfigError when an argument has no annotation, or one that JSON has no word for.
+    ConfigError when an argument has no annotation, or one that JSON has no word for, or Python does not know them.
     """
     properties, required = {}, []
-    signature = inspect.signature(function, eval_str=True)
+    name = name or getattr(function, "__name__", type(function).__name__)
+    try:
+        signature = inspect.signature(function, eval_str=True)
+    except Exception as error:  # noqa: BLE001  annotations are the user's code, and functions of C may have none
+        raise ConfigError(f"tool {name}: {error}; give an annotated Python function") from None
     for argument in signature.parameters.values():
         kind = JSON_TYPES.get(argument.annotation)
         if kind is None:
-            raise ConfigError(f"tool {function.__name__}: annotate {argument.name} with one of "
+            raise ConfigError(f"tool {name}: annotate {argument.name} with one of "
                               f"{', '.join(t.__name__ for t in JSON_TYPES)}")
         properties[argument.name] = {"type": kind}
         if argument.default is inspect.Parameter.empty:
             required.append(argument.name)
     schema = {"type": "object", "properties": properties, "required": required}
     description = (inspect.getdoc(function) or "").partition("\n")[0]
-    return Tool(name or function.__name__, description, schema, function)
+    return Tool(name, description, schema, function)
 
 
 def tools_from_file(path: str | Path) -> list[Tool]:
@@ -84,7 +88,7 @@ def tool_from_module(module: str, function: str) -> Tool:
         sys.path.append(str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001  the module is the user's code
         raise ConfigError(f"--tools {module}:{function}: {error}") from None
     if not callable(found):
         raise ConfigError(f"--tools {module}:{function} is {type(found).__name__}, not a function")
@@ -155,9 +159,10 @@ class Toolbox:
         return [t.declaration for t in self.tools.values()]
 
     def results(self, message: Message) -> list[Message]:
-        """One tool message for each call of an assistant message, in order."""
-        return [{"role": "tool", "content": self._run(call["function"]), "tool_call_id": call["id"],
-                 "name": call["function"]["name"]} for call in message.get("tool_calls", ())]
+        """One tool message for each call of an assistant message, in order. Half a surrogate pair, which arguments in JSON
+        can spell, becomes a question mark as in tokenizers."""
+        return [{"role": "tool", "content": self._run(call["function"]).encode("utf-8", "replace").decode(),
+                 "tool_call_id": call["id"], "name": call["function"]["name"]} for call in message.get("tool_calls", ())]
 
     def _run(self, function: dict[str, str]) -> str:
         self.counts.made += 1
@@ -188,16 +193,28 @@ OPERATORS: dict[type, Callable] = {ast.Add: operator.add, ast.Sub: operator.sub,
                                    ast.USub: operator.neg, ast.UAdd: operator.pos}
 
 
+DIGITS = 1000
+"""Of the longest number that is computed with: exact numbers have no bound of their own, and 1e999999999 is soon written."""
+
+
 def exact(expression: str) -> Fraction:
-    """Value of + - * / // % and parentheses over decimal numbers, exactly. ValueError for anything else."""
+    """Value of + - * / // % and parentheses over decimal numbers, exactly. ValueError for anything else, and where a number
+    has more than `DIGITS` digits."""
     def value(node: ast.AST) -> Fraction:
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-            return Fraction(Decimal(ast.get_source_segment(text, node).replace("_", "")))
+            return bounded(Decimal(ast.get_source_segment(text, node).replace("_", "")))
         if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-            return Fraction(OPERATORS[type(node.op)](value(node.left), value(node.right)))
+            return bounded(OPERATORS[type(node.op)](value(node.left), value(node.right)))
         if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
             return OPERATORS[type(node.op)](value(node.operand))
         raise ValueError(f"cannot compute {expression}")
+
+    def bounded(number: Decimal | Fraction | int) -> Fraction:
+        if not (isinstance(number, Decimal) and abs(number.adjusted()) > DIGITS):
+            number = Fraction(number)
+            if max(abs(number.numerator), number.denominator) < 10**DIGITS:
+                return number
+        raise ValueError(f"cannot compute {expression}: a number has more than {DIGITS} digits")
 
     text = expression.strip()
     try:

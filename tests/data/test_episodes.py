@@ -11,7 +11,7 @@ from data.problem import check, right_steps
 from data.render import KimiRenderer
 from data.tasks import TASKS, make_problem
 from data.tokenizer import load_tokenizer
-from data.tools import Toolbox, arguments_error, calculator, call, exact, key_value, tool, tools_from_file
+from data.tools import Toolbox, arguments_error, calculator, call, decimal_text, exact, key_value, tool, tools_from_file
 
 RENDERER = KimiRenderer(load_tokenizer("bytes"))
 
@@ -114,7 +114,9 @@ def test_calculator_is_exact_and_harmless():
     asked = {"role": "assistant", "tool_calls": [call(0, "calculate", expression="0.1+0.2")]}
     assert Toolbox([calculator()]).results(asked)[0]["content"] == "0.3"
     assert exact("2*(3-4)//2 % 7") == 6 and exact("-.5") * 2 == -1
-    for wrong in ("1/0", "__import__('os')", "2**9999999", "a", "1+", "'a'*9", "1 if 1 else 2", "(" * 500):
+    assert decimal_text(exact("1e999 / 1e999 + 1e-999 * 1e999")) == "2"
+    for wrong in ("1/0", "__import__('os')", "2**9999999", "a", "1+", "'a'*9", "1 if 1 else 2", "(" * 500, "1e999999999",
+                  "1e-999999999", "0e999999999", "*".join(["1e99"] * 11), "9" * 5000):
         with pytest.raises(ValueError, match="cannot compute"):
             exact(wrong)
 
@@ -122,11 +124,11 @@ def test_calculator_is_exact_and_harmless():
 def test_what_goes_wrong_becomes_the_result():
     box = Toolbox(key_value({"a": "1"}))
     calls = [call(0, "get", key="a"), call(1, "get", key="b"), call(2, "get"), call(3, "got", key="a"),
-             call(4, "put", key="c", value=3), call(5, "put", key="b", value="2"), call(6, "get", key="b")]
+             call(4, "put", key="c", value=3), call(5, "put", key="b", value="\ud8002"), call(6, "get", key="b")]
     results = box.results({"role": "assistant", "tool_calls": calls})
     assert [r["content"] for r in results] == [
         "1", "error: 'no key b'", "error: key is missing", "error: no tool got; there are get, put",
-        "error: value is integer, not string", "ok", "2"]
+        "error: value is integer, not string", "ok", "?2"]
     assert [r["tool_call_id"] for r in results][:2] == ["functions.get:0", "functions.get:1"]
     assert (box.counts.made, box.counts.unfit, box.counts.failed) == (7, 3, 1)
     assert box.counts.valid_share == 4 / 7
@@ -159,7 +161,7 @@ def test_tools_of_a_file(tmp_path):
     assert list(box.tools) == ["double"]
     assert box.results({"tool_calls": [call(0, "double", x=4)]})[0]["content"] == "[8]"
     for content, words in (("x = 1", "no public function"), ("import nowhere_", "No module"),
-                           ("def f(x): 1", "annotate x")):
+                           ("def f(x): 1", "annotate x"), ("def f(x: 'y'): 1", "tool f: name 'y' is not defined")):
         path.write_text(content)
         with pytest.raises(ConfigError, match=words):
             tools_from_file(path)

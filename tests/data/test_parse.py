@@ -100,6 +100,10 @@ CALL = '<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"a": 1}<|to
      ["not functions.NAME:INDEX"]),
     ("<|tool_calls_section_begin|>" + CALL.replace('{"a": 1}', "[1]") + "<|tool_calls_section_end|>", "", "", 0,
      ["not a JSON object"]),
+    *((f"<|tool_calls_section_begin|>{CALL.replace('1}', arguments)}<|tool_calls_section_end|>", "", "", calls, failures)
+      for arguments, calls, failures in (("[" * 10**5, 0, ["too deep to read"]), ("9" * 5000 + "}", 0, ["number too long"]),
+                                         ("[" * 100 + "]" * 100 + "}", 0, ["nested more than 100 deep"]),
+                                         ("[" * 99 + "]" * 99 + "}", 1, []))),
     ("<think>never closed", "never closed", "", 0, []),
 ])
 def test_text_of_other_engines(text, reasoning, content, calls, failures):

@@ -111,7 +111,8 @@ def test_tools_by_name(tmp_path, monkeypatch):
         ["calculate", "get", "put", "double"]
     assert [t.name for t in tools_by_name(("mine_too.py",))] == ["double"]
     for name, words in (("calc", "name calculator, key_value, MODULE:FUNCTION or FILE.py"), ("mine_too:nothing", "nothing"),
-                        ("nowhere_:f", "No module"), ("mine_too:name", "is str, not a function")):
+                        ("nowhere_:f", "No module"), ("mine_too:name", "is str, not a function"),
+                        ("math:hypot", "tool hypot: no signature found"), (":f", "--tools :f: Empty module name")):
         with pytest.raises(ConfigError, match=words):
             tools_by_name((name,))
     with pytest.raises(ConfigError, match="two tools named double"):
