@@ -96,7 +96,7 @@ def _converse(weights: Weights, decoder: Decoder, episode: Episode, limits: Limi
         _note_length(weights, len(prompts[0]) + limits.reply)
         if limits.thinking is not None:
             left = max(0, limits.thinking - episode.bill.thinking)
-            budget = Budget(special[tok.THINK], special[tok.THINK_END], left)
+            budget = Budget(special[tok.THINK], special[tok.THINK_END], special[tok.CALLS_BEGIN], left)
         for token in decoder.stream(prompts[0], limits.reply, budget, stats):
             screen.token(token)
             ids.append(token)

@@ -54,10 +54,12 @@ def choose(logits_BV: Float[Array, "B V"], at_B: Int[Array, "B"], sampling: Samp
 
 
 class Budget(NamedTuple):
-    """How many tokens a reply may think: after so many of them `end` is put in place of whatever was chosen."""
+    """How many tokens a reply may think: after so many of them `end` is put in place of whatever was chosen, unless that is
+    `calls`, the beginning of a call section, which ends a thought too."""
 
     begin: int = -1
     end: int = -1
+    calls: int = -1
     tokens: int = 1 << 30
 
 
@@ -69,6 +71,7 @@ OUTSIDE = -1
 
 def spend(budget: Budget, thought_B: Int[Array, "B"], token_B: Int[Array, "B"]) -> tuple[Array, Array]:
     """The token under the budget, and how many tokens of thought it is in (`begin` itself is the zeroth)."""
-    token_B = jnp.where(thought_B >= budget.tokens, budget.end, token_B)
+    token_B = jnp.where((thought_B >= budget.tokens) & (token_B != budget.calls), budget.end, token_B)
     inside = jnp.where(thought_B == OUTSIDE, OUTSIDE, thought_B + 1)
-    return token_B, jnp.where(token_B == budget.end, OUTSIDE, jnp.where(token_B == budget.begin, 0, inside))
+    left = (token_B == budget.end) | (token_B == budget.calls)
+    return token_B, jnp.where(left, OUTSIDE, jnp.where(token_B == budget.begin, 0, inside))

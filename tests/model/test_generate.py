@@ -151,14 +151,17 @@ def test_sizes():
 
 
 def test_a_budget_ends_thoughts(params):
-    """Token 5 begins thoughts and 6 ends them: after 4 tokens of thought the end is put in, on the device and streamed."""
-    budget = Budget(begin=5, end=6, tokens=4)
-    given, state = [1, 5, 2, 3, 2, 2, 2, 2, 5, 6, 2], jnp.full(1, OUTSIDE)
-    seen = []
-    for token in given:
-        token, state = spend(budget, state, jnp.array([token]))
-        seen.append(int(token[0]))
-    assert seen == [1, 5, 2, 3, 2, 2, 6, 2, 5, 6, 2]
+    """Token 5 begins thoughts, and 6 ends them or a call section with 7: after 4 tokens of thought the end is put in, on the
+    device and streamed."""
+    budget = Budget(begin=5, end=6, calls=7, tokens=4)
+    for given, want in (([1, 5, 2, 3, 2, 2, 2, 2, 5, 6, 2], [1, 5, 2, 3, 2, 2, 6, 2, 5, 6, 2]),
+                        ([5, 2, 3, 7, 20, 21, 22, 23], [5, 2, 3, 7, 20, 21, 22, 23]),
+                        ([5, 2, 3, 4, 2, 7, 20, 21], [5, 2, 3, 4, 2, 7, 20, 21]), ([7, 5, 2, 2, 2, 2, 2], [7, 5, 2, 2, 2, 2, 6])):
+        seen, state = [], jnp.full(1, OUTSIDE)
+        for token in given:
+            token, state = spend(budget, state, jnp.array([token]))
+            seen.append(int(token[0]))
+        assert seen == want
     free = decoder(params).reply({0: PROMPTS[1]}, 12)[0]
     budget = Budget(begin=free[1], end=95, tokens=3)
     cut = decoder(params).reply({0: PROMPTS[1]}, 12, budget)[0]
