@@ -18,7 +18,7 @@ from data.render import KimiRenderer
 from data.tasks import TASKS, Problem, make_problem
 from eval.divergence import kl_by_octave
 from eval.play import OutOfTime, Played, Settings, play
-from eval.statistics import MEASURES, bootstrap, divergence, interval, success
+from eval.statistics import MEASURES, bounds, divergence, interval, success
 from train.compat import compile_seconds
 from train.console import Bar, clock, console
 from train.run_dir import RunDir
@@ -117,7 +117,7 @@ def _summary(arm: Arm, reference: Arm, batches: list) -> dict[str, Any]:
                      "tokens_per_answer": sum(p.tokens for p in plays) / len(plays)} for n, plays in arm.plays.items()}
     every = [p for plays in arm.plays.values() for p in plays]
     kinds = {kind: sum(getattr(p, kind) for p in every) / len(every) for kind in ("thinking", "answer", "tool")}
-    measures = {name: {"value": measure(arm.plays), "interval": bootstrap(arm.plays, measure)}
+    measures = {name: {"value": measure(arm.plays), "interval": bounds(arm.plays, measure)}
                 for name, measure in MEASURES.items()}
     return _finite({"arm": arm.name, "weights": arm.weights.name, "by_length": by_length, "tokens": kinds, **measures,
                     "misnumbered": sum(p.misnumbered for p in every), **divergence(arm.plays, reference.plays),
@@ -138,13 +138,9 @@ ROWS = {"step_accuracy": "steps right after right ones", "half_horizon": "half o
         "overthought": "right on paper, answered wrong", "valid_calls": "calls that fit their tool"}
 
 
-def steps_right(arm: dict[str, Any], problems: dict[str, int]) -> tuple[float, float, float]:
-    """Share of steps that are right after right ones, and its 95 % interval. Where no step went wrong a bootstrap has no
-    width; then it is Wilson's for the steps played."""
-    value, (low, high) = arm["step_accuracy"]["value"], arm["step_accuracy"]["interval"]
-    if value == 1.0:
-        low, high = interval(1.0, sum(int(n) * count for n, count in problems.items()))
-    return value, low, high
+def steps_right(arm: dict[str, Any]) -> tuple[float, float, float]:
+    """Share of steps that are right after right ones, and its interval."""
+    return arm["step_accuracy"]["value"], *arm["step_accuracy"]["interval"]
 
 
 def cells(result: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
@@ -158,7 +154,7 @@ def cells(result: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
         curve.append([arm["arm"], *(percent(by[str(n)]["success"], by[str(n)]["interval"]) for n in lengths)])
         kl = list(arm["kl_by_octave"].values())
         first = arm["median_first_difference"]
-        steps = "{:.3%} ({:.3%}–{:.3%})".format(*steps_right(arm, result["problems"])).replace("%", " %")
+        steps = "{:.3%} ({:.3%}–{:.3%})".format(*steps_right(arm)).replace("%", " %")
         more.append([arm["arm"], steps, *(_measure(name, arm[name], longest) for name in list(ROWS)[1:]),
                      " / ".join(f"{arm['tokens'][kind]:.0f}" for kind in ("thinking", "answer", "tool")),
                      f"{100 * arm['same_share']:.0f} %", "" if first is None else f"token {first:.0f}",

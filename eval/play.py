@@ -55,7 +55,7 @@ class Played:
     tool: int
     loops: bool
     overthought: bool
-    """The last step was written rightly, the answer is wrong all the same."""
+    """The last step was written rightly at its place, the answer is wrong all the same."""
     calls: int
     """Attempted ones, unreadable ones included."""
     valid_calls: int
@@ -116,10 +116,10 @@ def played(problem: Problem, episode: Episode, ids: list[int]) -> Played:
     valid = sum(f["name"] in known and arguments_error(known[f["name"]], json.loads(f["arguments"])) is None for f in made)
     unreadable = sum(failure != NOT_FINISHED for failure in episode.failures)
     bill = episode.bill
+    overthought = not solved and len(right) == len(problem.steps) and right[-1]
     return Played(solved, right.index(False) if False in right else len(right), sum(right), len(problem.steps),
                   bill.thinking, bill.answer, bill.tool, loops(ids) or repeats_calls(call_arguments(episode.messages)),
-                  not solved and problem.steps[-1] in given, len(made) + unreadable, valid, episode.misnumbered,
-                  episode.stopped, ids)
+                  overthought, len(made) + unreadable, valid, episode.misnumbered, episode.stopped, ids)
 
 
 NOT_FINISHED = "the reply is not finished"

@@ -147,7 +147,7 @@ def _horizon(played):
              title=f"{played['task']}: right answers, 95 % intervals")
 
     for at, (row, colour) in enumerate(arms):
-        wrong, low, high = (1000 * (1 - share) for share in steps_right(row, played["problems"]))
+        wrong, low, high = (1000 * (1 - share) for share in steps_right(row))
         steps.plot([max(high, 1e-6), max(low, 1e-6)], [at, at], color=colour, linewidth=1.5)
         steps.plot(wrong or low, at, "o" if wrong else "<", color=colour)
         steps.annotate(f"{wrong:.3g}" if wrong else f"0 seen, < {low:.2g}", (wrong or low, at), (0, 6), fontsize=8,
@@ -156,7 +156,7 @@ def _horizon(played):
     for label, (_, colour) in zip(steps.get_yticklabels(), arms):
         label.set_color(colour)
     steps.set_xscale("log")
-    least = min(1000 * (1 - steps_right(row, played["problems"])[1]) for row, _ in arms)
+    least = min(1000 * (1 - steps_right(row)[1]) for row, _ in arms)
     steps.set_xlim(least / 30, 1500)
     steps.set_ylim(len(arms) - 0.5, -0.7)
     steps.set(xlabel="first wrong step, per 1,000 tried", title="What one step risks")
@@ -185,8 +185,8 @@ def _chains(played: dict) -> list[str]:
     context = f", in a context of {played['context']} tokens" if played["context"] else ""
     lines = ["## Long chains", "",
              f"Task {played['task']}, trained on {' to '.join(map(str, played['trained_lengths']))} steps; every chain is "
-             f"played in a live loop with greedy replies{context}. Chains: {lengths}. Intervals of 95 %: Wilson for right "
-             "answers, bootstrap over chains for the rest.", ""]
+             f"played in a live loop with greedy replies{context}. Chains: {lengths}. Intervals of 95 %: Wilson for shares "
+             "of chains and of calls, bootstrap over chains for the rest.", ""]
     for rows in cells(played):
         lines += [*("| " + " | ".join(row) + " |" for row in rows), ""]
         lines.insert(len(lines) - len(rows), "|" + "---|" * len(rows[0]))

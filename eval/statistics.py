@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,8 +15,10 @@ Plays = Mapping[int, Sequence[Played]]
 """Chain length -> its episodes."""
 
 
-def interval(share: float, n: int) -> tuple[float, float]:
+def interval(share: float, n: float) -> tuple[float, float]:
     """95 % Wilson score interval of a share of n trials: unlike a bootstrap it has a width where all trials agree."""
+    if math.isnan(share):
+        return share, share
     z = 1.96
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -29,10 +32,15 @@ def success(plays: Sequence[Played]) -> float:
 def step_accuracy(plays: Plays) -> float:
     """Share of steps that are right when all before them were: steps survived over steps tried. A run that stays right
     over n such steps has probability p^n, so this is the number that lengths can be compared by."""
+    survived, tried = _steps(plays)
+    return survived / tried
+
+
+def _steps(plays: Plays) -> tuple[int, int]:
+    """(steps survived, steps tried)."""
     every = [p for some in plays.values() for p in some]
     survived = sum(p.first_wrong for p in every)
-    tried = survived + sum(p.first_wrong < p.steps for p in every)
-    return survived / tried if tried else 0.0
+    return survived, survived + sum(p.first_wrong < p.steps for p in every)
 
 
 def half_horizon(plays: Plays) -> float:
@@ -61,26 +69,44 @@ def tokens_per_correct(plays: Plays) -> float:
     return sum(p.tokens for p in every) / right if right else math.inf
 
 
-def share(of: Callable[[Played], bool]) -> Callable[[Plays], float]:
-    """The statistic "share of all episodes with a property"."""
-    def measured(plays: Plays) -> float:
-        every = [of(p) for some in plays.values() for p in some]
-        return sum(every) / len(every)
-    return measured
+@dataclass(frozen=True)
+class Share:
+    """The statistic "hits over trials of all episodes"; nan without trials.
 
+    Episodes are independent, trials inside one need not be: a model that spells a call wrong may do so all along a chain. So
+    the interval is Wilson's for the effective number of episodes, (sum of trials)^2 / sum of trials^2 (Kish 1965): as if all
+    trials of an episode came out alike, which is the widest that clustering can make it. With one trial an episode that is
+    their number. Lengths are drawn in fixed numbers, which can only narrow it.
+    """
 
-def valid_calls(plays: Plays) -> float:
-    """Share of attempted calls that name a declared tool with fitting arguments; nan when none was attempted."""
-    every = [p for some in plays.values() for p in some]
-    calls = sum(p.calls for p in every)
-    return sum(p.valid_calls for p in every) / calls if calls else math.nan
+    hits: Callable[[Played], int]
+    trials: Callable[[Played], int] = lambda p: 1
+
+    def __call__(self, plays: Plays) -> float:
+        every = [p for some in plays.values() for p in some]
+        trials = sum(map(self.trials, every))
+        return sum(map(self.hits, every)) / trials if trials else math.nan
+
+    def interval(self, plays: Plays) -> tuple[float, float]:
+        trials = np.array([self.trials(p) for some in plays.values() for p in some], float)
+        return interval(self(plays), trials.sum() ** 2 / max((trials ** 2).sum(), 1))
 
 
 MEASURES: dict[str, Callable[[Plays], float]] = {
     "step_accuracy": step_accuracy, "half_horizon": half_horizon, "tokens_per_answer": tokens_per_answer,
-    "tokens_per_correct": tokens_per_correct, "loops": share(lambda p: p.loops),
-    "overthought": share(lambda p: p.overthought), "valid_calls": valid_calls,
-    "out_of_replies": share(lambda p: p.stopped == "limit")}
+    "tokens_per_correct": tokens_per_correct, "loops": Share(lambda p: p.loops),
+    "overthought": Share(lambda p: p.overthought), "valid_calls": Share(lambda p: p.valid_calls, lambda p: p.calls),
+    "out_of_replies": Share(lambda p: p.stopped == "limit")}
+"""valid_calls: of attempted ones, those that name a declared tool with fitting arguments."""
+
+
+def bounds(plays: Plays, measure: Callable[[Plays], float]) -> tuple[float, float]:
+    """95 % interval of a measure: a share's own, else a bootstrap over chains. Where all chains agree about a step a
+    bootstrap has no width; then it is Wilson's for the steps tried, of which a chain can fail only one."""
+    if isinstance(measure, Share):
+        return measure.interval(plays)
+    low, high = bootstrap(plays, measure)
+    return interval(step_accuracy(plays), _steps(plays)[1]) if measure is step_accuracy and low == high else (low, high)
 
 
 def bootstrap(plays: Plays, measure: Callable[[Plays], float], seed: int = 0) -> tuple[float, float]:

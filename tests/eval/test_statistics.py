@@ -13,9 +13,11 @@ from eval.play import Played, Settings, longest_run, loops, play, played, repeat
 from eval.statistics import (
     MEASURES,
     bootstrap,
+    bounds,
     divergence,
     first_difference,
     half_horizon,
+    interval,
     step_accuracy,
     success,
     tokens_per_correct,
@@ -65,6 +67,8 @@ def test_wrong_answers_after_right_steps_and_bad_calls():
     episode.add([{"role": "assistant", "content": "x", "reasoning_content": thoughts}])
     episode.stopped = "done"
     assert played(problem, episode, [1]).overthought and not played(problem, episode, [1]).solved
+    episode.messages[-1]["reasoning_content"] = thoughts[thoughts.rindex("\n"):] + "\n" + thoughts
+    assert not played(problem, episode, [1]).overthought, "the last step is written, but not where it belongs"
     chase = make_problem("pointer_chase", 0, 0, 3)
     episode = chase.episode()
     episode.add([{"role": "assistant", "content": "", "tool_calls": [call(0, "get", key="a"), call(1, "got"),
@@ -107,6 +111,31 @@ def test_bootstrap_covers_and_is_the_same_every_time():
         assert low <= measure(plays) <= high and (low, high) == bootstrap(plays, measure)
     low, high = bootstrap(plays, step_accuracy)
     assert low < step_accuracy(plays) < high
+
+
+def test_shares_have_a_width_where_all_chains_agree():
+    """Of chains Wilson's for their number; of calls for as many chains as weigh alike: (4 * 2 + 2 * 20)^2 / (4 * 4 + 2 * 400)
+    = 2.82 of these six."""
+    plays = {2: [made(steps=2)] * 4, 20: [made(steps=20, calls=20, valid_calls=20)] * 2}
+    for name in ("loops", "overthought", "out_of_replies"):
+        assert bounds(plays, MEASURES[name]) == interval(0.0, 6) and 0.35 < interval(0.0, 6)[1] < 0.45
+    assert bounds(plays, MEASURES["valid_calls"]) == interval(1.0, 48**2 / 816) and interval(1.0, 48**2 / 816)[0] < 0.5
+    assert bounds(plays, step_accuracy) == interval(1.0, 48) and interval(1.0, 48)[0] > 0.9
+    assert bounds({2: [made(False, 0, steps=2)] * 4}, step_accuracy) == interval(0.0, 4)
+    mixed = {2: [made(loops=i == 0) for i in range(4)]}
+    assert bounds(mixed, MEASURES["loops"]) == interval(0.25, 4)
+    assert bounds(mixed, step_accuracy) == interval(1.0, 40) and bounds(mixed, half_horizon) == (math.inf, math.inf)
+    without = {1: [made(calls=0, valid_calls=0)]}
+    assert math.isnan(MEASURES["valid_calls"](without)) and all(map(math.isnan, bounds(without, MEASURES["valid_calls"])))
+
+
+def test_the_last_digit_of_a_sum_counts_at_its_place():
+    """dict_sum's steps are digits: a wrong answer is not one that was right on paper because the digit was seen before."""
+    problem = next(p for i in range(99) if (p := make_problem("dict_sum", 0, i, 10)).steps[-1] in p.steps[:-1])
+    episode = problem.episode()
+    episode.add([*problem.messages[1:-1], {"role": "assistant", "content": "x"}])
+    episode.stopped = "done"
+    assert not played(problem, episode, [1]).overthought and played(problem, episode, [1]).first_wrong == 9
 
 
 def test_divergence():
