@@ -17,6 +17,7 @@ from typing import Any
 from configs.schema import ConfigError
 from data.messages import RowError
 from data.problem import Problem, Reply, call_arguments, messages_of, thought_lines
+from data.sources import json_object
 from data.tools import Toolbox, calculator, call, exact
 
 MARK = re.compile(r"<<(?P<expression>[^<>]+)=(?P<result>[^<>=]+)>>")
@@ -83,15 +84,18 @@ def solves(problem: Problem, reply: Reply) -> bool:
 
 
 def convert(source: Path, target: Path) -> tuple[int, list[int]]:
-    """Write a chat row for every problem of a GSM8K file. ConfigError names the line that cannot be converted.
+    """Write a chat row for every problem of a GSM8K file. ConfigError names the line that cannot be converted; blank ones
+    are passed over.
 
     Returns the number of rows, and the lines whose solution never states the answer (data to look at, or to leave out).
     """
     rows, doubtful = [], []
-    for line, text in enumerate(source.read_text(encoding="utf-8").splitlines(), start=1):
+    for line, text in enumerate(source.read_text(encoding="utf-8").split("\n"), start=1):  # U+2028 is no end of a row
+        if not text.strip():
+            continue
         try:
-            made = problem(json.loads(text))
-        except (RowError, json.JSONDecodeError) as error:
+            made = problem(json_object(text))
+        except RowError as error:
             raise ConfigError(f"{source} line {line} {error}") from None
         rows.append({"messages": made.messages, "tools": made.tools})
         if not states_answer(made):
@@ -101,8 +105,10 @@ def convert(source: Path, target: Path) -> tuple[int, list[int]]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m data.gsm8k IN.jsonl OUT.jsonl")
     try:
         count, doubtful = convert(Path(sys.argv[1]), Path(sys.argv[2]))
         print(f"{count} conversations; the solution never states the answer in lines {doubtful}")
-    except (IndexError, OSError, ConfigError) as error:
-        sys.exit(f"usage: python -m data.gsm8k IN.jsonl OUT.jsonl ({error})")
+    except (OSError, ConfigError) as error:
+        sys.exit(f"error: {error}")

@@ -18,7 +18,7 @@ from quant.distortion import Distortion, ExpertWeights, kl_by_position, measure
 from train.baselines import BASELINES, DOWN, GATE_UP, baseline, calibration_of, served_plain
 from train.console import Bar, console
 from train.expert_inputs import expert_inputs
-from train.held_out import Evaluator
+from train.held_out import Evaluator, held_out_rows
 from train.run_dir import RunDir
 from train.session import Session, load_params, open_to_look, parse_source
 from train.weights import Weights, load_weights
@@ -63,7 +63,7 @@ class _Report:
     def __init__(self, session: Session, data, masters: dict[str, Array], calibration_batches: int):
         self.session, self.masters, self.calibration_batches, self.data = session, masters, calibration_batches, data
         self.cfg, self.evaluator = session.cfg, Evaluator(session, data)
-        self.batch = data.validation(1)[0]
+        (self.batch,) = held_out_rows(data, 1)
         self.reference = served_plain(session, masters)
         self.inputs, self.logits = self.trace(self.reference, self.batch)
 

@@ -51,11 +51,11 @@ def horizon(run: RunDir, cfg: RunConfig, data: Data, loaded: list[tuple[str, Wei
     """Play all arms, print tables, write RUN/horizon.json. The first arm is the one that others are compared with.
 
     Lengths are played in ascending order, each by all arms; one that cannot be finished in `minutes` is left out for all
-    arms, and so are the longer ones. ConfigError if the run's task is no built-in one.
+    arms, and so are the longer ones. ConfigError if the run's task is no built-in one or has no chains of such a length.
     """
     if cfg.data.paths:
         raise ConfigError("--suite horizon plays built-in tasks: name a run that was trained on one (data.task)")
-    lengths = tuple(n for n in sorted(lengths or LENGTHS) if n <= TASKS[cfg.data.task][1])
+    lengths = _playable(lengths, cfg.data.task)
     settings = Settings.of(cfg)
     arms = [Arm(name, weights, {}) for name, weights in loaded]
     left_out = _play_all(arms, cfg, settings, lengths, asked, minutes)
@@ -71,6 +71,14 @@ def horizon(run: RunDir, cfg: RunConfig, data: Data, loaded: list[tuple[str, Wei
         console.print(f"left out for want of time: n = {', '.join(map(str, left_out))}; see --minutes")
     (run.path / "horizon.json").write_text(json.dumps(result) + "\n")
     console.print(f"wrote {run.path / 'horizon.json'}; `launch.py report {run.path}` draws it")
+
+
+def _playable(asked: tuple[int, ...], task: str) -> tuple[int, ...]:
+    longest = TASKS[task][1]
+    wrong = next((n for n in asked if not 1 <= n <= longest), None)
+    if wrong is not None:
+        raise ConfigError(f"--lengths {wrong}: the {task} task has chains of 1 to {longest} steps")
+    return tuple(sorted(set(asked))) or tuple(n for n in LENGTHS if n <= longest)
 
 
 def _play_all(arms: list[Arm], cfg: RunConfig, settings: Settings, lengths: tuple[int, ...], asked: int, minutes: float

@@ -13,6 +13,7 @@ from configs.schema import ConfigError
 from eval.horizon import cells, steps_right
 from eval.statistics import interval
 from train.console import clock, console, human
+from train.metrics import number
 from train.run_dir import RunDir
 
 matplotlib.use("Agg")
@@ -24,7 +25,8 @@ INK = ("#1f4e79", "#c55a11", "#548235", "#7f6000", "#7030a0", "#404040")
 def write_report(path: Path) -> int:
     """Write report.md and its pictures into the run directory; ConfigError if the run has no steps yet."""
     run = RunDir(path)
-    facts, rows = run.load_facts(), run.read_metrics()
+    facts = run.load_facts()
+    rows = [{name: number(value) for name, value in row.items()} for row in run.read_metrics()]
     steps = [r for r in rows if r["kind"] == "step"]
     if not steps:
         raise ConfigError(f"{run.metrics} holds no steps yet; train first")

@@ -68,6 +68,14 @@ def _own_sums(params: dict[str, Array], batch: Batch, amount: Array, setting: Se
     return shards.total(jnp.sum(jax.lax.map(of_rows, micro), axis=0), TOKEN_AXES)
 
 
+def held_out_rows(data: Data, batches: int) -> list[Batch]:
+    """The first held-out batches, 0 for all. ConfigError if nothing is held out."""
+    rows = data.validation(batches)
+    if not rows:
+        raise ConfigError("there are no held-out rows to evaluate on; raise --data.validation-fraction")
+    return rows
+
+
 class Evaluator:
     """The held-out rows of a run."""
 
@@ -96,9 +104,7 @@ class Evaluator:
 
     def _evaluate(self, params, amount: float, serving: Serving, batches: int, model: ModelConfig | None = None):
         session = self.session
-        held_out = self.data.validation(batches)
-        if not held_out:
-            raise ConfigError("there are no held-out rows to evaluate on; raise --data.validation-fraction")
+        held_out = held_out_rows(self.data, batches)
         setting = self._setting(serving, model or session.cfg.model)
         totals, source_bytes = np.zeros(2), 0
         for batch in held_out:

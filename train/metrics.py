@@ -33,6 +33,13 @@ def plain(value: Any) -> Any:
     return number
 
 
+def number(value: Any) -> Any:
+    """What `plain` wrote, with numbers where it wrote text."""
+    if isinstance(value, list):
+        return [number(x) for x in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
 class MetricsFile:
     """Appends rows; every row is flushed, so a killed run keeps all but the step it was in."""
 

@@ -1,11 +1,13 @@
 """GSM8K as calculator calls between thoughts."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
 
 from configs.schema import ConfigError, DataConfig, RunConfig, TrainConfig
+from data import gsm8k
 from data.episodes import run_episodes
 from data.gsm8k import convert, number, problem, solves
 from data.messages import RowError
@@ -46,6 +48,26 @@ def test_bad_rows(answer, words, tmp_path):
     path.write_text(json.dumps({"question": "q", "answer": answer}))
     with pytest.raises(ConfigError, match="rows.jsonl line 1"):
         convert(path, tmp_path / "out.jsonl")
+
+
+def test_the_converter_at_the_command_line(tmp_path, monkeypatch, capsys):
+    """Blank lines are passed over, and only line feeds end a row; what is wrong is said once, without a lesson in usage."""
+    source, target = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n" + json.dumps(ROW | {"question": "How\u2028many?"}, ensure_ascii=False) + "\n\n", encoding="utf-8")
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["gsm8k", *map(str, arguments)])
+        runpy.run_path(gsm8k.__file__, run_name="__main__")
+
+    run(source, target)
+    assert "1 conversations" in capsys.readouterr().out
+    assert json.loads(target.read_text(encoding="utf-8"))["messages"][0]["content"] == "How\u2028many?"
+    for text, words in (("\n{", "rows.jsonl line 2 is not JSON"), ("[1]", "line 1 is not a JSON object but list")):
+        source.write_text(text)
+        with pytest.raises(SystemExit, match=f"^error: .*{words}"):
+            run(source, target)
+    with pytest.raises(SystemExit, match="^usage: python -m data.gsm8k IN.jsonl OUT.jsonl$"):
+        run(source)
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="GSM8K is not at ../shared/data/gsm8k")

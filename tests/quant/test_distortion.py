@@ -1,11 +1,14 @@
 """The distortion report on cases whose answer is known, and the layer-by-layer trace against the network itself."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.schema import ModelConfig
+from configs.schema import ConfigError, ModelConfig
+from eval.distortion import _Report
 from model.call import Call
 from model.decode.served_params import SERVED
 from model.transformer import bind, param_specs
@@ -53,6 +56,12 @@ def test_kl_counts_positions_within_documents():
     by_hand = 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)
     np.testing.assert_allclose(kl[:2], [0, by_hand / 2], rtol=1e-6)
     assert np.isnan(kl[2:]).all()
+
+
+def test_without_held_out_rows_it_is_one_sentence():
+    nothing = SimpleNamespace(validation=lambda batches: [])
+    with pytest.raises(ConfigError, match="no held-out rows to evaluate on; raise --data.validation-fraction"):
+        _Report(SimpleNamespace(cfg=None), nothing, {}, 1)
 
 
 def test_the_trace_is_the_network():

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 import launch
 from train.stop import EXIT_DONE, EXIT_USAGE
 
@@ -26,9 +28,14 @@ def test_suite_horizon(trained, capsys):
     assert (trained.path / "plots" / "horizon.png").exists() and (trained.path / "plots" / "kl_by_position.png").exists()
 
 
-def test_a_suite_without_time_says_so(trained, capsys):
-    assert launch.main(["eval", "--run", str(trained.path), "--suite", "horizon", "--minutes", "0"]) == EXIT_USAGE
-    assert "--minutes 0 is too short for chains of 1" in capsys.readouterr().err
+@pytest.mark.parametrize("arguments, words", [
+    (["--minutes", "0"], "--minutes 0 is too short for chains of 1"),
+    (["--lengths", "1000"], "--lengths 1000: the chain task has chains of 1 to 676 steps"),
+    (["--lengths", "1", "0"], "--lengths 0: the chain task has chains of 1 to 676 steps"),
+])
+def test_what_a_suite_cannot_play_is_one_sentence(trained, capsys, arguments, words):
+    assert launch.main(["eval", "--run", str(trained.path), "--suite", "horizon", *arguments]) == EXIT_USAGE
+    assert words in capsys.readouterr().err
 
 
 def test_generate_plays_a_task_with_its_tools(trained, capsys):
