@@ -14,6 +14,10 @@ MARKS = {tok.THINK: ("thoughts  ", THOUGHT), tok.THINK_END: ("\n", None), tok.CA
          tok.CALL_ARGUMENT: (" ", CALL), tok.CALL_END: ("\n", None)}
 """What stands on the screen for a special token, and the style of the text behind it; other special tokens are not shown."""
 
+CROWDED, WINDOW, UNFINISHED = 64, 16, 3
+"""So many tokens without a sound end are no character: all but the last few broken characters are shown, and so many tokens
+stay, more than a character has bytes."""
+
 
 class Screen:
     """Prints one conversation."""
@@ -22,30 +26,47 @@ class Screen:
         self.console, self.tokenizer = console, tokenizer
         self.style: str | None = None
         self.plain: list[int] = []
-        """Plain tokens since the last special one; bytes of a character that is not complete yet wait here."""
+        """The latest plain tokens since the last special one; bytes of a character that is not complete yet wait here."""
         self.shown = 0
+        """Characters of their text that are on the screen."""
+        self.sound = 0
+        """Tokens of them up to the last one behind which no character was broken."""
         self.at_line_start = True
 
     def token(self, token: int) -> None:
         """Show one generated token."""
         name = self.tokenizer.names.get(token)
         if name is None:
-            self.plain.append(token)
-            whole = self.tokenizer.decode(self.plain)
-            if not whole.endswith("\ufffd"):
-                self._print(whole[self.shown:])
-                self.shown = len(whole)
+            self._plain(token)
             return
-        self._print(self.tokenizer.decode(self.plain)[self.shown:])  # what was no character after all
-        self.plain, self.shown = [], 0
+        self._flush()
         if name in MARKS:
             mark, self.style = MARKS[name]
             self._print(mark if mark != "\n" or not self.at_line_start else "")
 
+    def _plain(self, token: int) -> None:
+        """Show what is sure to stand: all but broken characters at the end, which the next tokens may complete. The tokens
+        since the last sound end but one are decoded together, because what a token says may depend on the one before."""
+        self.plain.append(token)
+        text, crowded = self.tokenizer.decode(self.plain), len(self.plain) > CROWDED
+        broken = len(text) - len(text.rstrip("\ufffd"))
+        end = max(self.shown, len(text) - (min(broken, UNFINISHED) if crowded else broken))
+        self._print(text[self.shown:end])
+        self.shown = end
+        if crowded or not broken:
+            self.plain = self.plain[-WINDOW if crowded else self.sound:]
+            self.shown -= len(text) - len(self.tokenizer.decode(self.plain))
+            self.sound = len(self.plain)
+
+    def _flush(self) -> None:
+        """Show what was no character after all."""
+        self._print(self.tokenizer.decode(self.plain)[self.shown:])
+        self.plain, self.shown, self.sound = [], 0, 0
+
     def end_of_reply(self) -> None:
         """Finish the line; the next reply begins in plain style."""
-        self._print(self.tokenizer.decode(self.plain)[self.shown:])
-        self.plain, self.shown, self.style = [], 0, None
+        self._flush()
+        self.style = None
         if not self.at_line_start:
             self._print("\n")
 
@@ -59,5 +80,5 @@ class Screen:
 
     def _print(self, text: str) -> None:
         if text:
-            self.console.print(text, end="", style=self.style, markup=False)
+            self.console.print(text, end="", style=self.style, markup=False, emoji=False)
             self.at_line_start = text.endswith("\n")

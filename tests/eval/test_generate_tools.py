@@ -1,8 +1,11 @@
 """`launch.py generate` in the terminal: what is shown, tools by name, budgets and bills. The model is a script."""
 
 import io
+import random
+from types import SimpleNamespace
 
 import pytest
+import tokenizers
 from rich.console import Console
 
 from configs.schema import ConfigError, ModelConfig
@@ -103,6 +106,48 @@ def test_characters_of_several_bytes_arrive_whole():
         shown.token(token)
     shown.end_of_reply()
     assert out.getvalue() == "é漢🙂 [bold]\ufffdxthoughts  hm\n"
+
+
+def byte_fallback(path):
+    """A tokenizer file of the older kind: words with their space in front, all else in bytes that are decoded together."""
+    pieces = [("<unk>", 0.0), *((f"<0x{i:02X}>", -9.0) for i in range(256)), ("\u2581", -2.0), ("\u2581the", -1.0), ("a", -3.0)]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 0, byte_fallback=True))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Sequence([
+        tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(),
+        tokenizers.decoders.Strip(" ", 1, 0)])
+    tokenizer.save(str(path))
+    return load_tokenizer(str(path))
+
+
+def test_a_token_costs_the_same_at_any_length_and_the_text_is_that_of_all(tmp_path, monkeypatch):
+    """Sound characters of several bytes under both kinds of tokenizer; broken ones under bytes, where each stands alone."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choice(alphabet) for _ in range(300)) for alphabet in ("aé漢🙂 \ufffdthe", "漢🙂") for _ in range(20)]
+    old = byte_fallback(tmp_path / "tokenizer.json")
+    cases = [(tokenizer, tokenizer.encode(text)) for tokenizer in (TOKENIZER, old) for text in texts]
+    cases += [(TOKENIZER, rng.choices(range(low, 256), k=500)) for low in (0, 0x60, 0x80, 0xC0, 0xFF) for _ in range(10)]
+
+    def streamed(tokenizer, ids):
+        """(what is printed, the most tokens decoded together)"""
+        shown, asked, decode = [], [], tokenizer.decode
+        screen = Screen(SimpleNamespace(print=lambda text, **style: shown.append(text)), tokenizer)
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizer, "decode", lambda some: asked.append(len(some)) or decode(some))
+            for token in ids:
+                screen.token(token)
+            screen.end_of_reply()
+        return "".join(shown).removesuffix("\n"), max(asked)
+
+    for tokenizer, ids in cases:
+        text, most = streamed(tokenizer, ids)
+        assert text == tokenizer.decode(ids).removesuffix("\n") and most <= 65
+
+
+def test_what_is_said_is_not_rewritten():
+    out = io.StringIO()
+    Screen(Console(file=out, width=80, highlight=False), TOKENIZER).message({"role": "user", "content": ":smile: [b]"})
+    assert out.getvalue() == "user  :smile: [b]\n"
 
 
 def test_tools_by_name(tmp_path, monkeypatch):
