@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -157,7 +158,11 @@ class Cell:
             return load_weights(f"{self.run(name).path}@{stage.end}:{'bf16' if masters else 'int4'}")
         if name == BEFORE:
             return load_weights(f"{self.first}@{stage.start}:bf16")
-        values = params if name == "bf16" else baseline(session, params, name, calibration).fake(params, session.specs)
+        if name == "bf16":
+            values = params
+        else:
+            opened = partial(open_data, session.cfg, session.tokenizer)
+            values = baseline(session, params, name, opened, calibration).fake(params, session.specs)
         return Weights(name, session.cfg.model, served_plain(session, values), session.tokenizer, session.compute_dtype,
                        session.platform)
 

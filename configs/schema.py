@@ -361,6 +361,10 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
+        require(self.train.seq_len <= self.model.max_position_embeddings,
+                f"train.seq_len={self.train.seq_len} is more than model.max_position_embeddings="
+                f"{self.model.max_position_embeddings}, which the exported config promises; raise that too, and "
+                "model.yarn_factor to extend a trained context")
         if self.quant.grid != "none":
             for name in ("hidden_size", "moe_intermediate_size"):
                 width = getattr(self.model, name)

@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -32,9 +33,9 @@ class FileTokenizer(Tokenizer):
         self.spec = _with_specials(spec)
         added = {token["content"]: token["id"] for token in self.spec["added_tokens"]}
         self.special = {name: added[name] for name in SPECIAL_NAMES}
-        self._added = {i: name for name, i in added.items()}
+        self._added = {i: name for name, i in added.items() if not _is_text(self.spec, name)}
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(_without_added(self.spec)))
-        vocabulary = _vocabulary(self.spec["model"])
+        vocabulary = _vocabulary(self.spec["model"]) | added
         self._pieces = {i: piece for piece, i in vocabulary.items() if i not in self._added}
         self.vocab_size = max([*vocabulary.values(), *self._added]) + 1
         self._byte_level = "ByteLevel" in json.dumps(self.spec.get("decoder"))
@@ -61,6 +62,8 @@ class FileTokenizer(Tokenizer):
 
     def _piece_bytes(self, piece: str) -> bytes:
         """Source text of a piece. Exact for byte-level files; elsewhere spaces and byte pieces are recognised."""
+        if piece.isspace():  # an added token: byte-level files spell no piece with spaces
+            return piece.encode()
         if self._byte_level:
             return bytes(self._byte_of[char] for char in piece if char in self._byte_of)
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
@@ -109,17 +112,36 @@ def _with_specials(spec: dict) -> dict:
     return spec
 
 
+def _is_text(spec: dict, name: str) -> bool:
+    """Whether an added token stands for text: runs of spaces and tabs, which GPT-NeoX, CodeGen and Phi have behind the rest."""
+    return name.isspace() and any(token["content"] == name and not token["special"] for token in spec["added_tokens"])
+
+
 def _without_added(spec: dict) -> dict:
-    """A copy that reads plain text only: no added token is looked for, and none can be reached as a piece."""
-    spec = copy.deepcopy(spec)
+    """A copy that reads plain text only: no control token is looked for, and none can be reached as a piece. Pieces stand
+    behind control tokens, so none begins the text: what a file puts before the text's first word only stays away."""
+    spec = _prefixed_nowhere(copy.deepcopy(spec))
+    text = [token for token in spec["added_tokens"] if _is_text(spec, token["content"])]
     names = {token["content"] for token in spec["added_tokens"]} - {spec["model"].get("unk_token")}
-    spec["added_tokens"], spec["post_processor"] = [], None
+    spec["added_tokens"], spec["post_processor"] = text, None
     model = spec["model"]
     if isinstance(model["vocab"], dict):
         model["vocab"] = {piece: i for piece, i in model["vocab"].items() if piece not in names}
+        model["vocab"] |= {token["content"]: token["id"] for token in text}
     else:
         model["vocab"] = [[HIDDEN + piece if piece in names else piece, score] for piece, score in model["vocab"]]
     return spec
+
+
+def _prefixed_nowhere(part: Any) -> Any:
+    """Parts of a tokenizer.json in which `prepend_scheme: first` has become `never`."""
+    if isinstance(part, list):
+        return [_prefixed_nowhere(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    if part.get("prepend_scheme") == "first":
+        return part | {"prepend_scheme": "never"}
+    return {key: value if key in ("model", "added_tokens") else _prefixed_nowhere(value) for key, value in part.items()}
 
 
 LETTER_HEAD = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"

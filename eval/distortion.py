@@ -13,12 +13,12 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from configs.schema import ConfigError
-from data.pipeline import open_data
 from quant.distortion import Distortion, ExpertWeights, kl_by_position, measure
 from train.baselines import BASELINES, DOWN, GATE_UP, baseline, calibration_of, served_plain
 from train.console import Bar, console
 from train.expert_inputs import expert_inputs
 from train.held_out import Evaluator, held_out_rows
+from train.run_data import data_of
 from train.run_dir import RunDir
 from train.session import Session, load_params, open_to_look, parse_source
 from train.weights import Weights, load_weights
@@ -42,7 +42,7 @@ def distortion_report(source: str, others: tuple[str, ...] = (), calibration_bat
     named = [tuple(arm.split("=", 1)) if "=" in arm else (arm, arm) for arm in others]
     extra = [(name, load_weights(weights)) for name, weights in named]
     masters, step = load_params(session, run, step)
-    data = open_data(session.cfg, session.tokenizer)
+    data = data_of(session, run)
     report = _Report(session, data, masters, calibration_batches)
     rows = {}
     with Bar("distortion", 1 + len(BASELINES) + len(extra), "arm") as bar:
@@ -75,7 +75,7 @@ class _Report:
         yield "bf16", self.reference, self.reference, ()
         calibration = calibration_of(self.session, self.masters, self.data, self.calibration_batches)
         for name in BASELINES:
-            arm = baseline(self.session, self.masters, name, calibration)
+            arm = baseline(self.session, self.masters, name, lambda: self.data, calibration)
             values = arm.fake(self.masters, self.session.specs)
             yield name, served_plain(self.session, values), arm.effective(self.session.specs), arm.notes
         for name, weights in extra:

@@ -9,13 +9,13 @@ from typing import Literal
 from rich.table import Table
 
 from configs.schema import ConfigError, DataConfig
-from data.pipeline import open_data
 from data.render import KimiRenderer
 from data.tasks import make_problem
 from eval.horizon import horizon
 from eval.play import Settings, play
 from train.console import Bar, console
 from train.held_out import Evaluator
+from train.run_data import data_of
 from train.run_dir import RunDir
 from train.session import open_to_look
 from train.weights import Weights, load_weights
@@ -36,7 +36,7 @@ def evaluate_arms(run_path: Path, arms: tuple[str, ...], lengths: tuple[int, ...
         raise ConfigError(f"--problems must be at least 1, not {problems}")
     named = [tuple(arm.split("=", 1)) if "=" in arm else (arm, arm) for arm in arms] or \
         [("bf16", f"{run_path}:bf16"), ("int4", f"{run_path}:int4")]
-    data = open_data(cfg, session.tokenizer)
+    data = data_of(session, run)
     loaded = [(name, load_weights(source)) for name, source in named]
     if suite == "horizon":
         horizon(run, cfg, data, loaded, lengths, problems, minutes)

@@ -7,7 +7,7 @@ from functools import partial
 
 from jaxtyping import Array
 
-from data.pipeline import Data, open_data
+from data.pipeline import Data
 from model.decode.served_params import serve
 from quant.awq import awq_experts
 from quant.calibration import Calibration, calibrate
@@ -51,13 +51,15 @@ def calibration_of(session: Session, params: dict[str, Array], data: Data, batch
     return calibrate(layers, reference[GATE_UP], GATE_UP, DOWN)
 
 
-def baseline(session: Session, params: dict[str, Array], name: str, calibration: Calibration | None = None) -> Quantized:
-    """Codes and scales of a baseline; a calibrated one takes `calibration`, or the run's first training batches."""
+def baseline(session: Session, params: dict[str, Array], name: str, opened: Callable[[], Data],
+             calibration: Calibration | None = None) -> Quantized:
+    """Codes and scales of a baseline; a calibrated one takes `calibration`, or the first training batches of the data that
+    `opened` gives."""
     group = session.cfg.quant.group_size
     if name in ROUNDED:
         return nearest(params, session.specs, group, ROUNDED[name])
     if name in LEARNED or calibration is None:
-        data = open_data(session.cfg, session.tokenizer)
+        data = opened()
     if name in LEARNED:
         return learned_scales(session, params, served_plain(session, params), data, CALIBRATION_BATCHES, LEARNED[name])
     if calibration is None:

@@ -10,7 +10,6 @@ import numpy as np
 
 from configs.platforms import platform_of
 from configs.schema import ConfigError, QuantConfig
-from data.pipeline import open_data
 from model.transformer import param_specs
 from quant.evidence import Probe
 from quant.export import export_model
@@ -25,6 +24,10 @@ from train.checkpoint import Checkpoints, Restored
 from train.console import Bar, console, human
 from train.run_dir import RunDir
 from train.session import Session, open_to_look, parse_source, say_passed_over
+
+PROBED = """A river does not read the map that was drawn of it. It takes the shortest way down, and where the ground is soft it
+moves its bed. In 1910 the bridge at mile 17 stood over water; by 1954 it stood over a field, and the ferry was back in use."""
+"""What the probe's rows are made of: the same for every run, so that an export needs none of the run's data."""
 
 
 def export_run(source: str, out: Path | None, form: str) -> int:
@@ -89,10 +92,9 @@ def _export_gguf(run: RunDir, source: str, out: Path) -> int:
 
 
 def _probe(session: Session, params: WeightSource, quant: QuantConfig) -> Probe:
-    """Log-probabilities of a few rows under exactly the exported weights, in float32."""
-    rows = open_data(session.cfg, session.tokenizer).batch(0)["tokens"][:2, :32]
+    """Log-probabilities of two rows of text under exactly the exported weights, in float32."""
+    rows = np.resize(np.asarray(session.tokenizer.encode(PROBED), np.int32), (2, 32))
     serving = Serving(session.cfg.model.dtype, quant.grid, quant.group_size)
-    rows = np.asarray(rows)
     return Probe.of(rows, probe.logits(params, session.specs, session.cfg.model, serving, rows, session.platform))
 
 

@@ -28,9 +28,10 @@ from train.mesh import batch_sharding, param_shardings, replicated
 from train.profile import Profile
 from train.recorder import GridWatch, Recorder
 from train.remix import before_edit, table_of
+from train.run_data import require_same_order
 from train.run_dir import RunDir, config_hash
 from train.session import Session, open_session
-from train.start import require_same_order, starting_state
+from train.start import starting_state
 from train.state import TrainState, state_shardings
 from train.step import Batch, StepConfig, make_train_step
 from train.stop import EXIT_DONE, EXIT_STOPPED, StopSignal

@@ -11,7 +11,6 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from configs.schema import ConfigError, RunConfig
-from data.pipeline import PLAN_VERSION, Data
 from model.transformer import param_specs
 from optim.build import check_state
 from optim.routing import routing_table
@@ -73,18 +72,6 @@ def routing(session: Session) -> Table:
     for route in routing_table(session.specs, session.cfg.optim):
         table.add_row(*route.cells())
     return table
-
-
-def require_same_order(run: RunDir, facts: dict[str, Any], data: Data) -> None:
-    """ConfigError if a resumed run would see other rows than it was started with."""
-    version = facts.get("plan_version", 1)
-    if "plan_hash" in facts and version != PLAN_VERSION:
-        raise ConfigError(f"{run.path} was started with data plan {version}; this program has plan {PLAN_VERSION}, which puts "
-                          "rows in another order: finish the run with the program that started it, or go on from its "
-                          f"weights in a new directory with --train.init-from {run.path}")
-    if facts.get("plan_hash", data.plan_hash) != data.plan_hash:
-        raise ConfigError(f"the data of {run.path} has changed since it was started (plan {facts['plan_hash']} -> "
-                          f"{data.plan_hash}); put the files back, or name a new directory with --run")
 
 
 def require_same_state(source: RunDir, cfg: RunConfig) -> None:

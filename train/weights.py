@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -25,6 +26,7 @@ from quant.resident import Int4Weight
 from quant.served import Serving
 from train.baselines import BASELINES, baseline
 from train.console import console
+from train.run_data import data_of
 from train.session import fastest_dtype, load_params, open_to_look, parse_source
 
 KINDS = ("bf16", "int4", *BASELINES)
@@ -80,7 +82,7 @@ def _from_run(source: str, where: str, kind: str | None, dtype: str | None) -> W
     kind = kind or ("int4" if cfg.quant.grid != "none" else "bf16")
     trained = "int4" if cfg.quant.grid == "none" else cfg.quant.grid
     if kind in BASELINES:
-        arm = baseline(session, params, kind)
+        arm = baseline(session, params, kind, partial(data_of, session, run))
         params = arm.fake(params, session.specs)
         for note in arm.notes:
             console.print(f"{source}: {note}", markup=False)

@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+import re
 from itertools import groupby
 
 import pytest
@@ -122,6 +123,37 @@ def test_the_library_agrees_about_plain_text(tmp_path):
     for text in TEXTS:
         if "<" not in text:
             assert ours.encode(text) == theirs.encode(text).ids
+
+
+def test_added_runs_of_spaces_are_text(tmp_path):
+    """As in GPT-NeoX and Phi: added behind the pieces and not special, so the library finds them in text."""
+    theirs = trained_bpe()
+    theirs.add_tokens([tokenizers.AddedToken(run, normalized=False, special=False) for run in ("\n\n", "    ", "  ", "\t\t")])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(str(tmp_path))
+    for text in ("the fox\n\n    quick  the\t\tbrown", "    ", "\n    the", "   x"):
+        ids = theirs.encode(text).ids
+        assert ours.encode(text) == ids and ours.decode(ids) == text and ours.byte_lengths[ids].sum() == len(text.encode())
+    assert ours.token_bytes(theirs.encode("    the").ids) == b"    the"
+
+
+@pytest.mark.parametrize("scheme", ["first", "never", "always"])
+def test_prefixes_as_the_saved_file_has_them(scheme, tmp_path):
+    """SentencePiece files may put a space before a text's first word, or before every piece between control tokens."""
+    made = trained_unigram()
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    made.decoder = tokenizers.decoders.Metaspace(prepend_scheme=scheme)
+    made.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(str(tmp_path))
+    ours.save(tmp_path / "out")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    (row,) = KimiRenderer(ours).rows([{"role": "user", "content": "the quick"}, {"role": "assistant", "content": " brown"}])
+    text = "".join(ours.decode([i]) if i in ours.names else theirs.id_to_token(i).replace("\u2581", " ") for i in row.ids)
+    if scheme == "always":
+        text = re.sub("(?<=>) ", "", text)  # the prefix of a piece
+    assert theirs.encode(text, add_special_tokens=False).ids == list(row.ids)
+    if scheme != "always":
+        assert ours.decode(ours.encode(" the fox")) == " the fox"
 
 
 def merge_by_rank(piece, ranks):

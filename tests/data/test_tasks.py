@@ -1,11 +1,12 @@
 """Built-in problems: reproducible, right, and checked exactly."""
 
+import json
 import re
 
 import pytest
 
 from configs.schema import ConfigError
-from data.tasks import check, make_problem, right_steps
+from data.tasks import TASKS, check, make_problem, right_steps
 
 
 def test_chain_is_right_and_reproducible():
@@ -29,13 +30,21 @@ def test_chain_is_right_and_reproducible():
 
 def test_golden():
     """The stream of problems must not change with the Python version."""
-    assert make_problem("chain", 0, 0, 3).steps == ("2y+2=4", "4z-3=1", "1a+1=2")
+    assert make_problem("chain", 0, 0, 3).steps == ("4x+1=5", "5y-3=2", "2z+3=5")
     assert make_problem("chain", 0, 0, 3, "train").steps != make_problem("chain", 0, 0, 3).steps
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_problem_is_in_both_splits(task):
+    """Also of the shortest, of which there are few: 1,560 chains of one step."""
+    train, held = ({json.dumps(make_problem(task, 0, index, 1, split).messages) for index in range(number)}
+                   for split, number in (("train", 1500), ("heldout", 100)))
+    assert not train & held and len(held) > 20
 
 
 def test_copy():
     """Words of every length from 1 to 8; thoughts hold one a line, the answer all of them."""
-    assert make_problem("copy", 0, 0, 2).steps == ("d", "7oi")
+    assert make_problem("copy", 0, 0, 2).steps == ("abi", "jzma")
     problems = [make_problem("copy", 0, index, 1 + index % 3) for index in range(100)]
     assert {len(word) for problem in problems for word in problem.steps} == set(range(1, 9))
     for problem in problems:
@@ -47,11 +56,11 @@ def test_copy():
 
 def test_checks_of_generated_text():
     problem = make_problem("chain", 0, 0, 3)
-    good = "<think>" + "\n".join(problem.steps) + "</think>2<|im_end|>"
+    good = "<think>" + "\n".join(problem.steps) + "</think>5<|im_end|>"
     assert check(problem, good) and right_steps(problem, good) == 3
-    assert not check(problem, good.replace("</think>2", "</think>1"))
+    assert not check(problem, good.replace("</think>5", "</think>1"))
     assert not check(problem, good.replace("</think>", "")), "an unclosed thought is no answer"
-    assert right_steps(problem, good.replace("4z-3=1", "4z-3=8")) == 2
+    assert right_steps(problem, good.replace("5y-3=2", "5y-3=8")) == 2
     assert not check(problem, "") and right_steps(problem, "") == 0
 
 

@@ -19,9 +19,10 @@ from tests.train.conftest import small
 from train.checkpoint import CheckpointError, Checkpoints, fingerprint
 from train.held_out import Evaluator
 from train.loop import train
+from train.run_data import require_same_order
 from train.run_dir import RunDir, differences
 from train.session import load_params, open_session
-from train.start import require_same_order, require_same_state
+from train.start import require_same_state
 from train.state import state_shardings
 from train.stop import EXIT_DONE, EXIT_STOPPED, StopSignal
 
