@@ -20,7 +20,7 @@ class Talk(NamedTuple):
 
 @dataclass
 class Account:
-    """What became of the conversations."""
+    """What became of the conversations, and what was left out."""
 
     conversations: int = 0
     rows: int = 0
@@ -33,16 +33,31 @@ class Account:
     rendered: int = 0
     rendered_once: int = 0
     """Tokens rendered, and tokens if only the longest row of each conversation were: the cost of a row per segment."""
+    skipped_files: int = 0
+    """Files of folders that hold nothing that can be read."""
     rejected: list[str] = field(default_factory=list)
-    """WHERE: why, for every conversation or row that was left out."""
+    """WHERE: why, for every conversation, row or file that was left out."""
     remarks: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, object]:
         """The counts, for people."""
+        if not self.conversations:
+            return {"rejected": len(self.rejected)} if self.rejected else {}
         return {"conversations": self.conversations, "chat_rows": self.rows, "shortened": self.shortened,
                 "untrained_answers": self.untrained, "rejected": len(self.rejected),
                 "trained_share": self.trained_tokens / max(1, self.tokens),
                 "duplication": self.rendered / max(1, self.rendered_once)}
+
+    def reject(self, reason: str) -> None:
+        self.rejected.append(printable(reason))
+
+    def remark(self, remark: str) -> None:
+        self.remarks.append(printable(remark))
+
+
+def printable(text: str) -> str:
+    """Lone surrogates, which rows and names of files can hold and no file or terminal takes, written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def without_oldest_exchange(messages: Sequence[Message]) -> list[Message] | None:
@@ -113,7 +128,8 @@ def chat_rows(conversations: Iterable[Talk], renderer: KimiRenderer, mode: Mode,
     out = []
     for where, talk in conversations:
         account.conversations += 1
-        account.remarks += [f"{where}: {remark}" for remark in talk.remarks]
+        for remark in talk.remarks:
+            account.remark(f"{where}: {remark}")
         whole = renderer.rows(talk.messages, talk.tools, mode)
         if not whole:
             refuse(f"{where}: no token of it is trained", bad_rows, "bad_rows", account)
@@ -146,5 +162,5 @@ HINTS = {"bad_rows": "correct it, or leave such rows out with data.bad_rows=drop
 def refuse(reason: str, policy: str, setting: str, account: Account) -> None:
     """Stop, or write it down and go on."""
     if policy == "error":
-        raise RowError(f"{reason}; {HINTS[setting]}")
-    account.rejected.append(reason)
+        raise RowError(printable(f"{reason}; {HINTS[setting]}"))
+    account.reject(reason)

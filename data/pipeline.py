@@ -119,8 +119,7 @@ class Data:
 
     def describe(self) -> dict[str, Any]:
         """What is trained on, in numbers."""
-        chat = self.account.summary() if self.account.conversations or self.account.rejected else {}
-        return self._facts | self._train.describe() | chat | {
+        return self._facts | self._train.describe() | self.account.summary() | {
             "heldout_rows": len(self._heldout), "plan_hash": self.plan_hash}
 
 
@@ -155,7 +154,7 @@ def open_data(cfg: RunConfig, tokenizer: Tokenizer,
     train = _mixed(cfg, documents, earlier_mixtures) if cfg.data.mixture else _stream(cfg, sum(documents, []))
     held = _documents([item for source in sources for item in source.heldout], cfg, renderer, account)
     facts = {"files": sum(source.files for source in sources),
-             "skipped_files": sum(len(source.skipped) for source in sources),
+             "skipped_files": account.skipped_files,
              "train_bytes": _text_bytes(source.train for source in sources),
              "heldout_bytes": _text_bytes(source.heldout for source in sources)}
     rows = []
@@ -211,7 +210,7 @@ def _documents(items: Sequence[Item], cfg: RunConfig, renderer: KimiRenderer, ac
 
 
 def _text_bytes(sources: Iterable[Sequence[Item]]) -> int:
-    return sum(len(item.encode()) for items in sources for item in items if isinstance(item, str))
+    return sum(len(item.encode("utf-8", "replace")) for items in sources for item in items if isinstance(item, str))
 
 
 def _check_tokenizer(cfg: RunConfig, tokenizer: Tokenizer) -> None:

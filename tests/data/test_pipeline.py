@@ -60,6 +60,12 @@ def test_last_token_of_a_document_predicts_nothing(tmp_path):
     assert not (batch["tokens"] == 259).any()
 
 
+def test_a_lone_surrogate_is_a_question_mark(tmp_path):
+    (tmp_path / "a.jsonl").write_text(r'{"text": "a\ud800b"}')
+    data = open_bytes(config(batch_size=1, paths=(str(tmp_path / "a.jsonl"),)))
+    assert data.describe()["train_bytes"] == 3 and data.batch(0)["targets"][0, :3].tolist() == [*b"a?b"]
+
+
 def test_an_epoch_holds_every_prediction_once(text_file):
     data = open_bytes(config(batch_size=1, paths=(str(text_file),)))
     rows = data.describe()["rows_per_epoch"]

@@ -20,8 +20,10 @@ def opened(tmp_path, kind):
                               {"role": "assistant", "content": "drei Äpfel", "reasoning_content": "hm"}]},
                 {"messages": [{"role": "user", "content": "?"}]}]
         (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        (tmp_path / "b.txt").write_text("plain text " * 40)
-        paths = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt"))
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b/b.txt").write_text("plain text " * 40)
+        (tmp_path / "b/b.json").write_text("[]")
+        paths = (str(tmp_path / "a.jsonl"), str(tmp_path / "b"))
         more = {"mixture": (1.0, 1.0)} if kind == "mixture" else {}
     cfg = RunConfig(data=DataConfig(paths=paths, bad_rows="drop", **more), train=TrainConfig(batch_size=4, seq_len=128))
     return open_data(cfg, load_tokenizer("bytes"))
@@ -51,6 +53,7 @@ def test_everything_is_shown(tmp_path, kind):
     assert "plan hash" in text and "padding" in text and "row 1:" in text
     if kind != "task":
         assert "left out" in text and "a.jsonl line 2 has no assistant message" in text
+        assert "b.json is JSON, but rows are read one a line" in " ".join(text.split())
     assert ("source 2: share" in text) == (kind == "mixture")
 
 
