@@ -9,13 +9,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from configs.schema import ConfigError
+from data.messages import RowError
+
+AT_ONCE = 1 << 10
+"""Records that are read together."""
+CHUNK = 1 << 24
+"""Ids of a memory map that are looked at together."""
 
 
 class TokenRow(NamedTuple):
@@ -25,71 +31,100 @@ class TokenRow(NamedTuple):
     weights: np.ndarray | None
 
 
-def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
-    """ConfigError unless these are ids of the vocabulary."""
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise ConfigError(f"{where} holds {ids.dtype}, not integer token ids")
+class Mapped:
+    """The ids of a .npy file as one memory-mapped line (a 2-D array in Fortran order is copied). Copies for other processes
+    map the file anew."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        self._flat = self.array.reshape(-1)
+
+    def __reduce__(self) -> tuple:
+        return Mapped, (self.path,)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self._flat[part]
+
+
+class Part(NamedTuple):
+    """The documents of a memory-mapped array: document i is ids[offsets[i]:offsets[i + 1]]."""
+
+    ids: Mapped
+    offsets: np.ndarray
+
+
+def wrong_ids(ids: np.ndarray, vocab_size: int) -> str | None:
+    """Why these are no ids of the vocabulary, or None."""
     if ids.size == 0:
-        raise ConfigError(f"{where} is empty")
+        return "is empty"
+    if not np.issubdtype(ids.dtype, np.integer):
+        return f"holds {ids.dtype}, not integer token ids"
     lo, hi = int(ids.min()), int(ids.max())
     if lo < 0 or hi >= vocab_size:
-        raise ConfigError(f"{where} holds token id {lo if lo < 0 else hi}, outside the vocabulary of {vocab_size}; "
-                          f"was it made with another tokenizer?")
-
-
-def check_weights(row: TokenRow) -> str | None:
-    """Why ids and weights do not belong together, or None."""
-    if row.ids.ndim != 1 or row.weights is not None and row.weights.shape != row.ids.shape:
-        return "needs a 1-D array of ids and weights of the same length"
-    if row.weights is not None and not (np.isfinite(row.weights) & (row.weights >= 0)).all():
-        return "has a weight that is negative or not finite"
+        return (f"holds token id {lo if lo < 0 else hi}, outside the vocabulary of {vocab_size}; was it made with another "
+                f"tokenizer?")
     return None
 
 
-def read_npy(path: Path, vocab_size: int, bos_id: int) -> list[TokenRow]:
-    """Documents of a .npy file, as views of the memory-mapped array."""
+def checked_row(ids: np.ndarray, weights: np.ndarray | None, vocab_size: int) -> TokenRow:
+    """RowError unless these are ids of the vocabulary, with a weight for each if any."""
+    if ids.ndim != 1 or weights is not None and weights.shape != ids.shape:
+        raise RowError("needs a 1-D array of ids and weights of the same length")
+    if reason := wrong_ids(ids, vocab_size):
+        raise RowError(reason)
+    if weights is not None and not (np.isfinite(weights) & (weights >= 0)).all():
+        raise RowError("has a weight that is negative or not finite")
+    return TokenRow(ids, weights)
+
+
+def read_npy(path: Path, vocab_size: int, bos_id: int) -> Part:
+    """Documents of a .npy file."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError) as error:
+        ids = Mapped(path)
+    except (ValueError, OSError, EOFError) as error:
         raise ConfigError(f"{path} is not a readable .npy array: {error}") from None
-    check_ids(array, vocab_size, str(path))
+    array = ids.array
+    if reason := wrong_ids(array, vocab_size):
+        raise ConfigError(f"{path} {reason}")
     if array.ndim == 2:
-        return [TokenRow(row, None) for row in array]
+        return Part(ids, np.arange(array.shape[0] + 1) * array.shape[1])
     if array.ndim != 1:
         raise ConfigError(f"{path} has {array.ndim} dimensions; token ids need 1 or 2")
-    cuts = np.flatnonzero(array == bos_id)
-    return [TokenRow(part, None) for part in np.split(array, cuts[cuts > 0])]
+    starts = [at + np.flatnonzero(array[at:at + CHUNK] == bos_id) for at in range(0, len(array), CHUNK)]
+    starts = np.concatenate(starts)
+    return Part(ids, np.concatenate([[0], starts[starts > 0], [len(array)]]))
 
 
-def read_array_record(path: Path, vocab_size: int) -> list[TokenRow]:
-    """All records of an ArrayRecord file."""
+def read_records(path: Path) -> Iterator[bytes]:
+    """The records of an ArrayRecord file. ConfigError if it is none, or has none."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     try:
         reader = ArrayRecordReader(str(path))
-        records = reader.read_all() if reader.num_records() else []
+        number = reader.num_records()
+        for at in range(0, number, AT_ONCE):
+            yield from reader.read(at, min(at + AT_ONCE, number))
         reader.close()
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"{path} is not a readable ArrayRecord file: {error}") from None
-    if not records:
+    if not number:
         raise ConfigError(f"{path} holds no records")
-    rows = []
-    for number, record in enumerate(records):
-        stream = io.BytesIO(record)
-        try:
-            ids = np.load(stream, allow_pickle=False)
-            weights = np.load(stream, allow_pickle=False) if stream.tell() < len(record) else None
-        except (ValueError, EOFError) as error:
-            raise ConfigError(f"{path} record {number} is not an array as numpy.save writes it: {error}") from None
-        check_ids(ids, vocab_size, f"{path} record {number}")
-        rows.append(TokenRow(ids, weights))
-        if reason := check_weights(rows[-1]):
-            raise ConfigError(f"{path} record {number} {reason}")
-    return rows
+
+
+def record_row(record: bytes, vocab_size: int) -> TokenRow:
+    """The document of a record. RowError if it cannot be used."""
+    stream = io.BytesIO(record)
+    try:
+        ids = np.load(stream, allow_pickle=False)
+        weights = np.load(stream, allow_pickle=False).astype(np.float32) if stream.tell() < len(record) else None
+    except (ValueError, EOFError) as error:
+        raise RowError(f"is not an array as numpy.save writes it: {error}") from None
+    return checked_row(ids, weights, vocab_size)
 
 
 def write_array_record(path: Path, rows: Iterable[TokenRow]) -> int:
-    """Write rows for `read_array_record`; returns their number."""
+    """Write rows as `record_row` reads them; returns their number."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     writer = ArrayRecordWriter(str(path), "group_size:1")

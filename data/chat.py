@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ class Account:
     rendered: int = 0
     rendered_once: int = 0
     """Tokens rendered, and tokens if only the longest row of each conversation were: the cost of a row per segment."""
+    files: int = 0
     skipped_files: int = 0
     """Files of folders that hold nothing that can be read."""
     rejected: list[str] = field(default_factory=list)
@@ -122,37 +123,35 @@ def fits(row: Rendered, seq_len: int) -> bool:
     return len(row.ids) - 1 <= seq_len
 
 
-def chat_rows(conversations: Iterable[Talk], renderer: KimiRenderer, mode: Mode, seq_len: int,
-              bad_rows: str, too_long: str, account: Account) -> list[Rendered]:
-    """Training rows of conversations; `account` is filled in. RowError where the settings say error."""
-    out = []
-    for where, talk in conversations:
-        account.conversations += 1
-        for remark in talk.remarks:
-            account.remark(f"{where}: {remark}")
-        whole = renderer.rows(talk.messages, talk.tools, mode)
-        if not whole:
-            refuse(f"{where}: no token of it is trained", bad_rows, "bad_rows", account)
-            continue
-        account.untrained += renderer.segments(talk.messages, mode) - len(whole)
-        account.rendered += sum(len(row.ids) for row in whole)
-        account.rendered_once += max(len(row.ids) for row in whole)
-        for number, row in enumerate(whole):
-            if not fits(row, seq_len):
-                length = f"{where}: row {number + 1} has {len(row.ids) - 1} tokens, more than train.seq_len={seq_len}"
-                if too_long == "shorten":
-                    row = shortened(talk.messages[:row.end], talk.tools, renderer, mode, seq_len)
-                    account.shortened += row is not None
-                else:
-                    row = None
-                if row is None:
-                    refuse(length, "error" if too_long == "error" else "drop", "too_long", account)
-                    continue
-            out.append(row)
-            account.rows += 1
-            account.tokens += len(row.ids)
-            account.trained_tokens += row.trained
-    return out
+def chat_rows(given: Talk, renderer: KimiRenderer, mode: Mode, seq_len: int, bad_rows: str, too_long: str,
+              account: Account) -> Iterator[Rendered]:
+    """Training rows of a conversation; `account` is filled in. RowError where the settings say error."""
+    where, talk = given
+    account.conversations += 1
+    for remark in talk.remarks:
+        account.remark(f"{where}: {remark}")
+    whole = renderer.rows(talk.messages, talk.tools, mode)
+    if not whole:
+        refuse(f"{where}: no token of it is trained", bad_rows, "bad_rows", account)
+        return
+    account.untrained += renderer.segments(talk.messages, mode) - len(whole)
+    account.rendered += sum(len(row.ids) for row in whole)
+    account.rendered_once += max(len(row.ids) for row in whole)
+    for number, row in enumerate(whole):
+        if not fits(row, seq_len):
+            length = f"{where}: row {number + 1} has {len(row.ids) - 1} tokens, more than train.seq_len={seq_len}"
+            if too_long == "shorten":
+                row = shortened(talk.messages[:row.end], talk.tools, renderer, mode, seq_len)
+                account.shortened += row is not None
+            else:
+                row = None
+            if row is None:
+                refuse(length, "error" if too_long == "error" else "drop", "too_long", account)
+                continue
+        account.rows += 1
+        account.tokens += len(row.ids)
+        account.trained_tokens += row.trained
+        yield row
 
 
 HINTS = {"bad_rows": "correct it, or leave such rows out with data.bad_rows=drop",

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from configs.schema import ConfigError
+from data.documents import Piece
 from data.plan import shuffled
-from data.streams import Piece, RowStream
+from data.streams import RowStream
 
 PERIOD = 1024
 """Rows in which the proportions hold exactly."""

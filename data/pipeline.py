@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ import numpy as np
 from absl import flags
 
 from configs.schema import ConfigError, RunConfig
-from data.arrays import TokenRow, write_array_record
-from data.chat import Account, Talk, chat_rows
+from data.arrays import write_array_record
+from data.chat import Account
+from data.documents import Documents, Piece, Shelf
+from data.intake import read_documents
 from data.mixture import MixedStream
 from data.render import KimiRenderer
-from data.sources import Item, read_source
-from data.streams import Documents, DocumentStream, Piece, RowStream, TaskStream
-from data.tokenizer import EOS, Tokenizer
+from data.streams import DocumentStream, RowStream, TaskStream
+from data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
 
@@ -147,19 +148,17 @@ def open_data(cfg: RunConfig, tokenizer: Tokenizer,
         count = (cfg.train.eval_batches or TASK_VALIDATION_BATCHES) * cfg.train.batch_size
         return Data(cfg, tokenizer, renderer, train, [held.row(r) for r in range(count)], Account(), {})
     account = Account()
-    sources = [read_source(path, cfg.data, tokenizer, account) for path in cfg.data.paths]
-    documents = [_documents(source.train, cfg, renderer, account) for source in sources]
-    if not any(documents):
+    shelf = read_documents(cfg, renderer, account)
+    documents = shelf.documents(held=False)
+    if documents is None:
         raise ConfigError("data.paths: every row was left out; see data.bad_rows and data.too_long")
-    train = _mixed(cfg, documents, earlier_mixtures) if cfg.data.mixture else _stream(cfg, sum(documents, []))
-    held = _documents([item for source in sources for item in source.heldout], cfg, renderer, account)
-    facts = {"files": sum(source.files for source in sources),
-             "skipped_files": account.skipped_files,
-             "train_bytes": _text_bytes(source.train for source in sources),
-             "heldout_bytes": _text_bytes(source.heldout for source in sources)}
+    train = _mixed(cfg, shelf, earlier_mixtures) if cfg.data.mixture else _stream(cfg, documents)
+    held = shelf.documents(held=True)
+    facts = {"files": account.files, "skipped_files": account.skipped_files,
+             "train_bytes": shelf.text_bytes(held=False), "heldout_bytes": shelf.text_bytes(held=True)}
     rows = []
     if held:
-        stream = DocumentStream(Documents(held, cfg.model.vocab_size), cfg.train.seq_len, HELDOUT_SEED)
+        stream = DocumentStream(held, cfg.train.seq_len, HELDOUT_SEED)
         rows = [stream.row(r) for r in range(stream.describe()["rows_per_epoch"])]
     return Data(cfg, tokenizer, renderer, train, rows, account, facts)
 
@@ -175,42 +174,25 @@ def write_index(cfg: RunConfig, tokenizer: Tokenizer, path: str | Path) -> int:
         raise ConfigError("data.paths is empty: the built-in tasks need no index")
     if Path(path).exists():
         raise ConfigError(f"{path} exists; remove it or choose another name")
-    everything, account = replace(cfg.data, validation_fraction=0.0), Account()
-    renderer = KimiRenderer(tokenizer, cfg.data.system)
-    sources = [read_source(given, everything, tokenizer, account) for given in cfg.data.paths]
-    return write_array_record(Path(path), [row for source in sources
-                                           for row in _documents(source.train, cfg, renderer, account)])
+    everything = replace(cfg, data=replace(cfg.data, validation_fraction=0.0))
+    documents = read_documents(everything, KimiRenderer(tokenizer, cfg.data.system), Account()).documents(held=False)
+    return write_array_record(Path(path), documents.rows() if documents else [])
 
 
-def _stream(cfg: RunConfig, rows: Sequence[TokenRow], *key: int) -> DocumentStream:
-    return DocumentStream(Documents(rows, cfg.model.vocab_size), cfg.train.seq_len, cfg.data.seed, *key)
+def _stream(cfg: RunConfig, documents: Documents, *key: int) -> DocumentStream:
+    return DocumentStream(documents, cfg.train.seq_len, cfg.data.seed, *key)
 
 
-def _mixed(cfg: RunConfig, documents: Sequence[Sequence[TokenRow]], earlier: Sequence[tuple[int, Sequence[float]]]
-           ) -> MixedStream:
-    for path, rows in zip(cfg.data.paths, documents):
-        if not rows:
+def _mixed(cfg: RunConfig, shelf: Shelf, earlier: Sequence[tuple[int, Sequence[float]]]) -> MixedStream:
+    streams = []
+    for index, path in enumerate(cfg.data.paths):
+        documents = shelf.documents(held=False, source=index)
+        if documents is None:
             raise ConfigError(f"data.paths: every row of {path} was left out; it cannot have a weight in data.mixture")
+        streams.append(_stream(cfg, documents, index))
     firsts = [0, *(step * cfg.train.batch_size for step, _ in earlier)]
     weights = [*(weights for _, weights in earlier), cfg.data.mixture]
-    streams = [_stream(cfg, rows, index) for index, rows in enumerate(documents)]
     return MixedStream(streams, list(zip(firsts, weights)), cfg.data.seed)
-
-
-def _documents(items: Sequence[Item], cfg: RunConfig, renderer: KimiRenderer, account: Account) -> list[TokenRow]:
-    """Token ids and weights of every document, in the order text, conversations, arrays."""
-    tokenizer, data = renderer.tokenizer, cfg.data
-    texts = [item for item in items if isinstance(item, str)]
-    rows = [TokenRow(np.concatenate([[tokenizer.bos_id], ids, [tokenizer.special[EOS]]], dtype=np.int32), None)
-            for ids in tokenizer.encode_many(texts)]
-    talks = [item for item in items if isinstance(item, Talk)]
-    rows += [TokenRow(np.array(row.ids, np.int32), np.array(row.weights, np.float32)) for row in
-             chat_rows(talks, renderer, data.mode, cfg.train.seq_len, data.bad_rows, data.too_long, account)]
-    return rows + [item for item in items if isinstance(item, TokenRow)]
-
-
-def _text_bytes(sources: Iterable[Sequence[Item]]) -> int:
-    return sum(len(item.encode("utf-8", "replace")) for items in sources for item in items if isinstance(item, str))
 
 
 def _check_tokenizer(cfg: RunConfig, tokenizer: Tokenizer) -> None:

@@ -11,22 +11,21 @@ import gzip
 import json
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from configs.schema import ConfigError, DataConfig
-from data.arrays import TokenRow, check_ids, check_weights, read_array_record, read_npy
+from data.arrays import Part, TokenRow, checked_row, read_npy, read_records, record_row
 from data.chat import Account, Talk, refuse
 from data.messages import RowError, conversation
 from data.tokenizer import Tokenizer
 
-Item = str | Talk | TokenRow
-"""A document: text, a conversation, or token ids."""
+Item = str | Talk | TokenRow | Part
+"""A document: text, a conversation, or token ids; or all documents of an array."""
 
 ROWS = (".jsonl", ".ndjson")
 ARRAYS = (".npy", ".array_record")
@@ -47,45 +46,38 @@ class Unreadable(ConfigError):
     """A file or a line that cannot be read as what its ending says, and why; in a folder such a file is passed over."""
 
 
-@dataclass
-class Source:
-    """What one path holds."""
+class Contents(NamedTuple):
+    """Of a file. `items` are read as they are taken; `cut` maps their number (for a Part, that of its documents) to the index
+    of the first one that is held out."""
 
-    name: str
-    train: list[Item] = field(default_factory=list)
-    heldout: list[Item] = field(default_factory=list)
-    files: int = 0
+    items: Iterable[Item]
+    cut: Callable[[int], int]
 
 
-def read_source(given: str, cfg: DataConfig, tokenizer: Tokenizer, account: Account) -> Source:
-    """Read a file or a folder. Of a text the last share of bytes is held out, of a file of rows the last rows.
+def read_source(given: str, cfg: DataConfig, tokenizer: Tokenizer, account: Account) -> Iterator[Contents]:
+    """The files of a path. Of a text the last share of bytes is held out, of a file of rows the last rows.
 
     Files of a folder that are neither text nor rows nor arrays are written to `account`. ConfigError for a missing path, a
     file that is none of these, a folder without any, an empty file, and (unless data.bad_rows says drop, when they are
     written to `account`) rows that cannot be used.
     """
-    source = Source(given)
     passed_over: list[str] = []
-    for path in files_of(given):
+    paths = files_of(given)
+    for path in paths:
         try:
-            train, heldout = read_file(path, cfg, tokenizer, account)
+            file = read_file(path, cfg, tokenizer, account)
         except Unreadable as error:
             if path == Path(given):
                 raise ConfigError(f"data.paths: {path} {error}") from None
             passed_over.append(f"{path} {error}")
+            account.reject(passed_over[-1])
+            account.skipped_files += 1
             continue
-        source.train += train
-        source.heldout += heldout
-        source.files += 1
-    if not source.files:
+        account.files += 1
+        yield file
+    if len(passed_over) == len(paths):
         raise ConfigError(f"data.paths: the folder {given} holds no file that can be read"
                           + (f"; {passed_over[0]}" if passed_over else ""))
-    for reason in passed_over:
-        account.reject(reason)
-    account.skipped_files += len(passed_over)
-    if not source.train:
-        raise ConfigError(f"data.paths: {given} holds nothing to train on")
-    return source
 
 
 def files_of(given: str) -> list[Path]:
@@ -102,8 +94,8 @@ def files_of(given: str) -> list[Path]:
     return [path for path in shown if path.is_file() and path.stat().st_size]
 
 
-def read_file(path: Path, cfg: DataConfig, tokenizer: Tokenizer, account: Account) -> tuple[list[Item], list[Item]]:
-    """(train, held out). Unreadable if the file is not what its ending says."""
+def read_file(path: Path, cfg: DataConfig, tokenizer: Tokenizer, account: Account) -> Contents:
+    """Unreadable if the file is not what its ending says."""
     packed = path.suffix.lower() == ".gz"
     ending = (path.with_suffix("") if packed else path).suffix.lower()
     if ending in CONVERT:
@@ -112,16 +104,31 @@ def read_file(path: Path, cfg: DataConfig, tokenizer: Tokenizer, account: Accoun
         raise Unreadable("is gzipped; unpack it, token arrays are read in place")
     if ending not in ARRAYS + ROWS:
         with opened(path, packed) as file:
-            return cut_text(file.read().removeprefix(BOM), cfg.validation_fraction)
+            train, heldout = cut_text(file.read().removeprefix(BOM), cfg.validation_fraction)
+        return Contents(train + heldout, lambda count: len(train))
     if ending == ".npy":
-        items: list[Item] = read_npy(path, tokenizer.vocab_size, tokenizer.bos_id)
+        items: Iterable[Item] = [read_npy(path, tokenizer.vocab_size, tokenizer.bos_id)]
     elif ending == ".array_record":
-        items = read_array_record(path, tokenizer.vocab_size)
+        numbered = ((f"{path} record {number}", record) for number, record in enumerate(read_records(path)))
+        items = usable(numbered, lambda record, where: record_row(record, tokenizer.vocab_size), cfg, account)
     else:
-        with opened(path, packed) as file:
-            items = list(json_items(path, file, cfg, tokenizer, account))
-    cut = heldout_start(len(items), cfg.validation_fraction)
-    return items[:cut], items[cut:]
+        items = usable(numbered_lines(path, packed), lambda line, where: row_item(line, where, cfg, tokenizer), cfg, account)
+    return Contents(items, lambda count: heldout_start(count, cfg.validation_fraction))
+
+
+def usable(rows: Iterable[tuple[str, bytes]], read: Callable[[bytes, str], Item], cfg: DataConfig, account: Account
+           ) -> Iterator[Item]:
+    """What `read` makes of (where, row), empty texts left out; rows that cannot be read go the way of data.bad_rows."""
+    for where, row in rows:
+        try:
+            item = read(row, where)
+        except (RowError, Unreadable) as error:
+            refuse(f"{where} {error}", cfg.bad_rows, "bad_rows", account)
+        except RecursionError:
+            refuse(f"{where} is nested too deeply", cfg.bad_rows, "bad_rows", account)
+        else:
+            if item != "":
+                yield item
 
 
 @contextmanager
@@ -144,22 +151,15 @@ def decoded(raw: bytes, first: int = 0) -> str:
         raise Unreadable(f"is not UTF-8 text (byte {first + error.start}); convert it first") from None
 
 
-def json_items(path: Path, file: IO[bytes], cfg: DataConfig, tokenizer: Tokenizer, account: Account) -> Iterator[Item]:
-    """The documents of a file of rows; blank lines and empty texts are passed over."""
-    found = 0
-    for number, line in enumerate(file, start=1):
-        line = line.removeprefix(BOM) if number == 1 else line
-        if not line.strip():
-            continue
-        found += 1
-        where = f"{path} line {number}"
-        try:
-            item = row_item(json_object(decoded(line)), where, cfg.text_field, tokenizer)
-        except (RowError, Unreadable) as error:
-            refuse(f"{where} {error}", cfg.bad_rows, "bad_rows", account)
-            continue
-        if not isinstance(item, str) or item:
-            yield item
+def numbered_lines(path: Path, packed: bool) -> Iterator[tuple[str, bytes]]:
+    """(where, line) of a file of rows; blank lines are passed over. ConfigError if there are no others."""
+    found = False
+    with opened(path, packed) as file:
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(BOM) if number == 1 else line
+            if line.strip():
+                found = True
+                yield f"{path} line {number}", line
     if not found:
         raise ConfigError(f"data.paths: {path} holds no rows")
 
@@ -169,8 +169,6 @@ def json_object(line: str) -> dict[str, Any]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise RowError(f"is not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise RowError("is nested too deeply") from None
     except ValueError:  # Python reads no longer integers
         raise RowError(f"holds a number of more than {sys.get_int_max_str_digits():,} digits") from None
     if not isinstance(row, dict):
@@ -178,7 +176,9 @@ def json_object(line: str) -> dict[str, Any]:
     return row
 
 
-def row_item(row: dict[str, Any], where: str, text_field: str, tokenizer: Tokenizer) -> Item:
+def row_item(line: bytes, where: str, cfg: DataConfig, tokenizer: Tokenizer) -> Item:
+    """What a line holds. RowError or Unreadable if it cannot be used."""
+    row, text_field = json_object(decoded(line)), cfg.text_field
     if "messages" in row or "conversations" in row:
         return Talk(where, conversation(row))
     if text_field in row:
@@ -187,23 +187,21 @@ def row_item(row: dict[str, Any], where: str, text_field: str, tokenizer: Tokeni
             raise RowError(f"has no text in field {text_field!r} but {type(text).__name__}")
         return text
     if "ids" in row:
-        return token_row(row, where, tokenizer)
+        return token_row(row, tokenizer)
     raise RowError(f"has no field {text_field!r}; it has {', '.join(row)}: choose one with data.text_field")
 
 
-def token_row(row: dict[str, Any], where: str, tokenizer: Tokenizer) -> TokenRow:
+def token_row(row: dict[str, Any], tokenizer: Tokenizer) -> TokenRow:
     """`ids` and, optionally, `weights` of the same length."""
     try:
         ids = np.array(row["ids"])
         weights = None if row.get("weights") is None else np.array(row["weights"], np.float32)
     except (ValueError, TypeError, OverflowError):
         raise RowError("has ids or weights that are no list of numbers") from None
-    check_ids(ids, tokenizer.vocab_size, where)
-    if reason := check_weights(TokenRow(ids, weights)):
-        raise RowError(reason)
+    checked = checked_row(ids, weights, tokenizer.vocab_size)
     if weights is not None and not weights[1:].any():
         raise RowError("trains no token: all weights behind the first are 0")
-    return TokenRow(ids, weights)
+    return checked
 
 
 def heldout_start(count: int, share: float) -> int:

@@ -6,28 +6,21 @@ import hashlib
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 
 from configs.schema import ConfigError, DataConfig
 from data import packing, plan
-from data.arrays import TokenRow
 from data.chat import fits, shortened
+from data.documents import Documents, Piece
 from data.problem import Draw, Problem
 from data.render import KimiRenderer, Rendered
 from data.tasks import Split, make_problem
 
 WINDOW_TOKENS = 1 << 17
 """Tokens of task problems that are drawn and packed together."""
-
-
-class Piece(NamedTuple):
-    """A stretch of one document: `ids` has one token more than `weights`, the weights being those of ids[1:]."""
-
-    ids: np.ndarray
-    weights: np.ndarray
 
 
 class RowStream(Protocol):
@@ -64,41 +57,6 @@ class Memo:
             return self._kept[key]
 
 
-class Documents:
-    """Tokenised documents in one flat array, less those of a single token, which predict nothing. `weights` None means
-    that every token is trained."""
-
-    def __init__(self, rows: Sequence[TokenRow], vocab_size: int):
-        small = np.uint16 if vocab_size <= 1 << 16 else np.int32
-        rows = [row for row in rows if len(row.ids) > 1]
-        if not rows:
-            raise ConfigError("data.paths: no document has two tokens, so there is nothing to predict")
-        self.offsets = np.cumsum([0, *(len(row.ids) for row in rows)])
-        self.ids = np.concatenate([np.asarray(row.ids, small) for row in rows])
-        self.weights = None
-        if any(row.weights is not None for row in rows):
-            self.weights = np.concatenate([np.ones(len(row.ids), np.float32) if row.weights is None
-                                           else np.asarray(row.weights, np.float32) for row in rows])
-
-    @property
-    def predictions(self) -> np.ndarray:
-        """[documents] how many places of a row each fills."""
-        return np.diff(self.offsets) - 1
-
-    def piece(self, doc: int, start: int, count: int) -> Piece:
-        at = self.offsets[doc] + start
-        ids = self.ids[at:at + count + 1]
-        weights = np.ones(count, np.float32) if self.weights is None else self.weights[at + 1:at + count + 1]
-        return Piece(ids, weights)
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.offsets.astype("<i8").tobytes())
-        digest.update(self.ids.astype("<i4").tobytes())
-        if self.weights is not None:
-            digest.update(self.weights.astype("<f4").tobytes())
-        return digest.hexdigest()[:16]
-
-
 class DocumentStream:
     """Epochs over a finite set of documents, each epoch shuffled, cut and packed anew."""
 
@@ -125,7 +83,7 @@ class DocumentStream:
 
     def describe(self) -> dict[str, Any]:
         pieces, rows = self._epoch(0)
-        return {"documents": len(self.documents.predictions), "tokens": len(self.documents.ids),
+        return {"documents": len(self.documents.predictions), "tokens": self.documents.tokens,
                 "rows_per_epoch": len(rows), "padding": packing.padding(rows, pieces.count, self.seq_len),
                 "least_padding": packing.least_padding(pieces.count, self.seq_len)}
 

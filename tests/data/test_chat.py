@@ -286,7 +286,8 @@ def test_too_long(tmp_path):
     shortened = open_rows(tmp_path, [talk(1), talk(3, padding=90)], seq_len=900, too_long="shorten")
     facts = shortened.describe()
     assert (facts["chat_rows"], facts["shortened"], facts["rejected"]) == (4, 1, 0)
-    text = shortened.tokenizer.decode(shortened._train.documents.piece(3, 0, 1 << 20).ids)
+    documents = shortened._train.documents
+    text = shortened.tokenizer.decode(documents.piece(3, 0, documents.predictions[3]).ids)
     assert text.count("<|tool_call_begin|>") == text.count("## Return of") == 2 and "question 0" in text
 
 

@@ -60,6 +60,12 @@ def test_last_token_of_a_document_predicts_nothing(tmp_path):
     assert not (batch["tokens"] == 259).any()
 
 
+def test_nothing_to_train_on(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}')
+    with pytest.raises(ConfigError, match="a.jsonl holds nothing to train on"):
+        open_bytes(config(paths=(str(tmp_path / "a.jsonl"),)))
+
+
 def test_a_lone_surrogate_is_a_question_mark(tmp_path):
     (tmp_path / "a.jsonl").write_text(r'{"text": "a\ud800b"}')
     data = open_bytes(config(batch_size=1, paths=(str(tmp_path / "a.jsonl"),)))
