@@ -3,7 +3,7 @@
     file.npy, 1-D integers    documents one after the other, each beginning with [BOS]; read through a memory map
     file.npy, 2-D integers    one document a row
     file.array_record         a record is a 1-D integer array, optionally followed by a float array of loss weights,
-                              each as numpy.save writes it
+                              each as numpy.save writes it; the first record may name the tokenizer (MADE_BY)
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import numpy as np
 from configs.schema import ConfigError
 from data.messages import RowError
 
+MADE_BY = b"abruzzi tokenizer "
+"""What the first record of an index begins with; the rest of it is the fingerprint of the tokenizer."""
 AT_ONCE = 1 << 10
 """Records that are read together."""
 CHUNK = 1 << 24
@@ -25,10 +27,11 @@ CHUNK = 1 << 24
 
 
 class TokenRow(NamedTuple):
-    """A document as token ids; `weights` None trains all of it."""
+    """A document as token ids; `weights` None trains all of it. `where` it stands in a file."""
 
     ids: np.ndarray
     weights: np.ndarray | None
+    where: str = ""
 
 
 class Mapped:
@@ -67,15 +70,17 @@ def wrong_ids(ids: np.ndarray, vocab_size: int) -> str | None:
     return None
 
 
-def checked_row(ids: np.ndarray, weights: np.ndarray | None, vocab_size: int) -> TokenRow:
-    """RowError unless these are ids of the vocabulary, with a weight for each if any."""
+def checked_row(ids: np.ndarray, weights: np.ndarray | None, where: str, vocab_size: int) -> TokenRow:
+    """RowError unless these are ids of the vocabulary, with a weight for each if any, and train something."""
     if ids.ndim != 1 or weights is not None and weights.shape != ids.shape:
         raise RowError("needs a 1-D array of ids and weights of the same length")
     if reason := wrong_ids(ids, vocab_size):
         raise RowError(reason)
     if weights is not None and not (np.isfinite(weights) & (weights >= 0)).all():
         raise RowError("has a weight that is negative or not finite")
-    return TokenRow(ids, weights)
+    if weights is not None and not weights[1:].any():
+        raise RowError("trains no token: all weights behind the first are 0")
+    return TokenRow(ids, weights, where)
 
 
 def read_npy(path: Path, vocab_size: int, bos_id: int) -> Part:
@@ -96,8 +101,23 @@ def read_npy(path: Path, vocab_size: int, bos_id: int) -> Part:
     return Part(ids, np.concatenate([[0], starts[starts > 0], [len(array)]]))
 
 
-def read_records(path: Path) -> Iterator[bytes]:
-    """The records of an ArrayRecord file. ConfigError if it is none, or has none."""
+def numbered_records(path: Path, fingerprint: str, tokenizer: str) -> Iterator[tuple[str, bytes]]:
+    """(where, record) of an ArrayRecord file. ConfigError if it is none, has none, or names a tokenizer of another
+    `fingerprint` than that of data.tokenizer=`tokenizer`."""
+    found = False
+    for number, record in enumerate(_records(path)):
+        if number == 0 and record.startswith(MADE_BY):
+            if record != MADE_BY + fingerprint.encode():
+                raise ConfigError(f"{path} was made with another tokenizer than data.tokenizer={tokenizer}; name the one it "
+                                  f"was made with, or make it anew with launch.py data --index")
+            continue
+        found = True
+        yield f"{path} record {number}", record
+    if not found:
+        raise ConfigError(f"{path} holds no records")
+
+
+def _records(path: Path) -> Iterator[bytes]:
     from array_record.python.array_record_module import ArrayRecordReader
 
     try:
@@ -108,11 +128,9 @@ def read_records(path: Path) -> Iterator[bytes]:
         reader.close()
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"{path} is not a readable ArrayRecord file: {error}") from None
-    if not number:
-        raise ConfigError(f"{path} holds no records")
 
 
-def record_row(record: bytes, vocab_size: int) -> TokenRow:
+def record_row(record: bytes, where: str, vocab_size: int) -> TokenRow:
     """The document of a record. RowError if it cannot be used."""
     stream = io.BytesIO(record)
     try:
@@ -120,16 +138,18 @@ def record_row(record: bytes, vocab_size: int) -> TokenRow:
         weights = np.load(stream, allow_pickle=False).astype(np.float32) if stream.tell() < len(record) else None
     except (ValueError, EOFError) as error:
         raise RowError(f"is not an array as numpy.save writes it: {error}") from None
-    return checked_row(ids, weights, vocab_size)
+    return checked_row(ids, weights, where, vocab_size)
 
 
-def write_array_record(path: Path, rows: Iterable[TokenRow]) -> int:
-    """Write rows as `record_row` reads them; returns their number."""
+def write_array_record(path: Path, rows: Iterable[TokenRow], fingerprint: str | None = None) -> int:
+    """Write rows as `record_row` reads them, and which tokenizer made them if it is known; returns their number."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     writer = ArrayRecordWriter(str(path), "group_size:1")
+    if fingerprint:
+        writer.write(MADE_BY + fingerprint.encode())
     count = 0
-    for ids, weights in rows:
+    for ids, weights, _ in rows:
         stream = io.BytesIO()
         np.save(stream, np.asarray(ids, np.int32), allow_pickle=False)
         if weights is not None:

@@ -130,7 +130,7 @@ class Documents:
         for ids in self._stretches():
             digest.update(ids.astype("<i4").tobytes())
         if (self._table[:, WEIGHTS] >= 0).any():
-            for ids, weights in self.rows():
+            for ids, weights, _ in self.rows():
                 digest.update((np.ones(len(ids)) if weights is None else weights).astype("<f4").tobytes())
         return digest.hexdigest()[:16]
 

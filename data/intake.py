@@ -46,7 +46,7 @@ class _Intake:
             elif isinstance(item, Talk):
                 self._add_chat(source, number, item)
             elif isinstance(item, TokenRow):
-                self.shelf.add(source, IDS, number, item.ids, item.weights)
+                self._add_ids(source, number, item)
             else:
                 number = self.shelf.add_mapped(source, number, item) - 1
             number += 1
@@ -65,11 +65,17 @@ class _Intake:
             ids = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.special[EOS]]])
             self.shelf.add(source, TEXT, number, ids, None, size=len(text.encode("utf-8", "replace")))
 
+    def _add_ids(self, source: int, number: int, row: TokenRow) -> None:
+        """Ids with weights are a conversation, which is never cut; nothing is known of it that could be left out."""
+        count, seq_len, too_long = len(row.ids) - 1, self.cfg.train.seq_len, self.cfg.data.too_long
+        if row.weights is not None and count > seq_len:
+            refuse(f"{row.where} has {count} tokens, more than train.seq_len={seq_len}",
+                   "error" if too_long == "error" else "drop", "too_long", self.account)
+        else:
+            self.shelf.add(source, IDS, number, row.ids, row.weights)
+
     def _add_chat(self, source: int, number: int, talk: Talk) -> None:
         data = self.cfg.data
-        try:
-            for row in chat_rows(talk, self.renderer, data.mode, self.cfg.train.seq_len, data.bad_rows, data.too_long,
-                                 self.account):
-                self.shelf.add(source, CHAT, number, row.ids, row.weights)
-        except RecursionError:  # reading left a little more of the stack
-            refuse(f"{talk.where} is nested too deeply", data.bad_rows, "bad_rows", self.account)
+        for row in chat_rows(talk, self.renderer, data.mode, self.cfg.train.seq_len, data.bad_rows, data.too_long,
+                             self.account):
+            self.shelf.add(source, CHAT, number, row.ids, row.weights)

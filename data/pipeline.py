@@ -83,14 +83,9 @@ class Data:
         self.plan_hash = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
-        """The global batch of a step, or a host's contiguous `rows` of it. ConfigError if no token of the global batch
-        is trained; a part of it may hold none."""
-        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
-        batch = assemble([self._train.row(r) for r in numbers[rows]], self.seq_len, self.tokenizer.pad_id)
-        if not batch["weights"].any() and not any(p.weights.any() for r in numbers for p in self._train.row(r)):
-            raise ConfigError(f"step {step}: no token of rows {numbers.start} to {numbers.stop - 1} is trained; "
-                              f"check the loss weights of the data")
-        return batch
+        """The global batch of a step, or a host's contiguous `rows` of it. Every row trains a token."""
+        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)[rows]
+        return assemble([self._train.row(r) for r in numbers], self.seq_len, self.tokenizer.pad_id)
 
     def iterate(self, start_step: int = 0, rows: slice = slice(None), workers: int = 0) -> Iterator[Batch]:
         """Batches from `start_step` on, fetched ahead by threads (workers=0) or worker processes."""
@@ -167,7 +162,8 @@ def write_index(cfg: RunConfig, tokenizer: Tokenizer, path: str | Path) -> int:
     """Tokenise all documents of a run's paths, in order, into an ArrayRecord file that later runs open at once.
 
     Returns their number. Such a run holds out the last documents of the file; the segments of a conversation are
-    documents of their own. ConfigError as `open_data`, and if the file exists or there are no paths.
+    documents of their own. The file names the tokenizer, and is refused with another. ConfigError as `open_data`, and if the
+    file exists or there are no paths.
     """
     _check_tokenizer(cfg, tokenizer)
     if not cfg.data.paths:
@@ -176,7 +172,7 @@ def write_index(cfg: RunConfig, tokenizer: Tokenizer, path: str | Path) -> int:
         raise ConfigError(f"{path} exists; remove it or choose another name")
     everything = replace(cfg, data=replace(cfg.data, validation_fraction=0.0))
     documents = read_documents(everything, KimiRenderer(tokenizer, cfg.data.system), Account()).documents(held=False)
-    return write_array_record(Path(path), documents.rows() if documents else [])
+    return write_array_record(Path(path), documents.rows() if documents else [], tokenizer.fingerprint())
 
 
 def _stream(cfg: RunConfig, documents: Documents, *key: int) -> DocumentStream:

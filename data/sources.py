@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from configs.schema import ConfigError, DataConfig
-from data.arrays import Part, TokenRow, checked_row, read_npy, read_records, record_row
+from data.arrays import Part, TokenRow, checked_row, numbered_records, read_npy, record_row
 from data.chat import Account, Talk, refuse
 from data.messages import RowError, conversation
 from data.tokenizer import Tokenizer
@@ -109,8 +109,8 @@ def read_file(path: Path, cfg: DataConfig, tokenizer: Tokenizer, account: Accoun
     if ending == ".npy":
         items: Iterable[Item] = [read_npy(path, tokenizer.vocab_size, tokenizer.bos_id)]
     elif ending == ".array_record":
-        numbered = ((f"{path} record {number}", record) for number, record in enumerate(read_records(path)))
-        items = usable(numbered, lambda record, where: record_row(record, tokenizer.vocab_size), cfg, account)
+        items = usable(numbered_records(path, tokenizer.fingerprint(), cfg.tokenizer),
+                       lambda record, where: record_row(record, where, tokenizer.vocab_size), cfg, account)
     else:
         items = usable(numbered_lines(path, packed), lambda line, where: row_item(line, where, cfg, tokenizer), cfg, account)
     return Contents(items, lambda count: heldout_start(count, cfg.validation_fraction))
@@ -187,21 +187,18 @@ def row_item(line: bytes, where: str, cfg: DataConfig, tokenizer: Tokenizer) -> 
             raise RowError(f"has no text in field {text_field!r} but {type(text).__name__}")
         return text
     if "ids" in row:
-        return token_row(row, tokenizer)
+        return token_row(row, where, tokenizer)
     raise RowError(f"has no field {text_field!r}; it has {', '.join(row)}: choose one with data.text_field")
 
 
-def token_row(row: dict[str, Any], tokenizer: Tokenizer) -> TokenRow:
+def token_row(row: dict[str, Any], where: str, tokenizer: Tokenizer) -> TokenRow:
     """`ids` and, optionally, `weights` of the same length."""
     try:
         ids = np.array(row["ids"])
         weights = None if row.get("weights") is None else np.array(row["weights"], np.float32)
     except (ValueError, TypeError, OverflowError):
         raise RowError("has ids or weights that are no list of numbers") from None
-    checked = checked_row(ids, weights, tokenizer.vocab_size)
-    if weights is not None and not weights[1:].any():
-        raise RowError("trains no token: all weights behind the first are 0")
-    return checked
+    return checked_row(ids, weights, where, tokenizer.vocab_size)
 
 
 def heldout_start(count: int, share: float) -> int:

@@ -14,8 +14,8 @@ DOCUMENTS = [[256, *range(10)], [256, *range(50, 75)], [256, 7]]
 WEIGHTS = [[0.0] * 5 + [1.0] * 6, None, [0.0, 0.5]]
 
 
-def open_path(path):
-    cfg = RunConfig(data=DataConfig(paths=(str(path),), validation_fraction=0.0),
+def open_path(path, **settings):
+    cfg = RunConfig(data=DataConfig(paths=(str(path),), validation_fraction=0.0, **settings),
                     train=TrainConfig(batch_size=1, seq_len=64))
     return open_data(cfg, load_tokenizer("bytes"))
 
@@ -86,22 +86,36 @@ def test_index_of_text_and_chat(tmp_path):
         write_index(config(), tokenizer, tmp_path / "c.array_record")
 
 
-def test_rows_without_a_trained_token(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"ids": [1, 2, 3]}\n{"ids": [1, 2], "weights": [1, 0]}')
-    with pytest.raises(ConfigError, match="line 2 trains no token"):
-        open_path(tmp_path / "a.jsonl")
-    write_array_record(tmp_path / "b.array_record", [TokenRow([1, 2, 3], [0.0, 0.0, 0.0])])
-    with pytest.raises(ConfigError, match="no token of rows 0 to 0 is trained"):
-        open_path(tmp_path / "b.array_record").batch(0)
+def test_an_index_of_another_tokenizer_is_refused(tmp_path):
+    """By its fingerprint, though all ids lie in the vocabulary; a file that names no tokenizer is taken."""
+    write_array_record(tmp_path / "a.array_record", [TokenRow([1, 2], None)], "0123456789abcdef")
+    with pytest.raises(ConfigError, match="a.array_record was made with another tokenizer than data.tokenizer=bytes; "):
+        open_path(tmp_path / "a.array_record")
+    write_array_record(tmp_path / "b.array_record", [TokenRow([1, 2], None)])
+    assert rows_of(open_path(tmp_path / "b.array_record")) == [[1, 2]]
+    write_array_record(tmp_path / "c.array_record", [], load_tokenizer("bytes").fingerprint())
+    with pytest.raises(ConfigError, match="c.array_record holds no records"):
+        open_path(tmp_path / "c.array_record")
 
 
-def test_a_host_may_have_nothing_to_train_on(tmp_path):
-    rows = [TokenRow(np.full(65, i), np.full(65, float(i == 1))) for i in range(2)]
-    write_array_record(tmp_path / "a.array_record", rows)
-    cfg = RunConfig(data=DataConfig(paths=(str(tmp_path / "a.array_record"),), validation_fraction=0.0),
-                    train=TrainConfig(batch_size=2, seq_len=64))
-    data = open_data(cfg, load_tokenizer("bytes"))
-    assert sorted(data.batch(0, rows=slice(r, r + 1))["weights"].sum() for r in (0, 1)) == [0, 64]
+@pytest.mark.parametrize("kind", ["jsonl", "array_record"])
+@pytest.mark.parametrize("weights, setting, words", [
+    ([1, 0, 0], "bad_rows", "trains no token: all weights behind the first are 0"),
+    ([1] * 66, "too_long", "has 65 tokens, more than train.seq_len=64"),
+])
+def test_weighted_ids_are_kept_whole_or_left_out(tmp_path, kind, weights, setting, words):
+    """Conversations of an index like those of JSONL: none is cut, so every row trains a token."""
+    rows = [TokenRow([1, 2, 3], None), TokenRow(list(range(len(weights))), weights), TokenRow([7] * 70, None)]
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(json.dumps({"ids": ids, "weights": weights}) for ids, weights, _ in rows))
+    else:
+        write_array_record(path, rows, load_tokenizer("bytes").fingerprint())
+    with pytest.raises(ConfigError, match=f"a.{kind} (line|record) 2 {words}; .*data.{setting}"):
+        open_path(path)
+    data = open_path(path, **{setting: "drop"})
+    assert rows_of(data) == [[1, 2, 3], [7] * 70] and [words in reason for reason in data.account.rejected] == [True]
+    assert all(data.batch(step)["weights"].any() for step in range(data.describe()["rows_per_epoch"]))
 
 
 def test_nothing_to_predict(tmp_path):
