@@ -231,7 +231,7 @@ class DataConfig:
     text_field: str = "text"
     """JSONL field that holds the text."""
     mixture: tuple[float, ...] = ()
-    """Weight of each path, in tokens; empty takes everything once an epoch."""
+    """Weight of each path, in rows, however full; empty takes everything once an epoch."""
     mode: Literal["interleaved", "preserved", "last_segment"] = "interleaved"
     """Training rows of a conversation: one per answer with earlier thoughts blanked, as served; one with all thoughts
     kept; or the row of the last answer only."""

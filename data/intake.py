@@ -62,7 +62,7 @@ class _Intake:
         tokenizer = self.renderer.tokenizer
         encoded = tokenizer.encode_many([text for _, text in texts])
         for (number, text), ids in zip(texts, encoded):
-            ids = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.special[EOS]]])
+            ids = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.special[EOS]]], dtype=np.int32)
             self.shelf.add(source, TEXT, number, ids, None, size=len(text.encode("utf-8", "replace")))
 
     def _add_ids(self, source: int, number: int, row: TokenRow) -> None:

@@ -1,4 +1,4 @@
-"""Several row streams in fixed proportions: which stream row r comes from, and which of its rows, follows from r."""
+"""Several row streams in fixed proportions of rows: which stream row r comes from, and which of its rows, follows from r."""
 
 from __future__ import annotations
 

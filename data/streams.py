@@ -83,8 +83,11 @@ class DocumentStream:
 
     def describe(self) -> dict[str, Any]:
         pieces, rows = self._epoch(0)
-        return {"documents": len(self.documents.predictions), "tokens": self.documents.tokens,
-                "rows_per_epoch": len(rows), "padding": packing.padding(rows, pieces.count, self.seq_len),
+        documents = self.documents
+        return {"documents": len(documents.predictions), "tokens": documents.tokens, "rows_per_epoch": len(rows),
+                "filled_per_row": int(documents.predictions.sum()) / len(rows),
+                "trained_per_row": documents.trained / len(rows),
+                "padding": packing.padding(rows, pieces.count, self.seq_len),
                 "least_padding": packing.least_padding(pieces.count, self.seq_len)}
 
 

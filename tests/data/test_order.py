@@ -1,6 +1,7 @@
 """The order of rows: the same for every number of hosts and workers and after every restart; mixtures are exact."""
 
 import dataclasses
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -131,6 +132,20 @@ def test_mixture_of_a_run(tmp_path):
     same = [batch_hash(edited.batch(step)) == batch_hash(data.batch(step)) for step in (0, 4, 5, 6)]
     assert same == [True, True, False, False]
     assert edited.plan_hash != data.plan_hash
+
+
+def test_what_a_row_of_each_source_holds(tmp_path):
+    """The mixture is one of rows: text fills them, short conversations that fit no second time do not."""
+    cfg = config(tmp_path, "mixture", (1.0, 1.0))
+    talk = {"messages": [{"role": "user", "content": "q" * 60}, {"role": "assistant", "content": "a" * 9}]}
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps(talk) for _ in range(20)))
+    data = open_data(cfg, load_tokenizer("bytes"))
+    text, chat = data.describe()["sources"]
+    batches = [data.batch(step) for step in range(2 * chat["rows_per_epoch"] // BATCH)]
+    full = np.concatenate([(batch["segments"] > 0).sum(1) for batch in batches])
+    trained = np.concatenate([(batch["weights"] > 0).sum(1) for batch in batches])
+    assert set(full[trained == chat["trained_per_row"]]) == {chat["filled_per_row"]} and chat["filled_per_row"] < 100
+    assert text["filled_per_row"] == text["trained_per_row"] > 110 and text["share"] == chat["share"] == 0.5
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.0), (1.0, 2.0, 3.0)])

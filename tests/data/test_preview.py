@@ -54,7 +54,8 @@ def test_everything_is_shown(tmp_path, kind):
     if kind != "task":
         assert "left out" in text and "a.jsonl line 2 has no assistant message" in text
         assert "b.json is JSON, but rows are read one a line" in " ".join(text.split())
-    assert ("source 2: share" in text) == (kind == "mixture")
+    for name in ("share", "filled per row", "trained per row"):
+        assert (f"source 2: {name}" in text) == (kind == "mixture")
 
 
 def test_the_verb_builds_an_index_and_previews(tmp_path, capsys):
