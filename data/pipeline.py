@@ -39,7 +39,7 @@ HELDOUT_SEED = 0
 PLAN_VERSION = 3
 """Of the order of rows; a run goes on only with the one it was started with. 2: data/packing.py:completed; larger windows
 of built-in problems. 3: results without ids go to the call of their function; `functions` are declared; thoughts that stand
-twice are trained once."""
+twice are trained once; no built-in problem is both trained and held out; held-out documents belong to the plan."""
 
 
 def assemble(rows: list[list[Piece]], seq_len: int, pad_id: int) -> Batch:
@@ -73,13 +73,13 @@ class Data:
     """The batches of a run; see `open_data`."""
 
     def __init__(self, cfg: RunConfig, tokenizer: Tokenizer, renderer: KimiRenderer, train: RowStream,
-                 heldout: list[list[Piece]], account: Account, facts: dict[str, Any]):
+                 heldout: list[list[Piece]], account: Account, facts: dict[str, Any], heldout_print: str = ""):
         self.tokenizer, self.renderer = tokenizer, renderer
         self.account = account
         self.batch_size, self.seq_len = cfg.train.batch_size, cfg.train.seq_len
         self._train, self._heldout, self._facts = train, heldout, facts
         plan = {"version": PLAN_VERSION, "seed": cfg.data.seed, "batch": self.batch_size, "seq_len": self.seq_len,
-                "tokenizer": tokenizer.fingerprint(), "rows": train.fingerprint()}
+                "tokenizer": tokenizer.fingerprint(), "rows": train.fingerprint(), "heldout": heldout_print}
         self.plan_hash = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
@@ -155,7 +155,7 @@ def open_data(cfg: RunConfig, tokenizer: Tokenizer,
     if held:
         stream = DocumentStream(held, cfg.train.seq_len, HELDOUT_SEED)
         rows = [stream.row(r) for r in range(stream.describe()["rows_per_epoch"])]
-    return Data(cfg, tokenizer, renderer, train, rows, account, facts)
+    return Data(cfg, tokenizer, renderer, train, rows, account, facts, held.fingerprint() if held else "")
 
 
 def write_index(cfg: RunConfig, tokenizer: Tokenizer, path: str | Path) -> int:
