@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.schema import ConfigError
+from train import processes
 from train.compat import orbax
 from train.stored import StoredParams
 
@@ -88,13 +89,16 @@ class Restored:
     damaged: list[str]
 
 
-def unreadable(directory: Path, error: Exception) -> CheckpointError:
+def unreadable(directory: Path, error: object) -> CheckpointError:
     return CheckpointError(f"checkpoint {directory} cannot be read ({' '.join(str(error).split())[:200]})")
 
 
 def _partly_loaded(directory: Path, wanted: dict[str, dict]) -> dict[str, dict]:
-    ocp = orbax()
-    with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))):
+    """Every process reads its parts by itself: those that can would wait minutes in Orbax for one that can not."""
+    ocp, this = orbax(), jax.process_index()
+    partly = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
+    alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
+    with ocp.Context(pytree_options=partly, multiprocessing_options=alone):
         return ocp.load_checkpointables(directory, wanted)
 
 
@@ -158,12 +162,14 @@ class Checkpoints:
                               + "; delete the folder to start again, or restore it from a copy")
 
     def _load(self, step: int, like: Any) -> Any:
-        wanted = flat(like)
+        wanted, trouble = flat(like), None
         try:
             found = _partly_loaded(self.directory / str(step), {
                 "state": wanted, "fingerprint": {name: np.zeros((), np.uint32) for name in wanted}})
         except Exception as error:  # Orbax and TensorStore raise many types for one fact: it cannot be read.
-            raise unreadable(self.directory / str(step), error) from error
+            trouble = error
+        if (where := processes.failing(trouble is None)) is not None:
+            raise unreadable(self.directory / str(step), trouble or f"by process {where}") from trouble
         self._compare(step, _fingerprints(found["state"]), found["fingerprint"])
         return unflat(found["state"], like)
 

@@ -79,10 +79,16 @@ def require_same(what: str, *values: object) -> None:
                               f"the same files on every host")
 
 
+def failing(fine: bool) -> int | None:
+    """The first process in which this is not true. Waits for all."""
+    found = multihost_utils.process_allgather(np.int32(fine)).reshape(-1) if several() else np.array([fine])
+    return None if found.all() else int(found.argmin())
+
+
 def require_all(fine: bool, what: str) -> None:
     """ConfigError in all processes unless this is true in all of them. Waits for all."""
-    if several() and not (found := multihost_utils.process_allgather(np.int32(fine)).reshape(-1)).all():
-        raise ConfigError(f"process {int(found.argmin())} of {len(found)} does not {what}")
+    if several() and (where := failing(fine)) is not None:
+        raise ConfigError(f"process {where} does not {what}")
 
 
 def agree(number: int) -> int:

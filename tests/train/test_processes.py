@@ -98,7 +98,7 @@ def test_hosts_that_differ_are_told(monkeypatch):
     with pytest.raises(ConfigError, match="settings are not the same in process 2 as in the first one"):
         processes.require_same("settings", "hash", 3)
     monkeypatch.setattr(processes.multihost_utils, "process_allgather", lambda x: np.array([1, 0]))
-    with pytest.raises(ConfigError, match="process 1 of 2 does not see the directory"):
+    with pytest.raises(ConfigError, match="process 1 does not see the directory"):
         processes.require_all(True, "see the directory")
 
 
@@ -129,6 +129,20 @@ def test_a_checkpoint_moves_to_another_mesh(tmp_path):
     finished(start(moved, 30, "--on", "local:1x4", "--mesh.data", "1", "--mesh.expert", "4"))
     one, two = rows(stayed), rows(moved)
     np.testing.assert_allclose([x for x, _ in two.values()], [x for x, _ in one.values()], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_damage_that_one_process_sees_sends_all_back(tmp_path):
+    """What the second process wrote, and reads, of the newest checkpoint is cut off: both go on from the one before, at once."""
+    run, on = tmp_path / "run", ["--on", "local:2", "--mesh.data", "1", "--mesh.fsdp", "2"]
+    finished(start(run, 20, *on))
+    hurt = [file for file in (run / "checkpoints/20/state/ocdbt.process_1/d").iterdir() if file.stat().st_size > 1000]
+    for file in hurt:
+        file.write_bytes(file.read_bytes()[:500])
+    begun = time.monotonic()
+    out = finished(start(run, 21, *on))
+    assert hurt and "checkpoints/20 cannot be read (by process 1" in out and "from step 10 (fingerprints" in out
+    assert time.monotonic() - begun < 120 and (run / "checkpoints" / "damaged-20").is_dir()
 
 
 @pytest.mark.slow
