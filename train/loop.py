@@ -27,7 +27,7 @@ from train.held_out import Evaluator
 from train.mesh import batch_sharding, param_shardings, replicated
 from train.profile import Profile
 from train.recorder import GridWatch, Recorder
-from train.remix import before_edit, table_of
+from train.remix import Table, before_edit, table_of
 from train.run_data import require_same_order
 from train.run_dir import RunDir, config_hash
 from train.session import Session, open_session
@@ -122,29 +122,7 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
         mixtures.append((step, known.data.mixture))
         data = open_data(cfg, session.tokenizer, mixtures)
         console.print(f"mixture {known.data.mixture} until step {step}, {cfg.data.mixture} from there on")
-    # A late process must not find the files of an early one.
-    processes.require_same("the run's settings, data and step", config_hash(cfg), data.plan_hash, step)
-    if processes.first():
-        run.write_config(cfg, {"compute_dtype": session.compute_dtype, "plan_hash": data.plan_hash,
-                               "plan_version": PLAN_VERSION, "mixtures": mixtures,
-                               "platform": session.platform, "device": jax.devices()[0].device_kind,
-                               "devices": jax.device_count(), "versions": interpreter(),
-                               "flops_per_token": train_flops_per_token(cfg.model, session.specs, cfg.train.seq_len)})
-    processes.require_all(run.appears(), f"see {run.path}, which the first one has just written: on several hosts it must be a "
-                                        "directory that all of them share")
-    if data.account.rejected and processes.first():
-        run.left_out.write_text("\n".join(data.account.rejected) + "\n")
-        console.print(f"[yellow]{len(data.account.rejected)} rows are left out[/]: {run.left_out} names each and says why")
-    if data.account.remarks and processes.first():
-        console.print(f"[yellow]{len(data.account.remarks)} remarks on conversations that are trained[/]: `launch.py data` with "
-                      "the same settings shows them")
-    console.print(f"run {run.path} (config {config_hash(cfg)}), data: "
-                  + ", ".join(f"{k} {v}" for k, v in data.describe().items()))
-    if cfg.quant.grid != "none":
-        console.print(str(coverage(session.specs, cfg.quant)), markup=False)
-    console.print(f"{human(sum(s.size for s in session.specs.values()))} parameters on {jax.device_count()} x "
-                  f"{jax.devices()[0].device_kind}, compute in {session.compute_dtype}, {cfg.train.steps - step} steps of "
-                  f"{human(cfg.train.batch_size * cfg.train.seq_len)} tokens to do")
+    _announce(run, session, data, mixtures, step)
     if step >= cfg.train.steps:
         console.print(f"already trained to step {step}; raise --train.steps to go on")
         return EXIT_DONE
@@ -161,6 +139,34 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
         return EXIT_STOPPED
     console.print(f"trained to step {step} in {clock(time.monotonic() - started)}")
     return EXIT_DONE
+
+
+def _announce(run: RunDir, session: Session, data: Data, mixtures: Table, step: int) -> None:
+    """Write what the run is into its directory, and print what will be trained on what."""
+    cfg = session.cfg
+    # A late process must not find the files of an early one.
+    processes.require_same("the run's settings, data and step", config_hash(cfg), data.plan_hash, step)
+    if processes.first():
+        run.write_config(cfg, {"compute_dtype": session.compute_dtype, "plan_hash": data.plan_hash,
+                               "plan_version": PLAN_VERSION, "mixtures": mixtures,
+                               "platform": session.platform, "device": jax.devices()[0].device_kind,
+                               "devices": jax.device_count(), "versions": interpreter(),
+                               "flops_per_token": train_flops_per_token(cfg.model, session.specs, cfg.train.seq_len)})
+    processes.require_all(run.appears(), f"see {run.path}, which the first one has just written: on several hosts it must be a "
+                                        "directory that all of them share")
+    if data.account.rejected and processes.first():
+        run.left_out.write_text("\n".join(data.account.rejected) + "\n")
+        console.print(f"[yellow]{len(data.account.rejected)} rows or files are left out[/]: {run.left_out} says which and why")
+    if data.account.remarks and processes.first():
+        console.print(f"[yellow]{len(data.account.remarks)} remarks on conversations that are trained[/]: `launch.py data` with "
+                      "the same settings shows them")
+    console.print(f"run {run.path} (config {config_hash(cfg)}), data: "
+                  + ", ".join(f"{k} {v}" for k, v in data.describe().items()))
+    if cfg.quant.grid != "none":
+        console.print(str(coverage(session.specs, cfg.quant)), markup=False)
+    console.print(f"{human(sum(s.size for s in session.specs.values()))} parameters on {jax.device_count()} x "
+                  f"{jax.devices()[0].device_kind}, compute in {session.compute_dtype}, {cfg.train.steps - step} steps of "
+                  f"{human(cfg.train.batch_size * cfg.train.seq_len)} tokens to do")
 
 
 def run_steps(machine: Machine, data: Data, state: TrainState, step: int, checkpoints: Checkpoints, run: RunDir,

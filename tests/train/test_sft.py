@@ -60,13 +60,13 @@ def test_what_is_odd_about_rows_is_said_when_a_run_begins(tmp_path, monkeypatch,
     messages = make_problem("pointer_chase", 0, 0, 1, "train").messages
     path = tmp_path / "chats.jsonl"
     path.write_text("\n".join(map(json.dumps, [{"messages": messages}, {"messages": messages}, {"messages": []}])))
-    monkeypatch.setattr(loop, "starting_state", lambda machine, checkpoints, run: (None, 0))
+    monkeypatch.setattr(loop, "starting_state", lambda *_: (None, 0))
     monkeypatch.setattr(loop, "run_steps", lambda machine, data, state, step, *rest: (state, step))
     run = RunDir(tmp_path / "run")
     assert train(tuned(RunDir(tmp_path / "none"), path), run) == EXIT_DONE
     printed = capsys.readouterr().out
     assert "2 remarks on conversations that are trained: `launch.py data` with the same settings shows them" in printed
-    assert "1 rows are left out" in printed and "line 3 has no messages" in run.left_out.read_text()
+    assert "1 rows or files are left out" in printed and "line 3 has no messages" in run.left_out.read_text()
 
 
 @pytest.mark.slow
