@@ -185,23 +185,28 @@ def run_steps(machine: Machine, data: Data, state: TrainState, step: int, checkp
             reported = step + 1 in (recorder.first_step, cfg.train.steps) or (step + 1) % cfg.train.log_every == 0
             if reported:
                 codes.before(state.params)
-            profile.before(step + 1, state)
+            if profile.begins(step + 1):
+                with recorder.apart():
+                    profile.start(state)
             state, metrics = machine.train_step(step, state, placed)
             step += 1
             last = step >= cfg.train.steps
             recorder.record(step, metrics)
             stopping = stop.after(step)
-            profile.after(step, state, last or stopping)
+            if profile.ends(step, last or stopping):
+                with recorder.apart():
+                    profile.stop(step, state)
             if step % sample_every == 0:
                 recorder.measure_optimizer(machine.time_update, state)
             if reported:
                 recorder.report(codes.report(state.params))
             if last or stopping or step in checkpoints.landmarks or step % cfg.train.checkpoint_every == 0:
-                checkpoints.save(step, state)
-                recorder.restart_clock()
+                with recorder.apart():
+                    checkpoints.save(step, state)
             if data.holds_out and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):
-                amount = float(metrics["grid_amount"])
-                recorder.evaluated(step, evaluator(state.params, amount=amount, batches=cfg.train.eval_batches))
+                with recorder.apart():
+                    amount = float(metrics["grid_amount"])
+                    recorder.evaluated(step, evaluator(state.params, amount=amount, batches=cfg.train.eval_batches))
             bar.advance()
             if last or stopping:
                 break

@@ -19,19 +19,25 @@ class Profile:
         self.folder = folder
         self.running = False
 
-    def before(self, step: int, state) -> None:
-        if self.first <= step <= self.last and not self.running and processes.first():
-            jax.block_until_ready(state)
-            jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
-            self.running = True
+    def begins(self, step: int) -> bool:
+        """Whether to start before this step."""
+        return self.first <= step <= self.last and not self.running and processes.first()
 
-    def after(self, step: int, state, last: bool) -> None:
-        if self.running and (step == self.last or last):
-            jax.block_until_ready(state)
-            self.running = False
-            try:
-                jax.profiler.stop_trace()
-            except (OSError, ValueError, RuntimeError) as error:  # a run is worth more than its picture
-                console.print(f"[yellow]the trace of steps {self.first} to {step} was not written[/]: {error}")
-                return
-            console.print(f"traced steps {self.first} to {step} under {self.folder}; open them with xprof --logdir {self.folder}")
+    def start(self, state) -> None:
+        jax.block_until_ready(state)
+        jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
+        self.running = True
+
+    def ends(self, step: int, last: bool) -> bool:
+        """Whether to stop after this step, which may be the run's last."""
+        return self.running and (step == self.last or last)
+
+    def stop(self, step: int, state) -> None:
+        jax.block_until_ready(state)
+        self.running = False
+        try:
+            jax.profiler.stop_trace()
+        except (OSError, ValueError, RuntimeError) as error:  # a run is worth more than its picture
+            console.print(f"[yellow]the trace of steps {self.first} to {step} was not written[/]: {error}")
+            return
+        console.print(f"traced steps {self.first} to {step} under {self.folder}; open them with xprof --logdir {self.folder}")

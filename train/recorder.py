@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -66,11 +67,13 @@ class Recorder:
         self.peak = peak * jax.device_count() if peak else None
         self.flops_per_token = train_flops_per_token(cfg.model, self.session.specs, cfg.train.seq_len)
         self.pending: tuple[int, dict[str, Any]] | None = None
-        self.restart_clock()
+        self.clock = time.perf_counter()
 
-    def restart_clock(self) -> None:
-        """What happened since the last step is not the next one's time."""
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is done between two steps is the time of neither: the one before is finished first."""
         self._settle()
+        yield
         self.clock = time.perf_counter()
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
@@ -80,18 +83,15 @@ class Recorder:
 
     def measure_optimizer(self, time_update: Callable[[TrainState], float], state: TrainState) -> None:
         """Time the update by itself."""
-        self._settle()
-        self.pending[1]["optimizer_seconds"] = time_update(state)
-        self.clock = time.perf_counter()
+        with self.apart():
+            self.pending[1]["optimizer_seconds"] = time_update(state)
 
     def report(self, extra: dict[str, Any]) -> None:
         """Write and print the step that was just started, with measurements that are not taken every step."""
-        self._settle()
-        step, metrics = self.pending
-        self.pending = (step, {**metrics, **processes.host_values(extra, self.session.mesh)})
-        row = self._write()
-        self._print(step, row)
-        self.clock = time.perf_counter()
+        with self.apart():
+            step, metrics = self.pending
+            self.pending = (step, {**metrics, **processes.host_values(extra, self.session.mesh)})
+            self._print(step, self._write())
 
     def _settle(self) -> None:
         """Wait for the pending step and note how long it took."""
@@ -132,10 +132,10 @@ class Recorder:
                       f"grid error {float(row['grid_error']):.3f}{first}")
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """Write and print a held-out loss."""
         if self.file:
             self.file.write("eval", step, values)
         console.print("  held out: " + "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in values.items()))
-        self.clock = time.perf_counter()
 
     def close(self) -> None:
         self._write()
