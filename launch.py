@@ -17,22 +17,16 @@ from configs.schema import ConfigError, RunConfig
 RUN = Path("runs/tiny")
 
 
-def train(arguments: list[str]) -> int:
+def train(arguments: list[str], given: list[str]) -> int:
     """Train a preset, or go on with a run directory."""
-    given = arguments
     name, arguments = _take(arguments, "--preset", "tiny")
     run, arguments = _take(arguments, "--run", f"runs/{name}")
     where, arguments = _take(arguments, "--on", "local")
     remix, arguments = "--remix" in arguments, [word for word in arguments if word != "--remix"]
-    from train.run_dir import with_network_of
-    base = preset(name)
-    for field in ("init_from", "fork_from"):
-        source, _ = _take(arguments, f"--train.{field.replace('_', '-')}", getattr(base.train, field) or "None")
-        base = with_network_of(base, run, source) if source != "None" else base
-    cfg = tyro.cli(RunConfig, default=base, args=arguments, prog=f"launch.py train --preset {name} --run {run} "
-                   f"--on local", description="Train; every field of the preset can be set as --section.field value. "
-                   "--on local:2x4: two processes of four simulated devices; --on cluster: this host is one of several. "
-                   "--remix: a run that is resumed may change data.mixture.")
+    cfg = _config(name, arguments, f"train --preset {name} --run {run} --on local",
+                  "Train; every field of the preset can be set as --section.field value. "
+                  "--on local:2x4: two processes of four simulated devices; --on cluster: this host is one of several. "
+                  "--remix: a run that is resumed may change data.mixture.", run)
     return _on(where, ["train", *given], cfg, lambda: _train(cfg, run, remix))
 
 
@@ -166,9 +160,8 @@ class Report:
         return write_report(self.run)
 
 
-def import_(arguments: list[str]) -> int:
+def import_(arguments: list[str], given: list[str]) -> int:
     """Read a Hugging Face directory, or its files (bf16, f32 or INT4), into a new run."""
-    given = arguments
     count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     sources, arguments = [Path(word) for word in arguments[:count]], arguments[count:]
     if not sources and "--help" not in arguments:
@@ -177,9 +170,8 @@ def import_(arguments: list[str]) -> int:
     first = sources[0].resolve() if sources else Path("DIR")
     run, arguments = _take(arguments, "--run", f"runs/{first.name if len(sources) < 2 else first.parent.name}")
     where, arguments = _take(arguments, "--on", "local")
-    cfg = tyro.cli(RunConfig, default=preset(name), args=arguments,
-                   prog=f"launch.py import DIR_OR_FILES --preset {name} --run {run} --on local",
-                   description="Import; model and quant come from the files, the rest from the preset. --on as in train.")
+    cfg = _config(name, arguments, f"import DIR_OR_FILES --preset {name} --run {run} --on local",
+                  "Import; model and quant come from the files, the rest from the preset. --on as in train.")
     return _on(where, ["import", *given], cfg, lambda: _import(sources, cfg, name, run))
 
 
@@ -201,14 +193,14 @@ def _on(where: str, command: list[str], cfg: RunConfig, work: Callable[[], int])
         return work()
 
 
-def data(arguments: list[str]) -> int:
+def data(arguments: list[str], _given: list[str]) -> int:
     """What the data is, and rows with the trained tokens in colour."""
     name, arguments = _take(arguments, "--preset", "tiny")
     rows, arguments = _take(arguments, "--rows", "2")
     index, arguments = _take(arguments, "--index", "")
-    cfg = tyro.cli(RunConfig, default=preset(name), args=arguments, prog=f"launch.py data --preset {name} --rows {rows}",
-                   description="Look at the data that a training run with these settings would see. --index "
-                   "FILE.array_record: tokenise it once into a file, which data.paths can then name instead.")
+    cfg = _config(name, arguments, f"data --preset {name} --rows {rows}",
+                  "Look at the data that a training run with these settings would see. --index FILE.array_record: tokenise it "
+                  "once into a file, which data.paths can then name instead.").checked()
     shown = _count("--rows", rows, 1)
     from data.pipeline import open_data, write_index
     from data.preview import show
@@ -222,16 +214,15 @@ def data(arguments: list[str]) -> int:
     return 0
 
 
-def plan(arguments: list[str]) -> int:
+def plan(arguments: list[str], _given: list[str]) -> int:
     """Parameter table, optimizer routing, counts, bytes and FLOPs of a preset; with --topology, its step compiled for
     chips that need not be there: memory, collectives, roofline, predicted speed."""
     name, arguments = _take(arguments, "--preset", "tiny")
     machine, arguments = _take(arguments, "--topology", MACHINES.get(name, ""))
     meshes, arguments = _take(arguments, "--sweep", "0")
     file, arguments = _take(arguments, "--json", "")
-    cfg = tyro.cli(RunConfig, default=preset(name), args=arguments,
-                   prog=f"launch.py plan --preset {name} --topology {machine or 'v5p:8x8x8'} --sweep 8 --json FILE",
-                   description="Show what would be trained.")
+    cfg = _config(name, arguments, f"plan --preset {name} --topology {machine or 'v5p:8x8x8'} --sweep 8 --json FILE",
+                  "Show what would be trained.").checked()
     limit = _count("--sweep", meshes, 0)
     if not machine:
         if limit or file:
@@ -244,6 +235,18 @@ def plan(arguments: list[str]) -> int:
 
 WITH_CONFIG = {"train": train, "plan": plan, "data": data, "import": import_}
 VERBS = {"eval": Eval, "generate": Generate, "export": Export, "verify": Verify, "distort": Distort, "report": Report}
+
+
+def _config(name: str, arguments: list[str], prog: str, description: str, run: str | None = None) -> RunConfig:
+    """The preset of this name with the fields that the arguments set; of a run that starts from another's weights, with its
+    network and tokenizer."""
+    base = preset(name)
+    for field in ("init_from", "fork_from"):
+        source, _ = _take(arguments, f"--train.{field.replace('_', '-')}", getattr(base.train, field) or "None")
+        if source != "None":
+            from train.run_dir import with_network_of
+            base = with_network_of(base, run, source)
+    return tyro.cli(RunConfig, default=base, args=arguments, prog=f"launch.py {prog}", description=description)
 
 
 def _take(arguments: list[str], flag: str, default: str) -> tuple[str, list[str]]:
@@ -311,7 +314,7 @@ def main(argv: list[str]) -> int:
         from train.compat import start_jax
         start_jax("cpu" if verb == "plan" else None)  # a plan is compiled for chips that are not here
         if verb in WITH_CONFIG:
-            return WITH_CONFIG[verb](_dashed(arguments))
+            return WITH_CONFIG[verb](_dashed(arguments), arguments)
         _each_once(arguments)
         return tyro.cli(VERBS[verb], args=arguments, prog=f"launch.py {verb}")()
     except (ConfigError, OSError) as error:

@@ -359,8 +359,11 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
-    def __post_init__(self):
+    def checked(self) -> RunConfig:
+        """Itself, if its sections fit each other; ConfigError if not. Not done when it is made, because a preset takes another
+        run's model before the flags that fit the rest to it."""
         require(self.train.seq_len <= self.model.max_position_embeddings,
                 f"train.seq_len={self.train.seq_len} is more than model.max_position_embeddings="
                 f"{self.model.max_position_embeddings}, which the exported config promises; raise that too, and "
@@ -372,4 +375,4 @@ class RunConfig:
                         f"model.{name}={width} is not divisible by quant.group_size={self.quant.group_size}; "
                         f"the nearest widths that are: {width // self.quant.group_size * self.quant.group_size} "
                         f"and {(width // self.quant.group_size + 1) * self.quant.group_size}")
-    profile: ProfileConfig = field(default_factory=ProfileConfig)
+        return self

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import jax
@@ -41,14 +42,15 @@ accumulator of 64 x 256 takes 128 of a worker's."""
 MOST_STAGES = 6
 
 
-MISCOMPILED = range(12080, 12091)
-"""CUDA 12.8.0 to 12.9.0, in jax's numbers: their assembler miscompiles the causal masks of jax's own attention kernel, which jax
-refuses with them. Whether ours come out wrong too was not tried."""
-
-
-def cuda_runtime() -> int | None:
-    """1000 * major + 10 * minor + patch of the CUDA that jax was given, None without one."""
-    return cuda_versions.cuda_runtime_get_version() if cuda_versions else None
+def miscompiles() -> bool:
+    """Whether the assembler miscompiles the causal masks of jax's own attention kernel, which jax therefore refuses: CUDA 12.8.0
+    to 12.9.0. (Whether ours come out wrong too was not tried.) The runtime's number has no patch level; the package has."""
+    if not cuda_versions or cuda_versions.cuda_runtime_get_version() not in (12080, 12090):
+        return False
+    try:
+        return tuple(map(int, version("nvidia-cuda-nvcc-cu12").split(".")[:3])) < (12, 9, 86)
+    except PackageNotFoundError:
+        return True
 
 
 @dataclass(frozen=True)

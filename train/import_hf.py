@@ -96,7 +96,8 @@ def _import(directory: Path, named: str, base: RunConfig, preset: str, run: RunD
     found = read_config(directory)
     beside = tokenizer_file(directory)
     tokenizer = str(Path(beside).resolve()) if beside else base.data.tokenizer  # links do not outlive the import
-    cfg = dataclasses.replace(base, model=found.model, quant=found.quant,
+    rows = min(base.train.seq_len, found.model.max_position_embeddings)
+    cfg = dataclasses.replace(base, model=found.model, quant=found.quant, train=dataclasses.replace(base.train, seq_len=rows),
                               data=dataclasses.replace(base.data, tokenizer=tokenizer, **template_settings(directory)))
     session = open_session(cfg)
     files = Imported(directory, session.specs, prefix=found.prefix, for_training=found.quant.grid != "none")

@@ -12,10 +12,15 @@ from train.session import Session
 
 
 def data_of(session: Session, run: RunDir) -> Data:
-    """Opened anew. ConfigError if it is no longer the same: rows that were trained on would count as held out."""
+    """Opened anew, to look at a run. ConfigError if files are no longer the same: rows that were trained on would count as held
+    out."""
     facts = run.load_facts()
     data = open_data(session.cfg, session.tokenizer, table_of(facts))
-    require_same_order(run, facts, data)
+    if session.cfg.data.paths and facts.get("plan_hash", data.plan_hash) != data.plan_hash:
+        there = facts.get("plan_version", 1)
+        why = ("put its files back as they were" if there == PLAN_VERSION else
+               f"it has data plan {there} and this program plan {PLAN_VERSION}: look at it with the program that trained it")
+        raise ConfigError(f"{run.path} may have been trained on rows that are held out now; {why}")
     return data
 
 

@@ -111,8 +111,12 @@ class RunDir:
 
     def load_config(self) -> RunConfig:
         """The config the run was started with."""
+        facts = self.load_facts()
+        if "model_type" in facts:
+            raise ConfigError(f"{self.path} is a Hugging Face directory, not a run; import it first: python launch.py import "
+                              f"{self.path} --run runs/NEW")
         try:
-            return from_dict(self.load_facts()["config"])
+            return from_dict(facts["config"])
         except (KeyError, TypeError) as error:
             raise ConfigError(f"{self.path / 'config.json'} is not a run's config ({error}); restore it from a copy") from error
 
@@ -145,10 +149,10 @@ class RunDir:
         return sorted(rows.values(), key=lambda r: r["step"])
 
 
-def with_network_of(base: RunConfig, run: str, source: str) -> RunConfig:
-    """`base` with the model and the tokenizer of RUN[@STEP], whose weights are gone on from, or of `run` itself once it is
-    there: weights come with their network, and their ids with a tokenizer."""
-    known = next((found for found in (RunDir(run), RunDir(source.partition("@")[0])) if found.exists()), None)
+def with_network_of(base: RunConfig, run: str | None, source: str) -> RunConfig:
+    """`base` with the model and the tokenizer of the run RUN[@STEP] whose weights are gone on from, or of `run` itself once it
+    is there: weights come with their network, and their ids with a tokenizer."""
+    known = next((found for found in map(RunDir, filter(None, (run, source.partition("@")[0]))) if found.exists()), None)
     if known is None:
         return base
     theirs = known.load_config()

@@ -45,8 +45,8 @@ def refusal(q: Array, v: Array) -> str:
     """Why these cannot be worked on here, empty if they can."""
     if plgpu is None:
         return "this jax has no Mosaic GPU, which the Hopper kernels are written in"
-    if hopper.cuda_runtime() in hopper.MISCOMPILED:
-        return "CUDA 12.8.0 to 12.9.0 miscompile causal masks; install CUDA 12.9.1 or newer, such as jax[cuda13]"
+    if hopper.miscompiles():
+        return "CUDA 12.8.0 to 12.9.0 miscompile causal masks; install nvidia-cuda-nvcc-cu12 12.9.86 or newer, or jax[cuda13]"
     widths = q.shape[-1], v.shape[-1]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the Hopper kernels multiply bfloat16 and float16, not {q.dtype.name}"

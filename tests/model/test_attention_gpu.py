@@ -1,11 +1,14 @@
 """Attention for Hopper: which tiles it visits, and the kernels in Pallas' interpreter, which also reports data races. It
 runs where jax has one (0.12). That the code compiles: tests/plan/test_attention_compile.py; on a device: tests/gpu."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import hopper
 from model import attention
 from model.kernels import attention_gpu
 from model.kernels.intervals import Intervals
@@ -89,7 +92,9 @@ def test_what_the_kernels_do_not_take(monkeypatch):
         with pytest.warns(UserWarning, match=why):
             out, _ = attention.causal(q, k, value, jnp.ones((1, S), jnp.int32), jnp.arange(S), 0.3, "hopper")
         assert out.shape == (1, S, 1, v)
-    monkeypatch.setattr(attention_gpu.hopper, "cuda_runtime", lambda: 12080)
-    assert "12.9.1" in attention_gpu.refusal(*[jnp.zeros((1, S, 1, 64), jnp.bfloat16)] * 2)
+    monkeypatch.setattr(hopper, "cuda_versions", SimpleNamespace(cuda_runtime_get_version=lambda: 12090))
+    for package, refused in (("12.9.41", True), ("12.9.86", False)):
+        monkeypatch.setattr(hopper, "version", lambda _, package=package: package)
+        assert ("miscompile" in attention_gpu.refusal(*[jnp.zeros((1, S, 1, 64), jnp.bfloat16)] * 2)) == refused
     monkeypatch.setattr(attention_gpu, "plgpu", None)
     assert "no Mosaic GPU" in attention_gpu.refusal(*[jnp.zeros((1, S, 1, 64), jnp.bfloat16)] * 2)

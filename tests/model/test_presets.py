@@ -9,7 +9,7 @@ from configs.schema import ConfigError
 @pytest.mark.parametrize("name", PRESETS)
 def test_golden(name):
     """After an intended change: `python -m configs.presets`."""
-    assert resolved(name) == (GOLDEN / f"{name}.json").read_text()
+    assert preset(name).checked() and resolved(name) == (GOLDEN / f"{name}.json").read_text()
 
 
 def test_no_stray_golden_files():

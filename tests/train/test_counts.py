@@ -34,7 +34,8 @@ def test_train_flops(name, seq_len, gigaflops):
 
 
 @pytest.mark.parametrize("kind, tera", [
-    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 NVL", 835), ("NVIDIA H100 PCIe", 756), ("NVIDIA GH200 480GB", 989),
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 NVL", 835), ("NVIDIA H200 NVL", 835), ("NVIDIA H100 PCIe", 756),
+    ("NVIDIA GH200 480GB", 989),
     ("NVIDIA GB200", 2500), ("NVIDIA B200", 2250), ("TPU v5 lite", 197), ("TPU v5", 459), ("cpu", None)])
 def test_peaks(kind, tera):
     assert peak_flops(kind) == (tera and tera * 1e12)

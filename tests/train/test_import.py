@@ -24,6 +24,7 @@ MODEL = ModelConfig(hidden_size=64, num_hidden_layers=2, intermediate_size=64, m
                     num_experts_per_tok=2, num_attention_heads=2, q_lora_rank=32, kv_lora_rank=32, dtype="float32")
 SPECS = param_specs(MODEL)
 SMALL = ["--train.batch-size", "8"]
+SHORT = ["--train.seq-len", "64", "--data.task-length", "1", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -102,20 +103,20 @@ def test_a_mesh_gets_its_parts_one_by_one(checkpoint, weights, tmp_path, monkeyp
 def run_of_another_stop(tmp_path_factory, weights):
     """Imported; as in Kimi K2's files, what ends a document is the first stop token and what ends a message another."""
     folder = tmp_path_factory.mktemp("stops")
-    model = dataclasses.replace(MODEL, eos_token_id=259, stop_token_ids=(258,))
+    model = dataclasses.replace(MODEL, eos_token_id=259, stop_token_ids=(258,), max_position_embeddings=64)
     export_model(InMemory(weights), SPECS, model, QuantConfig(grid="none"), folder / "checkpoint")
     assert launch.main(["import", str(folder / "checkpoint"), "--run", str(folder / "run"), *SMALL]) == EXIT_DONE
     return RunDir(folder / "run")
 
 
 def test_training_goes_on_from_an_import(run_of_another_stop, weights, tmp_path, capsys):
-    """The network comes with the weights, whatever the preset has; a longer context is set anew. At a rate of nearly zero
-    the weights stay; resuming takes the network from the run itself."""
+    """The network comes with the weights, whatever the preset has, whose rows would be too long for it; a longer context is
+    set anew. At a rate of nearly zero the weights stay; resuming takes the network from the run itself."""
     source, run = run_of_another_stop, RunDir(tmp_path / "run")
     command = ["train", "--preset", "tiny", "--run", str(run.path), "--train.init-from", str(source.path), *SMALL,
                "--model.yarn-factor=4", "--model.max_position_embeddings", "16384", "--optim.lr", "1e-12",
-               "--optim.qk-clip-tau", "None", "--quant.grid", "none", "--train.seq-len", "64",
-               "--train.compute-dtype", "float32", "--data.task-length", "1", "2"]
+               "--optim.qk-clip-tau", "None", "--quant.grid", "none", *SHORT,
+               "--train.compute-dtype", "float32"]
     assert launch.main([*command, "--train.steps", "1"]) == EXIT_DONE
     model = run.load_config().model
     assert model == dataclasses.replace(source.load_config().model, yarn_factor=4.0, max_position_embeddings=16384)
@@ -128,11 +129,15 @@ def test_training_goes_on_from_an_import(run_of_another_stop, weights, tmp_path,
 
 @pytest.mark.parametrize("flags, sentence", [
     (["--run", "IMPORTED"], "holds imported weights; name a new directory"),
-    (["--train.fork-from", "IMPORTED"], "no optimizer state; take them with --train.init-from"),
-    (["--train.init-from", "IMPORTED", "--model.hidden-size", "96"], "embed is [320, 96] here and [320, 64] in"),
+    (["--train.fork-from", "IMPORTED", *SHORT], "no optimizer state; take them with --train.init-from"),
+    (["--train.init-from", "IMPORTED", "--model.hidden-size", "96", *SHORT],
+     "embed is [320, 96] here and [320, 64] in"),
+    (["--train.init-from", "IMPORTED"], "train.seq_len=96 is more than model.max_position_embeddings=64"),
+    (["--train.init-from", "EXPORTED"], "is a Hugging Face directory, not a run; import it first"),
     (["--train.init-from", "IMPORTED", "--train.init_from", "x"], "--train.init-from is given twice")])
 def test_what_cannot_go_on_from_an_import(run_of_another_stop, tmp_path, capsys, flags, sentence):
-    flags = [str(run_of_another_stop.path) if word == "IMPORTED" else word for word in flags]
+    places = {"IMPORTED": run_of_another_stop.path, "EXPORTED": run_of_another_stop.path.parent / "checkpoint"}
+    flags = [str(places.get(word, word)) for word in flags]
     where = [] if "--run" in flags else ["--run", str(tmp_path / "run")]
     assert launch.main(["train", *where, *flags, *SMALL]) == EXIT_USAGE
     error = capsys.readouterr().err

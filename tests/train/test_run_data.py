@@ -22,6 +22,10 @@ def test_changed_files_are_noticed(edit, tmp_path):
     data = open_data(session.cfg, session.tokenizer)
     run.write_config(session.cfg, {"plan_hash": data.plan_hash, "plan_version": PLAN_VERSION})
     assert data_of(session, run).plan_hash == data.plan_hash
+    run.write_config(session.cfg, {"plan_hash": "other", "plan_version": PLAN_VERSION - 1})
+    with pytest.raises(ConfigError, match="with the program that trained it"):
+        data_of(session, run)
+    run.write_config(session.cfg, {"plan_hash": data.plan_hash, "plan_version": PLAN_VERSION})
     text.write_text(edit(text.read_text()))
-    with pytest.raises(ConfigError, match="has changed since it was started"):
+    with pytest.raises(ConfigError, match="put its files back"):
         data_of(session, run)
