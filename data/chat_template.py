@@ -10,9 +10,9 @@ from pathlib import Path
 from configs.schema import ConfigError
 
 FILE = "chat_template.jinja"
-SYSTEM, PRESERVED = "{{%- set default_system = {} -%}}\n", "{%- set preserve_thinking = true -%}\n"
+SYSTEM, PRESERVED = "{{%- set default_system = {} -%}}\n", "{%- set keep_thoughts = true -%}\n"
 HEAD = re.compile(r'(?:\{%- set default_system = (?P<system>".*") -%\}\n)?'
-                  r"(?P<preserved>\{%- set preserve_thinking = true -%\}\n)?")
+                  r"(?P<preserved>\{%- set keep_thoughts = true -%\}\n)?")
 
 
 def chat_template(system: str | None, mode: str) -> str:

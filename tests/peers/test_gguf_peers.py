@@ -3,12 +3,14 @@
 import json
 import urllib.request
 
+import jinja2
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from configs.schema import ConfigError, ModelConfig
+from data.render import KimiRenderer
 from data.tokenizer import ByteTokenizer
 from quant.export import export_model
 from quant.gguf_export import q4_0_blocks, q4_0_values, write_gguf
@@ -107,6 +109,46 @@ def test_llama_cpp_splits_text_into_the_same_tokens(tmp_path):
     model, text = LlamaCpp(tmp_path / "model.gguf"), "h\u00e9llo  3 + 4\n\n\u2713"
     assert model.ask("/tokenize", content=text, add_special=False)["tokens"] == ByteTokenizer().encode(text)
     assert model.ask("/tokenize", content="a<|im_end|>", add_special=False)["tokens"] == [97, 258]
+
+
+SCHEMA = {"type": "object", "required": ["key"], "properties": {
+    "key": {"type": "string", "enum": ["\u00e4\n", "<&'\"", ""]}, "N": {"minimum": 0.5}, "\u00e9": {},
+    "e": {"const": [None, True, -3, {}]}}}
+TOOLS = [{"type": "function", "function": {"name": name, "description": "of " + name, "parameters": SCHEMA}}
+         for name in ("get", "put")]
+TALK = [{"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [
+            {"id": "functions.get:0", "type": "function",
+             "function": {"name": "get", "arguments": '{"key": "\u00e4", "of": [1, null, {"x": true}]}'}}]},
+        {"role": "tool", "tool_call_id": "functions.get:0", "name": "get", "content": "7"}]
+DONE = [*TALK, {"role": "assistant", "content": "7", "reasoning_content": "so"}, {"role": "user", "content": "and?"}]
+
+
+def bare_tojson(value):
+    """What every template engine's tojson does: llama.cpp's refuses sort_keys, older ones most arguments."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+@pytest.mark.parametrize("messages", [TALK[:1], TALK, DONE], ids=["question", "result", "history"])
+def test_the_chat_template_asks_little_of_an_engine(tmp_path, messages):
+    write_gguf(hf_directory(tmp_path / "hf", SMALL), tmp_path / "model.gguf")
+    field = gguf.GGUFReader(tmp_path / "model.gguf").get_field("tokenizer.chat_template")
+    engine = jinja2.Environment()
+    engine.filters["tojson"] = bare_tojson
+    text = engine.from_string(field.contents()).render(messages=messages, tools=TOOLS, add_generation_prompt=True,
+                                                       preserve_thinking=True)
+    assert text == ByteTokenizer().decode(KimiRenderer(ByteTokenizer()).prompt(messages, TOOLS))
+
+
+def test_llama_cpp_renders_the_prompts_of_training(tmp_path):
+    pytest.importorskip("xllamacpp")
+    write_gguf(hf_directory(tmp_path / "hf", SMALL), tmp_path / "model.gguf")
+    model, tokenizer = LlamaCpp(tmp_path / "model.gguf"), ByteTokenizer()
+    for messages in (TALK[:1], TALK, DONE):
+        for tools in ([], TOOLS):
+            asked = model.ask("/apply-template", messages=messages, chat_template_kwargs={"preserve_reasoning": True},
+                              **({"tools": tools} if tools else {}))
+            assert asked["prompt"] == tokenizer.decode(KimiRenderer(tokenizer).prompt(messages, tools))
 
 
 @pytest.mark.parametrize("model", [SMALL, YARN, GROUPED], ids=["plain", "yarn", "groups"])
