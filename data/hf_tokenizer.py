@@ -119,16 +119,20 @@ def _is_text(spec: dict, name: str) -> bool:
 
 def _without_added(spec: dict) -> dict:
     """A copy that reads plain text only: no control token is looked for, and none can be reached as a piece. Pieces stand
-    behind control tokens, so none begins the text: what a file puts before the text's first word only stays away."""
+    behind control tokens, so none begins the text: what a file puts before the text's first word only stays away. Readers
+    number added tokens as they come, so beside a list of pieces the hidden ones keep their places."""
     spec = _prefixed_nowhere(copy.deepcopy(spec))
     text = [token for token in spec["added_tokens"] if _is_text(spec, token["content"])]
-    names = {token["content"] for token in spec["added_tokens"]} - {spec["model"].get("unk_token")}
-    spec["added_tokens"], spec["post_processor"] = text, None
-    model = spec["model"]
+    control = [token for token in spec["added_tokens"] if token not in text]
+    names, model = {token["content"] for token in control} - {spec["model"].get("unk_token")}, spec["model"]
+    spec["post_processor"] = None
     if isinstance(model["vocab"], dict):
+        spec["added_tokens"] = text
         model["vocab"] = {piece: i for piece, i in model["vocab"].items() if piece not in names}
         model["vocab"] |= {token["content"]: token["id"] for token in text}
     else:
+        spec["added_tokens"] = [token | {"content": HIDDEN + token["content"], "normalized": False} if token in control
+                                else token for token in spec["added_tokens"]]
         model["vocab"] = [[HIDDEN + piece if piece in names else piece, score] for piece, score in model["vocab"]]
     return spec
 

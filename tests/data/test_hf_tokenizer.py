@@ -137,6 +137,21 @@ def test_added_runs_of_spaces_are_text(tmp_path):
     assert ours.token_bytes(theirs.encode("    the").ids) == b"    the"
 
 
+def test_added_runs_of_spaces_keep_their_ids_beside_a_list_of_pieces(tmp_path):
+    """Behind control tokens that text cannot reach, one of them a piece; "\\n" is a piece too."""
+    theirs = trained_unigram()
+    size, piece = theirs.get_vocab_size(), theirs.id_to_token(20)
+    theirs.add_special_tokens(["<extra>", piece])
+    theirs.add_tokens([tokenizers.AddedToken(run, normalized=False) for run in ("\n", "\t\t")])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(str(tmp_path))
+    for text in ("a\nb\t\tc", "\n", "a\n\n  b\tc"):
+        ids = theirs.encode(text).ids
+        assert ours.encode(text) == ids and ours.decode(ids) == theirs.decode(ids)
+    assert theirs.token_to_id("\n") < size < theirs.token_to_id("\t\t")
+    assert not {size, 20} & set(ours.encode(f"<extra>{piece}"))
+
+
 @pytest.mark.parametrize("scheme", ["first", "never", "always"])
 def test_prefixes_as_the_saved_file_has_them(scheme, tmp_path):
     """SentencePiece files may put a space before a text's first word, or before every piece between control tokens."""
