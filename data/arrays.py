@@ -26,6 +26,10 @@ CHUNK = 1 << 24
 """Ids of a memory map that are looked at together."""
 
 
+class Unreadable(ConfigError):
+    """A file or a line that cannot be read as what its ending says, and why; in a folder such a file is passed over."""
+
+
 class TokenRow(NamedTuple):
     """A document as token ids; `weights` None trains all of it. `where` it stands in a file."""
 
@@ -57,12 +61,15 @@ class Part(NamedTuple):
     offsets: np.ndarray
 
 
-def wrong_ids(ids: np.ndarray, vocab_size: int) -> str | None:
-    """Why these are no ids of the vocabulary, or None."""
-    if ids.size == 0:
+def not_ids(array: np.ndarray) -> str | None:
+    """Why these are no token ids of any vocabulary, or None."""
+    if array.size == 0:
         return "is empty"
-    if not np.issubdtype(ids.dtype, np.integer):
-        return f"holds {ids.dtype}, not integer token ids"
+    return None if np.issubdtype(array.dtype, np.integer) else f"holds {array.dtype}, not integer token ids"
+
+
+def unknown_id(ids: np.ndarray, vocab_size: int) -> str | None:
+    """Which id lies outside the vocabulary, or None."""
     lo, hi = int(ids.min()), int(ids.max())
     if lo < 0 or hi >= vocab_size:
         return (f"holds token id {lo if lo < 0 else hi}, outside the vocabulary of {vocab_size}; was it made with another "
@@ -74,7 +81,7 @@ def checked_row(ids: np.ndarray, weights: np.ndarray | None, where: str, vocab_s
     """RowError unless these are ids of the vocabulary, with a weight for each if any, and train something."""
     if ids.ndim != 1 or weights is not None and weights.shape != ids.shape:
         raise RowError("needs a 1-D array of ids and weights of the same length")
-    if reason := wrong_ids(ids, vocab_size):
+    if reason := not_ids(ids) or unknown_id(ids, vocab_size):
         raise RowError(reason)
     if weights is not None and not (np.isfinite(weights) & (weights >= 0)).all():
         raise RowError("has a weight that is negative or not finite")
@@ -84,18 +91,21 @@ def checked_row(ids: np.ndarray, weights: np.ndarray | None, where: str, vocab_s
 
 
 def read_npy(path: Path, vocab_size: int, bos_id: int) -> Part:
-    """Documents of a .npy file."""
+    """Documents of a .npy file. Unreadable if it holds anything but one or two dimensions of integers, ConfigError for ids
+    outside the vocabulary."""
     try:
         ids = Mapped(path)
     except (ValueError, OSError, EOFError) as error:
-        raise ConfigError(f"{path} is not a readable .npy array: {error}") from None
+        raise Unreadable(f"is not a readable .npy array: {error}") from None
     array = ids.array
-    if reason := wrong_ids(array, vocab_size):
-        raise ConfigError(f"{path} {reason}")
+    if reason := not_ids(array):
+        raise Unreadable(reason)
+    if array.ndim not in (1, 2):
+        raise Unreadable(f"has {array.ndim} dimensions; token ids need 1 or 2")
+    if reason := unknown_id(array, vocab_size):
+        raise ConfigError(f"data.paths: {path} {reason}")
     if array.ndim == 2:
         return Part(ids, np.arange(array.shape[0] + 1) * array.shape[1])
-    if array.ndim != 1:
-        raise ConfigError(f"{path} has {array.ndim} dimensions; token ids need 1 or 2")
     starts = [at + np.flatnonzero(array[at:at + CHUNK] == bos_id) for at in range(0, len(array), CHUNK)]
     starts = np.concatenate(starts)
     return Part(ids, np.concatenate([[0], starts[starts > 0], [len(array)]]))

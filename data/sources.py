@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from configs.schema import ConfigError, DataConfig
-from data.arrays import Part, TokenRow, checked_row, numbered_records, read_npy, record_row
+from data.arrays import Part, TokenRow, Unreadable, checked_row, numbered_records, read_npy, record_row
 from data.chat import Account, Talk, refuse
 from data.messages import RowError, conversation
 from data.tokenizer import Tokenizer
@@ -40,10 +40,6 @@ CONVERT = {
 }
 """Endings of files that would be read as something that they are not, and what to do with them."""
 BOM = b"\xef\xbb\xbf"
-
-
-class Unreadable(ConfigError):
-    """A file or a line that cannot be read as what its ending says, and why; in a folder such a file is passed over."""
 
 
 class Contents(NamedTuple):

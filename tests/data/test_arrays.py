@@ -63,6 +63,23 @@ def test_bad_arrays(tmp_path, array, words):
         open_path(tmp_path / "a.npy")
 
 
+def test_foreign_arrays_of_a_folder_are_passed_over(tmp_path):
+    """What nobody can mean as token ids. Ids of another vocabulary are a mistake that stops."""
+    np.save(tmp_path / "a.npy", np.array([1, 2, 3]))
+    for name, array in (("float", np.zeros(3, np.float32)), ("empty", np.array([], int)), ("image", np.zeros((2, 2, 2), int)),
+                        ("scalar", np.array(3)), ("objects", np.array([{}]))):
+        np.save(tmp_path / f"{name}.npy", array)
+    data = open_path(tmp_path)
+    assert rows_of(data) == [[1, 2, 3]] and (data.account.files, data.account.skipped_files) == (1, 5)
+    assert [reason.removeprefix(f"{tmp_path}/").partition(":")[0] for reason in data.account.rejected] == [
+        "empty.npy is empty", "float.npy holds float32, not integer token ids",
+        "image.npy has 3 dimensions; token ids need 1 or 2", "objects.npy is not a readable .npy array",
+        "scalar.npy has 0 dimensions; token ids need 1 or 2"]
+    np.save(tmp_path / "b.npy", np.array([1, 320]))
+    with pytest.raises(ConfigError, match="b.npy holds token id 320, outside the vocabulary"):
+        open_path(tmp_path)
+
+
 def test_index_of_text_and_chat(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(f'{{"text": "document {i}"}}' for i in range(20)))
     talk = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
