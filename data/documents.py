@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configs.schema import ConfigError
 from data.arrays import Mapped, Part, TokenRow
 
 TEXT, CHAT, IDS = range(3)
@@ -83,10 +82,10 @@ class Shelf:
         return [np.frombuffer(self._ids, self._small), *self._maps], np.frombuffer(self._weights, self._weight)
 
     def documents(self, held: bool, source: int | None = None) -> Documents | None:
-        """Those of all sources or of one, in the order source, kind, as read (held out: kind, source); None if there are
-        none. ConfigError if nothing can be predicted from them."""
+        """Those of all sources or of one, in the order source, kind, as read (held out: kind, source), less those of a single
+        token, which predict nothing; None if there are none."""
         table = self.table
-        rows = table[(table[:, HELD] == held) & (source is None or table[:, SOURCE] == source)]
+        rows = table[(table[:, HELD] == held) & (table[:, LENGTH] > 1) & (source is None or table[:, SOURCE] == source)]
         if not len(rows):
             return None
         rank = rows[:, KIND] if held else rows[:, SOURCE] * (IDS + 1) + rows[:, KIND]
@@ -98,13 +97,10 @@ class Shelf:
 
 
 class Documents:
-    """Some documents of a shelf, less those of a single token, which predict nothing."""
+    """Some documents of a shelf, each of two tokens or more."""
 
     def __init__(self, buffers: Sequence[np.ndarray | Mapped], weights: np.ndarray, table: np.ndarray):
-        self._buffers, self._weights = buffers, weights
-        self._table = table[table[:, LENGTH] > 1]
-        if not len(self._table):
-            raise ConfigError("data.paths: no document has two tokens, so there is nothing to predict")
+        self._buffers, self._weights, self._table = buffers, weights, table
         self.predictions = self._table[:, LENGTH] - 1
         self.tokens, self.trained = int(self._table[:, LENGTH].sum()), int(self._table[:, TRAINED].sum())
 

@@ -144,10 +144,7 @@ def open_data(cfg: RunConfig, tokenizer: Tokenizer,
         return Data(cfg, tokenizer, renderer, train, [held.row(r) for r in range(count)], Account(), {})
     account = Account()
     shelf = read_documents(cfg, renderer, account)
-    documents = shelf.documents(held=False)
-    if documents is None:
-        raise ConfigError("data.paths: every row was left out; see data.bad_rows and data.too_long")
-    train = _mixed(cfg, shelf, earlier_mixtures) if cfg.data.mixture else _stream(cfg, documents)
+    train = _mixed(cfg, shelf, earlier_mixtures) if cfg.data.mixture else _stream(cfg, _trained(cfg, shelf))
     held = shelf.documents(held=True)
     facts = {"files": account.files, "skipped_files": account.skipped_files,
              "train_bytes": shelf.text_bytes(held=False), "heldout_bytes": shelf.text_bytes(held=True)}
@@ -171,8 +168,18 @@ def write_index(cfg: RunConfig, tokenizer: Tokenizer, path: str | Path) -> int:
     if Path(path).exists():
         raise ConfigError(f"{path} exists; remove it or choose another name")
     everything = replace(cfg, data=replace(cfg.data, validation_fraction=0.0))
-    documents = read_documents(everything, KimiRenderer(tokenizer, cfg.data.system), Account()).documents(held=False)
-    return write_array_record(Path(path), documents.rows() if documents else [], tokenizer.fingerprint())
+    documents = _trained(cfg, read_documents(everything, KimiRenderer(tokenizer, cfg.data.system), Account()))
+    return write_array_record(Path(path), documents.rows(), tokenizer.fingerprint())
+
+
+def _trained(cfg: RunConfig, shelf: Shelf, source: int | None = None) -> Documents:
+    """The training documents of all paths or of one. ConfigError if there are none."""
+    documents = shelf.documents(held=False, source=source)
+    if documents is None:
+        paths = cfg.data.paths if source is None else [cfg.data.paths[source]]
+        raise ConfigError(f"data.paths: {', '.join(paths)}: every row of the training part was left out (see data.bad_rows and "
+                          f"data.too_long) or has a single token, so there is nothing to predict")
+    return documents
 
 
 def _stream(cfg: RunConfig, documents: Documents, *key: int) -> DocumentStream:
@@ -180,12 +187,7 @@ def _stream(cfg: RunConfig, documents: Documents, *key: int) -> DocumentStream:
 
 
 def _mixed(cfg: RunConfig, shelf: Shelf, earlier: Sequence[tuple[int, Sequence[float]]]) -> MixedStream:
-    streams = []
-    for index, path in enumerate(cfg.data.paths):
-        documents = shelf.documents(held=False, source=index)
-        if documents is None:
-            raise ConfigError(f"data.paths: every row of {path} was left out; it cannot have a weight in data.mixture")
-        streams.append(_stream(cfg, documents, index))
+    streams = [_stream(cfg, _trained(cfg, shelf, index), index) for index in range(len(cfg.data.paths))]
     firsts = [0, *(step * cfg.train.batch_size for step, _ in earlier)]
     weights = [*(weights for _, weights in earlier), cfg.data.mixture]
     return MixedStream(streams, list(zip(firsts, weights)), cfg.data.seed)

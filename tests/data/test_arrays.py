@@ -136,9 +136,25 @@ def test_weighted_ids_are_kept_whole_or_left_out(tmp_path, kind, weights, settin
 
 
 def test_nothing_to_predict(tmp_path):
-    np.save(tmp_path / "a.npy", np.array([5]))
-    with pytest.raises(ConfigError, match="nothing to predict"):
-        open_path(tmp_path / "a.npy")
+    """In training rows it is an error of the path; held-out rows that predict nothing hold nothing out."""
+    good, bad = {"ids": [65, 66, 67]}, {"ids": [65]}
+    for name, rows in (("last", [*[good] * 5, bad]), ("first", [bad, good])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokenizer, train = load_tokenizer("bytes"), TrainConfig(batch_size=1, seq_len=64)
+
+    def config(*names, **settings):
+        paths = tuple(str(tmp_path / f"{name}.jsonl") for name in names)
+        return RunConfig(data=DataConfig(paths=paths, validation_fraction=0.1, **settings), train=train)
+
+    data = open_data(config("last"), tokenizer)
+    assert data.describe()["documents"] == 5 and not data.holds_out
+    for cfg in (config("first"), config("last", "first", mixture=(1.0, 1.0))):
+        with pytest.raises(ConfigError, match=r"data.paths: \S*first.jsonl: every row .* nothing to predict"):
+            open_data(cfg, tokenizer)
+    (tmp_path / "none.jsonl").write_text(json.dumps(bad))
+    with pytest.raises(ConfigError, match=r"none.jsonl: every row .* nothing to predict"):
+        write_index(config("none"), tokenizer, tmp_path / "none.array_record")
+    assert not (tmp_path / "none.array_record").exists()
 
 
 def test_files_that_are_none(tmp_path):
