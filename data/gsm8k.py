@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import ConfigError
-from data.messages import RowError
+from data.messages import RowError, conversation
 from data.problem import Problem, Reply, call_arguments, messages_of, thought_lines
 from data.sources import json_object
 from data.tools import Toolbox, calculator, call, exact
@@ -56,6 +56,7 @@ def problem(row: dict[str, Any]) -> Problem:
     if "<<" in rest or ">>" in rest:
         raise RowError("has a calculator mark that is not <<EXPRESSION=RESULT>>")
     messages.append({"role": "assistant", "reasoning_content": rest, "content": answer})
+    messages = conversation({"messages": messages}).messages  # arguments as a row of them is trained
     return Problem(tuple(messages), answer, tuple(call_arguments(messages)), TOOLS,
                    lambda: Toolbox([calculator()]).results, call_arguments)
 

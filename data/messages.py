@@ -3,7 +3,8 @@
 Canonical messages: `role` (system, user, assistant, tool), `content` (str), for assistants `reasoning_content` (str,
 when they thought) and `tool_calls` (with string arguments), for tool results `tool_call_id` and `name`, and
 `train: False` where the row switches training off. Calls are renumbered `functions.NAME:INDEX` over the whole
-conversation, as Kimi's serving does; results follow their call.
+conversation, as Kimi's serving does; results follow their call. Arguments are written anew, as serving engines do, which
+hand objects to the template whatever text a client sent.
 """
 
 from __future__ import annotations
@@ -189,15 +190,13 @@ class _Reader:
         if function["name"].split() != [function["name"]]:
             raise RowError(f"the name {function['name']!r} of a called function holds white space")
         given = next((function[field] for field in ARGUMENT_FIELDS if function.get(field)), {})
-        if not isinstance(given, (str, dict)):
-            raise RowError(f"arguments of {function['name']} are not a JSON object: {str(given)[:60]}")
-        text = arguments_text(given)
         try:
-            parsed = _read_json(text)
+            parsed = _read_json(given) if isinstance(given, str) else given
+            text = arguments_text(parsed)
         except ValueError:
-            raise RowError(f"arguments of {function['name']} are not JSON: {text[:60]}") from None
+            raise RowError(f"arguments of {function['name']} are not JSON: {str(given)[:60]}") from None
         if not isinstance(parsed, dict):
-            raise RowError(f"arguments of {function['name']} are not a JSON object: {text[:60]}")
+            raise RowError(f"arguments of {function['name']} are not a JSON object: {str(given)[:60]}")
         ours = f"functions.{function['name']}:{self.calls}"
         theirs = _name(call, "id") or ours
         if theirs in self.seen_ids:

@@ -39,7 +39,8 @@ HELDOUT_SEED = 0
 PLAN_VERSION = 3
 """Of the order of rows; a run goes on only with the one it was started with. 2: data/packing.py:completed; larger windows
 of built-in problems. 3: results without ids go to the call of their function; `functions` are declared; thoughts that stand
-twice are trained once; no built-in problem is both trained and held out; held-out documents belong to the plan."""
+twice are trained once; no built-in problem is both trained and held out; held-out documents belong to the plan; arguments
+of calls are written anew."""
 
 
 def assemble(rows: list[list[Piece]], seq_len: int, pad_id: int) -> Batch:

@@ -59,8 +59,9 @@ def text_of(content: str | list | None) -> str:
 
 
 def arguments_text(arguments: str | dict) -> str:
-    """A call's arguments as they stand in the text: strings as given, objects as JSON."""
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    """A call's arguments as they stand in the text: strings as given, objects as JSON, as the chat template writes them.
+    ValueError for numbers that JSON cannot hold."""
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, allow_nan=False)
 
 
 def is_answer(message: Message) -> bool:

@@ -156,6 +156,14 @@ def test_shapes_that_datasets_really_have():
     assert conversation(row).messages[2]["content"] == '{"b": 1}'
 
 
+@pytest.mark.parametrize("given, text", [
+    ('{"a":1}', '{"a": 1}'), ('{ "b" : 1e5, "a": [1,\n2]}', '{"b": 100000.0, "a": [1, 2]}'),
+    ({"\u00fc": None}, '{"\u00fc": null}'), (r'{"\u00fc": "\u2028 \\n\/"}', '{"\u00fc": "\u2028 \\\\n/"}'), ("{}", "{}")])
+def test_arguments_are_written_as_engines_write_them(given, text):
+    row = openai({"role": "assistant", "tool_calls": [called(arguments=given)]})
+    assert conversation(row).messages[1]["tool_calls"][0]["function"]["arguments"] == text
+
+
 @pytest.mark.parametrize("nothing", ["", None, {}])
 def test_calls_without_arguments(nothing):
     talk = conversation(openai({"role": "assistant", "tool_calls": [called(arguments=nothing)]}))
@@ -190,6 +198,8 @@ ANSWER = {"role": "assistant", "content": "a"}
     (openai({"role": "assistant", "tool_calls": [called(arguments="{a: 1}")]}), "arguments of add are not JSON: {a"),
     (openai({"role": "assistant", "tool_calls": [called(arguments='{"a": NaN}')]}), "arguments of add are not JSON"),
     (openai({"role": "assistant", "tool_calls": [called(arguments="[1]")]}), "arguments of add are not a JSON object"),
+    (openai({"role": "assistant", "tool_calls": [called(arguments=[{}])]}), "arguments of add are not a JSON object"),
+    (openai({"role": "assistant", "tool_calls": [called(arguments='{"a": 1e999}')]}), "arguments of add are not JSON: ."),
     (openai({"role": "assistant", "tool_calls": [called(arguments='{"a":' + "[" * 10**5)]}), "arguments of add are not JSON"),
     (openai({"role": "assistant", "tool_calls": [called(arguments='{"a":' + "9" * 5000)]}), "arguments of add are not JSON"),
     (openai({"role": "assistant", "tool_calls": [{"id": "x"}]}), "no function name"),

@@ -23,7 +23,7 @@ def test_one_row():
     thoughts = [m.get("reasoning_content") for m in made.messages if m["role"] == "assistant"]
     assert thoughts == ["First 6/2 = $", "3.00 each.\nThen ", "12."]
     assert [m["content"] for m in made.messages if m["role"] == "tool"] == ["3", "12"]
-    assert made.steps == ('calculate{"expression":"6/2"}', 'calculate{"expression":"3*4"}')
+    assert made.steps == ('calculate{"expression": "6/2"}', 'calculate{"expression": "3*4"}')
     assert made.answer == "1200" and solves(made, made.messages)
     assert solves(made, "<think></think>$1,200.00<|im_end|>") and not solves(made, "<think></think>1,201<|im_end|>")
 

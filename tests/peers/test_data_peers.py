@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from data.messages import conversation
 from data.render import KimiRenderer
 from data.tasks import TASKS, make_problem
 from data.tokenizer import SPECIAL_NAMES, load_tokenizer
@@ -51,6 +52,21 @@ def test_chat_template_writes_what_the_renderer_writes(saved):
         assert text == OURS.decode(prompt)
         compared += 1
     assert compared > 40
+
+
+def test_a_row_trains_the_history_that_engines_write(saved):
+    """vLLM makes an object of a call's arguments, which a client sends as text, before the template sees them."""
+    theirs, renderer, mode = saved
+    given = [r'{"b":[1,2.50,1e5,null],"a":{"\u00fc":"\u2028\n\/"}}', "{ }"]
+
+    def asked(*arguments):
+        calls = [{"id": f"functions.f:{i}", "type": "function", "function": {"name": "f", "arguments": value}}
+                 for i, value in enumerate(arguments)]
+        results = [{"role": "tool", "tool_call_id": call["id"], "name": "f", "content": "7"} for call in calls]
+        return [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": calls}, *results]
+
+    text = theirs.apply_chat_template(asked(*map(json.loads, given)), tokenize=False, add_generation_prompt=True)
+    assert text == OURS.decode(renderer.prompt(conversation({"messages": asked(*given)}).messages, mode=mode))
 
 
 @pytest.mark.parametrize("task", TASKS)
