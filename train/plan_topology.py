@@ -41,10 +41,14 @@ def show_topology(name: str, cfg: RunConfig, machine: str, file: str = "") -> in
 
 
 def _require_writable(file: str) -> None:
-    """OSError before minutes of compiling rather than after them."""
+    """OSError before minutes of compiling rather than after them. A file that was not there is not there afterwards."""
     if file:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        Path(file).open("a").close()
+        path = Path(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.exists()
+        path.open("a").close()
+        if not there:
+            path.unlink()
 
 
 def memory_table(name: str, plan: Forecast) -> Table:

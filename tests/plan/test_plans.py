@@ -14,6 +14,7 @@ from bench.plans import RESULTS
 from configs.plans import MACHINES, PLANS
 from configs.presets import preset
 from configs.schema import ConfigError, MeshConfig
+from train import plan_topology
 from train.aot import compile_step
 from train.forecast import advice, forecast
 from train.plan_topology import candidates, show_topology, verdict
@@ -94,6 +95,20 @@ def test_results_must_have_a_place_before_anything_is_compiled(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         show_topology("tiny", small(), "v5p-4", str(tmp_path / "file" / "plan.json"))
+
+
+@pytest.mark.parametrize("before", [None, "an older result"])
+def test_a_failed_plan_leaves_its_file_as_it_was(monkeypatch, tmp_path, before):
+    def fail(*_):
+        raise ConfigError("no compiler")
+
+    file = tmp_path / "plan.json"
+    if before:
+        file.write_text(before)
+    monkeypatch.setattr(plan_topology, "compile_step", fail)
+    with pytest.raises(ConfigError, match="no compiler"):
+        show_topology("tiny", small(), "v5p-4", str(file))
+    assert (file.read_text() if file.exists() else None) == before
 
 
 @pytest.mark.parametrize("arguments, sentence", [
