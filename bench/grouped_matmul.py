@@ -30,9 +30,6 @@ ENTRIES = {"cpu": ("batched", "scanned"), "tpu": ("batched", "tpu"), "gpu": ("ba
 """What is measured on each platform: all entries that run there, without the reference, which is E times the work, and on
 accelerators without the one that goes block after block."""
 
-CALLS = {"cpu": 1}
-"""Calls in a row per timing. An accelerator takes several: it works on one while the next is sent."""
-
 
 def choose(load: str, tokens: int, E: int, K: int, key: jax.Array) -> jax.Array:
     """[tokens, K] distinct experts: at random, or with a quarter of the experts drawn six times as often as the others."""
@@ -69,7 +66,7 @@ def row(shape: str, sizes: tuple[int, ...], dtype, load: str, platform: str) -> 
             call = lambda part=part, entry=entry: entry[part](x, w, g)  # noqa: E731
             if fits(call):
                 calls[name] = call
-        times[part] = measure.in_turns(calls, calls=CALLS.get(platform, 20))
+        times[part] = measure.in_turns(calls)
         clock = "cpu_ms" if platform == "cpu" else "wall_ms"
         for name, entry in times[part].items():
             entry["TF/s"] = round(flops / entry["wall_ms"] / 1e9, 3)

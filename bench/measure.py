@@ -16,22 +16,41 @@ import jax
 RESULTS = Path(__file__).parent / "results"
 
 
-def in_turns(candidates: dict[str, Callable[[], Any]], rounds: int = 5, calls: int = 1) -> dict[str, dict[str, float]]:
+SPAN = 0.01
+"""Seconds that a timing on an accelerator lasts at least: sending a program and waiting for it takes up to a hundredth of
+that, often longer than the program itself. No more, because results of calls in a row may have to lie side by side."""
+
+
+def in_turns(candidates: dict[str, Callable[[], Any]], rounds: int = 5) -> dict[str, dict[str, float]]:
     """Best wall and CPU milliseconds of each compiled call. CPU time counts all threads: it is the measure to trust on
-    a machine that others use at the same time. `calls`: sent in a row and waited for together, their mean counts."""
+    a machine that others use at the same time. On a CPU a timing is of one call, on an accelerator the mean of as many as
+    last SPAN."""
     best = {name: {"wall_ms": float("inf"), "cpu_ms": float("inf")} for name in candidates}
-    for call in candidates.values():
-        jax.block_until_ready(call())
+    calls = {name: _calls(call) for name, call in candidates.items()}
     for _ in range(rounds):
         for name, call in candidates.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            for _ in range(calls - 1):
-                call()
-            jax.block_until_ready(call())
-            wall, cpu = (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
+            wall, cpu = _seconds(call, calls[name])
             best[name] = {"wall_ms": round(min(best[name]["wall_ms"], wall * 1e3), 3),
                           "cpu_ms": round(min(best[name]["cpu_ms"], cpu * 1e3), 3)}
     return best
+
+
+def _seconds(call: Callable[[], Any], calls: int) -> tuple[float, float]:
+    """Wall and CPU seconds of one of `calls` that are sent in a row and waited for together."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(calls - 1):
+        call()
+    jax.block_until_ready(call())
+    return (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
+
+
+def _calls(call: Callable[[], Any]) -> int:
+    """In one timing. The first call here compiles."""
+    jax.block_until_ready(call())
+    calls = 1
+    while jax.default_backend() != "cpu" and calls * _seconds(call, calls)[0] < SPAN:
+        calls *= 2
+    return calls
 
 
 def product_flops(size: int, dtype) -> float:

@@ -1,0 +1,56 @@
+"""What benchmarks time, and on which device; their numbers are not tests."""
+
+
+import jax
+import pytest
+
+from bench import int4_roofline, measure
+from configs.presets import preset
+from configs.schema import ModelConfig
+
+CACHE = 50 << 20
+"""Bytes of a Hopper GPU's second-level cache."""
+
+
+def calls_of(monkeypatch, backend: str, milliseconds: float) -> list[float]:
+    """Calls that each timing waited for, of a program that takes `milliseconds`, on a clock of its own."""
+    now, sent, waited = [0.0], [0], []
+
+    def wait(_):
+        now[0] += 1e-3 * milliseconds * sent[0]
+        waited.append(sent[0])
+        sent[0] = 0
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    best = measure.in_turns({"it": lambda: sent.__setitem__(0, sent[0] + 1)}, rounds=3)
+    assert best["it"]["wall_ms"] == pytest.approx(milliseconds, abs=1e-3)
+    return waited[-3:]
+
+
+@pytest.mark.parametrize("backend, milliseconds, calls", [
+    ("cpu", 0.03, 1), ("cpu", 30, 1), ("gpu", 30, 1), ("gpu", 3, 4), ("gpu", 0.03, 512), ("tpu", 0.03, 512)])
+def test_an_accelerator_is_timed_for_long_enough(monkeypatch, backend, milliseconds, calls):
+    assert calls_of(monkeypatch, backend, milliseconds) == [calls] * 3
+
+
+@pytest.mark.parametrize("name", ["moonlight_16b", "kimi_k2"])
+def test_layers_of_experts_exceed_a_cache_and_fit_a_device(name):
+    """On an accelerator; a token reads its experts of every layer."""
+    model = preset(name).model
+    L, E, K = int4_roofline.sizes(model, "hopper")
+    expert = 3 * model.hidden_size * model.moe_intermediate_size
+    assert L * K * expert * 4.5 / 8 > 2 * CACHE
+    assert K < E <= model.n_routed_experts and 2 * L * E * expert <= int4_roofline.HELD
+    assert int4_roofline.sizes(model, "cpu") == (1, 8, 2)
+
+
+def test_all_layers_are_in_one_program(monkeypatch):
+    """Bits per weight are counted over all of them."""
+    monkeypatch.setattr(int4_roofline, "sizes", lambda model, platform: (2, 4, 2))
+    monkeypatch.setattr(int4_roofline, "TOKENS", (4,))
+    model = ModelConfig(hidden_size=64, moe_intermediate_size=32)
+    whole, packed = int4_roofline.measured(model, "bfloat16")
+    assert (whole["bits_per_weight"], packed["bits_per_weight"]) == (16, 4.5)
+    assert whole["bytes_to_read"] == 2 * 2 * 3 * 64 * 32 * whole["experts_hit"]
