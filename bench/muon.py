@@ -12,44 +12,45 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import platform
-import statistics
 import sys
 import time
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
-
-from configs.param_spec import HFTensor, Matrix, ParamSpec  # noqa: E402
-from configs.presets import preset  # noqa: E402
-from configs.schema import OptimConfig  # noqa: E402
-from configs.sharding import AXES  # noqa: E402
-from model.transformer import param_specs  # noqa: E402
-from optim.build import build_optimizer, plan_of, state_shardings  # noqa: E402
-from optim.census import census  # noqa: E402
-from optim.form import Form  # noqa: E402
-from optim.gram import segments_for  # noqa: E402
-from optim.hlo import Program  # noqa: E402
-from optim.matrices import is_expert  # noqa: E402
-from optim.newton_schulz import coefficients, standard_flops  # noqa: E402
-from optim.plan import COLUMNS, Strategy, device_bytes, device_flops, plan_rows, total_flops  # noqa: E402
-from optim.routing import routing_table  # noqa: E402
-from train.interconnect import Interconnect  # noqa: E402
-from train.mesh import param_shardings  # noqa: E402
-from train.roofline import Roofline  # noqa: E402
-from train.step import StepConfig, gradients  # noqa: E402
-from train.topology import topology  # noqa: E402
+from bench import measure
+from configs.param_spec import HFTensor, Matrix, ParamSpec
+from configs.platforms import platform_of
+from configs.presets import preset
+from configs.schema import MeshConfig, OptimConfig
+from configs.sharding import AXES
+from model.transformer import param_specs
+from optim.build import build_optimizer, plan_of, state_shardings
+from optim.census import census
+from optim.form import Form
+from optim.gram import segments_for
+from optim.hlo import Program
+from optim.matrices import is_expert
+from optim.newton_schulz import coefficients, standard_flops
+from optim.plan import COLUMNS, Strategy, device_bytes, device_flops, plan_rows, total_flops
+from optim.routing import routing_table
+from train.interconnect import Interconnect
+from train.mesh import make_mesh, param_shardings
+from train.roofline import Roofline
+from train.step import StepConfig, gradients
+from train.topology import topology
 
 RESULTS = Path(__file__).parent / "results"
 PRESETS = (("keller", 5), ("quintic", 5), ("polar_express", 6), ("deepseek_v4", 10))
+MESHES = ((1, 1), (2, 4))
 ROUNDS = 7
 
 
@@ -110,8 +111,8 @@ def peer(specs, coeffs) -> optax.GradientTransformation:
                               consistent_rms=0.2, muon_weight_dimension_numbers=numbers)
 
 
-def program(optimizer, specs, mesh, places, state_places=None):
-    """(compiled step with donated state and weights, seconds to compile, its arguments)."""
+def program(optimizer, specs, mesh, places):
+    """(compiled step with donated state and weights, seconds to compile, a call that goes on from where the last one ended)."""
     make = jax.jit(lambda: {path: jax.random.normal(jax.random.key(i), s.shape) for i, (path, s) in
                             enumerate(specs.items())}, out_shardings=places)
 
@@ -121,19 +122,29 @@ def program(optimizer, specs, mesh, places, state_places=None):
 
     shapes = jax.eval_shape(optimizer.init, jax.eval_shape(make))
     by_path = state_shardings(shapes, mesh, places)
-    state = jax.jit(optimizer.init, out_shardings=by_path)(make())
+    grads, held = make(), (jax.jit(optimizer.init, out_shardings=by_path)(make()), make())
     start = time.perf_counter()
-    jitted = jax.jit(step, donate_argnums=(1, 2), out_shardings=(by_path, places))
-    compiled = jitted.lower(make(), state, make()).compile()
-    return compiled, time.perf_counter() - start, (make(), state, make())
+    compiled = jax.jit(step, donate_argnums=(1, 2), out_shardings=(by_path, places)).lower(grads, *held).compile()
+    seconds = time.perf_counter() - start
+
+    def call():
+        nonlocal held
+        held = compiled(grads, *held)
+        return held
+
+    return compiled, seconds, call
 
 
 def compare() -> dict:
-    """Wall and processor time are the fastest of ROUNDS alternating rounds (other work on the machine can only add);
+    """Wall and processor time are the fastest of ROUNDS rounds in turns (other work on the machine can only add);
     memory is the compiler's temporary size per device; bytes received and FLOPs per device are counted in the compiled
-    program, loops included."""
+    program, loops included. Meshes of more devices than there are here are left out."""
     specs, out = block(), []
-    for devices, shape in ((1, (1, 1)), (8, (2, 4))):
+    for shape in MESHES:
+        devices = math.prod(shape)
+        if devices > jax.device_count():
+            print(f"{devices} devices: left out, there are {jax.device_count()}", file=sys.stderr)
+            continue
         mesh = jax.make_mesh(shape, ("fsdp", "expert"), devices=jax.devices()[:devices],
                              axis_types=(AxisType.Auto,) * 2)
         places = placed(specs, mesh)
@@ -144,30 +155,21 @@ def compare() -> dict:
             sides = {"ours": build_optimizer(specs, cfg, 1000, mesh=mesh, shardings=places),
                      "optax": peer(specs, coeffs)}
             built = {side: program(opt, specs, mesh, places) for side, opt in sides.items()}
-            seconds, busy = {side: [] for side in sides}, {side: [] for side in sides}
-            for _ in range(ROUNDS):
-                for side, (compiled, compile_s, (grads, state, params)) in built.items():
-                    start, used = time.perf_counter(), time.process_time()
-                    state, params = jax.block_until_ready(compiled(grads, state, params))
-                    seconds[side].append(time.perf_counter() - start)
-                    busy[side].append(time.process_time() - used)
-                    built[side] = compiled, compile_s, (grads, state, params)
+            times = measure.in_turns({side: call for side, (_, _, call) in built.items()}, ROUNDS)
             row = {"devices": devices, "preset": f"{name} x{steps}"}
-            for side, (compiled, compile_s, _) in built.items():
+            for side, (compiled, seconds, _) in built.items():
                 counted = census(compiled.as_text(), devices)
-                row[side] = {"seconds": min(seconds[side]), "median": statistics.median(seconds[side]),
-                             "processor_seconds": min(busy[side]), "compile": compile_s,
-                             "temp": compiled.memory_analysis().temp_size_in_bytes, "received": counted.received,
-                             "collectives": counted.kinds(), "flops": counted.flops}
+                row[side] = times[side] | {"compile": seconds, "temp": compiled.memory_analysis().temp_size_in_bytes,
+                                           "received": counted.received, "collectives": counted.kinds(), "flops": counted.flops}
             out.append(row)
             print(f"{devices} devices, {row['preset']}: done", file=sys.stderr)
+
     def ratio(row, key):
         return f"{row['optax'][key] / row['ours'][key]:.2f}"
 
     rows = [(r["devices"], r["preset"],
-             f"{1e3 * r['ours']['seconds']:.0f} / {1e3 * r['optax']['seconds']:.0f}", ratio(r, "seconds"),
-             f"{1e3 * r['ours']['processor_seconds']:.0f} / {1e3 * r['optax']['processor_seconds']:.0f}",
-             ratio(r, "processor_seconds"),
+             f"{r['ours']['wall_ms']:.4g} / {r['optax']['wall_ms']:.4g}", ratio(r, "wall_ms"),
+             f"{r['ours']['cpu_ms']:.4g} / {r['optax']['cpu_ms']:.4g}", ratio(r, "cpu_ms"),
              f"{r['ours']['temp'] / 2**20:.1f} / {r['optax']['temp'] / 2**20:.1f}", ratio(r, "temp"),
              f"{r['ours']['received'] / 2**20:.2f} / {r['optax']['received'] / 2**20:.2f}",
              f"{r['ours']['flops'] / 1e9:.2f} / {r['optax']['flops'] / 1e9:.2f}", ratio(r, "flops")) for r in out]
@@ -247,33 +249,27 @@ def forms() -> dict:
 # --- share -----------------------------------------------------------------------------------------------------------
 
 def share_of(name: str, matrices: str, rows: int, rounds: int) -> dict:
-    """Fastest of alternating rounds of gradients and update, compiled apart, on one device, with `rows` rows a step."""
+    """Fastest rounds of gradients and update, in turns, compiled apart, on one device, with `rows` rows a step."""
     run = preset(name)
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, batch_size=rows))
-    specs = param_specs(run.model)
-    opt = build_optimizer(specs, dataclasses.replace(run.optim, matrices=matrices), run.train.steps)
+    specs, device = param_specs(run.model), jax.devices()[0]
+    mesh = make_mesh(MeshConfig(data=1), [device])
+    opt = build_optimizer(specs, dataclasses.replace(run.optim, matrices=matrices), run.train.steps, mesh=mesh,
+                          shardings=param_shardings(specs, mesh))
+    step_cfg = StepConfig(run, "float32" if device.platform == "cpu" else "bfloat16", platform_of(device), mesh)
     params = {p: 0.02 * jax.random.normal(jax.random.key(i), s.shape) for i, (p, s) in enumerate(specs.items())}
     shape = (run.train.batch_size, run.train.seq_len)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, 256)
     batch = {"tokens": tokens, "targets": tokens, "segments": jnp.ones(shape, jnp.int32),
              "positions": jnp.broadcast_to(jnp.arange(shape[1]), shape), "weights": jnp.ones(shape)}
-    backend = jax.default_backend()
-    step_cfg = StepConfig(run, "float32" if backend == "cpu" else "bfloat16", backend)
     backward = jax.jit(lambda p: gradients(p, batch, jnp.ones(()), step_cfg)[1:])
     grads, aux = backward(params)
     state = opt.init(params)
     update = jax.jit(lambda g, s, p: opt.update(g, s, p, max_logits=aux.attention.max_logit,
                                                 expert_counts=aux.moe.expert_counts))
-    jax.block_until_ready(update(grads, state, params))
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        jax.block_until_ready(backward(params))
-        middle = time.perf_counter()
-        jax.block_until_ready(update(grads, state, params))
-        times.append((middle - start, time.perf_counter() - middle))
-    gradient, step = (min(column) for column in zip(*times, strict=True))
-    return {"preset": name, "matrices": matrices, "tokens": tokens.size, "gradient": gradient, "update": step,
+    times = measure.in_turns({"gradient": lambda: backward(params), "update": lambda: update(grads, state, params)}, rounds)
+    gradient, step = (times[part]["wall_ms"] for part in ("gradient", "update"))
+    return {"preset": name, "matrices": matrices, "tokens": tokens.size, "gradient_ms": gradient, "update_ms": step,
             "share": step / (gradient + step)}
 
 
@@ -285,7 +281,7 @@ def share() -> dict:
         for matrices in ("muon", "adamw"):
             out.append(share_of(name, matrices, rows, rounds))
             print(f"{name}, {matrices}: done", file=sys.stderr)
-    rows = [(r["preset"], r["matrices"], r["tokens"], f"{1e3 * r['gradient']:.0f}", f"{1e3 * r['update']:.0f}",
+    rows = [(r["preset"], r["matrices"], r["tokens"], f"{r['gradient_ms']:.4g}", f"{r['update_ms']:.4g}",
              f"{100 * r['share']:.1f} %") for r in out]
     columns = ("preset", "matrices", "tokens/step", "gradient ms", "update ms", "share")
     return {"rows": out, "table": table(columns, rows)}
@@ -296,12 +292,14 @@ def main() -> None:
     chosen = [arg for arg in sys.argv[1:] if arg != "--write"]
     if len(chosen) != 1 or chosen[0] not in verbs:
         sys.exit(f"usage: python -m bench.muon {{{','.join(verbs)}}} [--write]")
+    jax.config.update("jax_num_cpu_devices", 8)
     result = {"date": time.strftime("%Y-%m-%d"), **versions(), **verbs[chosen[0]]()}
     print(", ".join(f"{k} {result[k]}" for k in ("date", "device", "jax", "optax")))
     print(result["table"])
     if "--write" in sys.argv:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"muon_{chosen[0]}.json").write_text(json.dumps(result, indent=1) + "\n")
+        machine = "" if jax.default_backend() == "cpu" else f"-{jax.default_backend()}"
+        (RESULTS / f"muon_{chosen[0]}{machine}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """What benchmarks time, and on which device; their numbers are not tests."""
 
+import types
 
 import jax
 import pytest
 
-from bench import int4_roofline, measure
+from bench import int4_roofline, measure, muon
 from configs.presets import preset
 from configs.schema import ModelConfig
 
@@ -54,3 +55,26 @@ def test_all_layers_are_in_one_program(monkeypatch):
     whole, packed = int4_roofline.measured(model, "bfloat16")
     assert (whole["bits_per_weight"], packed["bits_per_weight"]) == (16, 4.5)
     assert whole["bytes_to_read"] == 2 * 2 * 3 * 64 * 32 * whole["experts_hit"]
+
+
+def test_meshes_that_the_machine_lacks_are_left_out_and_named(monkeypatch, capsys):
+    monkeypatch.setattr(muon, "PRESETS", ())
+    monkeypatch.setattr(muon, "MESHES", ((1, 1), (4, 16)))
+    assert muon.compare()["rows"] == []
+    assert f"64 devices: left out, there are {jax.device_count()}" in capsys.readouterr().err
+
+
+def test_the_share_is_that_of_the_device(monkeypatch):
+    """Optimizer and step are compiled for it, not for a CPU."""
+    class Enough(Exception):
+        pass
+
+    def step(run, dtype, platform, mesh):
+        raise Enough(platform, mesh.devices.tolist())
+
+    monkeypatch.setattr(muon, "platform_of", lambda device: "hopper")
+    monkeypatch.setattr(muon, "StepConfig", step)
+    monkeypatch.setattr(muon, "build_optimizer", lambda *args, mesh, shardings: types.SimpleNamespace(mesh=mesh))
+    with pytest.raises(Enough) as built:
+        muon.share_of("tiny", "muon", 4, 1)
+    assert built.value.args[0] == "hopper" and len(jax.tree.leaves(built.value.args[1])) == 1
