@@ -1,11 +1,14 @@
 """What benchmarks time, and on which device; their numbers are not tests."""
 
+import json
+import sys
 import types
+from pathlib import Path
 
 import jax
 import pytest
 
-from bench import int4_roofline, measure, muon
+from bench import int4_roofline, measure, muon, plans
 from configs.presets import preset
 from configs.schema import ModelConfig
 
@@ -78,3 +81,25 @@ def test_the_share_is_that_of_the_device(monkeypatch):
     with pytest.raises(Enough) as built:
         muon.share_of("tiny", "muon", 4, 1)
     assert built.value.args[0] == "hopper" and len(jax.tree.leaves(built.value.args[1])) == 1
+
+
+@pytest.mark.parametrize("code, writes", [(2, False), (1, False), (-11, True)])
+def test_a_plan_that_was_not_compiled_is_named_and_not_shown(monkeypatch, capsys, tmp_path, code, writes):
+    """Its old result stays where it was."""
+    old = (plans.RESULTS / "kimi_k2_v5p_512.json").read_text()
+    monkeypatch.setattr(plans, "RESULTS", tmp_path)
+    for name in ("kimi_k2_v5p_512", "kimi_k2_tpu7x_256"):
+        (tmp_path / f"{name}.json").write_text(old)
+
+    def run(command, **_):
+        if writes or "kimi_k2_v5p_512" in command:
+            Path(command[-1]).write_text(old)
+        return types.SimpleNamespace(returncode=1 if "kimi_k2_v5p_512" in command else code)
+
+    monkeypatch.setattr(plans.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["plans", "kimi_k2_v5p_512", "kimi_k2_tpu7x_256"])
+    with pytest.raises(SystemExit, match="not compiled.*: kimi_k2_tpu7x_256$"):
+        plans.main()
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| kimi")]
+    assert len(table) == 1 and "kimi_k2_v5p_512" in table[0]
+    assert json.loads((tmp_path / "kimi_k2_tpu7x_256.json").read_text()) == json.loads(old)
