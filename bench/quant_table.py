@@ -233,6 +233,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--write", action="store_true", help="put the result under bench/results/")
     args = parser.parse_args()
+    if args.write and len(args.seeds) < 2:
+        parser.error("--write needs two seeds or more: intervals are of the differences between them")
     start_jax()
     keep_freed_memory()
     results, every, programs = {}, {}, {}

@@ -56,6 +56,12 @@ def defaults(name: str) -> RunConfig:
     return replace(cfg, quant=replace(cfg.quant, start_step=0, ramp_steps=0), train=train)
 
 
+def compiled(function: Callable, session: Session, **options) -> Callable:
+    """As the training loop compiles a step."""
+    chosen = known_options(step_options(session.mesh.devices.flat[0]))
+    return jax.jit(function, compiler_options=chosen or None, **options)
+
+
 def variant(name: str, session: Session) -> Callable:
     """(state, batch) -> (state, what is measured), compiled, the state donated."""
     cfg = VARIANTS[name](session.cfg)
@@ -70,12 +76,11 @@ def variant(name: str, session: Session) -> Callable:
         return state, {k: v for k, v in metrics.items() if name != "without QK-Clip" or k != "max_logit"}
 
     skipped = mock.patch("optim.muon.orthogonalize_tree", lambda tree, plan, **_: tree)
-    options = known_options(step_options(session.mesh.devices.flat[0]))
-    compiled = jax.jit(run, donate_argnums=0, compiler_options=options or None)
+    program = compiled(run, session, donate_argnums=0)
 
     def call(state, batch):
         with skipped if name == "without Newton-Schulz" else nullcontext():  # it is traced when it is first called
-            return compiled(state, batch)
+            return program(state, batch)
 
     return call
 
@@ -90,12 +95,12 @@ def seconds_of(session: Session, rounds: int) -> tuple[dict[str, list[float]], d
     programs = {name: variant(name, session) for name in VARIANTS}
     config = StepConfig(cfg, session.compute_dtype, session.platform, session.mesh)
 
-    @jax.jit
     def pull(params, batch):
         """Of the gradients one number each, which needs all of them."""
         loss, grads, _ = gradients(params, batch, np.float32(1), config, jax.random.key(0))
         return loss, {path: abs(g).max() for path, g in grads.items()}
 
+    pull = compiled(pull, session)
     seconds: dict[str, list[float]] = {name: [] for name in (*programs, GRADIENTS)}
     for turn in range(rounds + 1):
         for name in seconds:

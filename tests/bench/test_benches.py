@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from bench import int4_roofline, measure, muon, plans
+from bench import int4_roofline, measure, muon, plans, quant_table
 from configs.presets import preset
 from configs.schema import ModelConfig
 
@@ -16,7 +16,7 @@ CACHE = 50 << 20
 """Bytes of a Hopper GPU's second-level cache."""
 
 
-def calls_of(monkeypatch, backend: str, milliseconds: float) -> list[float]:
+def calls_of(monkeypatch, backend: str, milliseconds: float) -> list[int]:
     """Calls that each timing waited for, of a program that takes `milliseconds`, on a clock of its own."""
     now, sent, waited = [0.0], [0], []
 
@@ -103,3 +103,10 @@ def test_a_plan_that_was_not_compiled_is_named_and_not_shown(monkeypatch, capsys
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| kimi")]
     assert len(table) == 1 and "kimi_k2_v5p_512" in table[0]
     assert json.loads((tmp_path / "kimi_k2_tpu7x_256.json").read_text()) == json.loads(old)
+
+
+def test_one_seed_has_no_interval(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["quant_table", "text", "--seeds", "0", "--write"])
+    with pytest.raises(SystemExit):
+        quant_table.main()
+    assert "--write needs two seeds or more" in capsys.readouterr().err
