@@ -19,6 +19,9 @@ WRONG = {
     "not weights": (["generate", "1a+1=", "--weights", "docs"], "neither a run directory"),
     "flag without value": (["train", "--preset"], "--preset needs a value"),
     "mesh": (["train", "--mesh.fsdp", "3"], "choose axes whose product is 8"),
+    "odd width": (["train", "--model.hidden-size", "100"], "model.hidden_size=100 is not divisible by"),
+    "odd width in a plan": (["plan", "--model.hidden-size", "100"], "model.hidden_size=100 is not divisible by"),
+    "rows without end": (["data", "--train.seq-len", "8192"], "more than model.max_position_embeddings=4096"),
     "odd step": (["export", "runs/x@last"], "should be a run directory, RUN@STEP"),
 }
 
@@ -36,7 +39,6 @@ def test_a_wrong_command_is_one_sentence_and_changes_nothing(case, capsys, tmp_p
 
 @pytest.mark.parametrize("arguments, sentence", [
     (["--model.hiden-size", "64"], "--model.hidden-size"),
-    (["--model.hidden-size", "100"], "not divisible by"),
     (["--train.steps", "many"], "many"),
     (["--profile.steps", "5:3"], "FIRST:LAST"),
 ])
