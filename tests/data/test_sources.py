@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from functools import partial
 
 import pytest
 
@@ -9,6 +10,9 @@ from configs.schema import ConfigError, DataConfig
 from data.chat import Account
 from data.sources import read_source
 from data.tokenizer import load_tokenizer
+
+packed = partial(gzip.compress, mtime=0)
+"""Always the same bytes: workers that share the tests name them by these."""
 
 
 def read(path, share=0.1, account=None, **settings):
@@ -48,13 +52,13 @@ def test_folder_in_sorted_order(tmp_path):
 @pytest.mark.parametrize("name, content", [
     ("a.JSONL", b'\xef\xbb\xbf{"text": "x"}\r\n{"text": "y"}\r\n'),
     ("a.ndjson", '{"text": "x"}\n{"text": "y"}'),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n{"text": "y"}')),
+    ("a.jsonl.gz", packed(b'{"text": "x"}\n{"text": "y"}')),
 ])
 def test_rows_by_any_ending(tmp_path, name, content):
     assert read(write(tmp_path, name, content), 0.0) == (["x", "y"], [])
 
 
-@pytest.mark.parametrize("name, content", [("a.TXT", b"\xef\xbb\xbftext"), ("a.py.GZ", gzip.compress(b"text"))])
+@pytest.mark.parametrize("name, content", [("a.TXT", b"\xef\xbb\xbftext"), ("a.py.GZ", packed(b"text"))])
 def test_text_by_any_ending(tmp_path, name, content):
     assert read(write(tmp_path, name, content), 0.0) == (["text"], [])
 
@@ -98,14 +102,14 @@ def test_last_tenth_is_held_out(tmp_path):
     ("latin.txt", b"caf\xe9", "is not UTF-8 text .byte 3"),
     ("wide.txt", "text".encode("utf-16-le"), "wide.txt holds zero bytes, so it is binary or UTF-16"),
     ("share.json", json.dumps([{"conversations": []}]), "share.json is JSON, .* one a line; .* jq -c"),
-    ("share.json.gz", gzip.compress(b"{}"), "share.json.gz is JSON"),
+    ("share.json.gz", packed(b"{}"), "share.json.gz is JSON"),
     ("a.parquet", b"PAR1\0", "a.parquet is a table .* with pandas to_json"),
     ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "a.jsonl.zst is packed .* unpack it, or pack it with gzip"),
     ("a.tar", b"a", "a.tar is an archive; unpack it and name the folder"),
     ("a.npy.gz", b"a", "a.npy.gz is gzipped; unpack it"),
     ("a.txt.gz", b"not gzip", "a.txt.gz is no whole gzip file, copy or pack it anew: Not a gzipped file"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "a.jsonl.gz is no whole gzip file"),
-    ("b.jsonl.gz", gzip.compress(b'{"text": "abc"}', 0).replace(b"abc", b"abd"), "is no whole gzip file.*CRC"),
+    ("a.jsonl.gz", packed(b'{"text": "a"}\n' * 99)[:-9], "a.jsonl.gz is no whole gzip file"),
+    ("b.jsonl.gz", packed(b'{"text": "abc"}', 0).replace(b"abc", b"abd"), "is no whole gzip file.*CRC"),
     ("bad.jsonl", '{"text": "a"}\n{"text": }', "bad.jsonl line 2 is not JSON: .*; correct it"),
     ("list.jsonl", "[1]", "list.jsonl line 1 is not a JSON object but list"),
     ("field.jsonl", '{"body": "a", "n": 1}', "line 1 has no field 'text'; it has body, n"),
