@@ -9,6 +9,7 @@ expert on every row.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -116,7 +117,11 @@ def _hopper_rows(x, w, block_expert, transposed):
 
 def _hopper_weights(x, y, block_expert, num_experts, dtype):
     from model.kernels import grouped_matmul_gpu
-    if not grouped_matmul_gpu.takes(x.dtype, len(x) // len(block_expert), x.shape[1], y.shape[1]):
+    block = len(x) // len(block_expert)
+    if not grouped_matmul_gpu.takes(x.dtype, block, x.shape[1], y.shape[1]):
+        warnings.warn("gradients of experts go through XLA, which copies weights for every block of rows: the Hopper kernels "
+                      f"take 16-bit floats, widths of whole {grouped_matmul_gpu.STEP}s and blocks of 64 rows (which every expert "
+                      f"must have), not {x.dtype.name}, {x.shape[1]} x {y.shape[1]} and blocks of {block}", stacklevel=2)
         return _batched_weights(x, y, block_expert, num_experts, dtype)
     return grouped_matmul_gpu.weights(x, y, block_expert, num_experts, dtype)
 

@@ -102,6 +102,13 @@ def test_weight_sums_stay_in_float32():
         np.testing.assert_array_equal(total, np.full((1, 8, 8), 2048.0))
 
 
+def test_a_gradient_without_a_kernel_is_said():
+    """Of few rows per expert, on Hopper: blocks of 16, which only the forward product has a kernel for."""
+    x, y = jnp.ones((32, 64), jnp.bfloat16), jnp.ones((32, 128), jnp.bfloat16)
+    with pytest.warns(UserWarning, match="blocks of 64 rows .* not bfloat16, 64 x 128 and blocks of 16"):
+        IMPLEMENTATIONS["hopper"].weights(x, y, jnp.array([0, 1]), 2, jnp.float32)
+
+
 @pytest.mark.parametrize("rows, experts, platform, block", [
     (1, 16, "cpu", 8), (256, 16, "cpu", 8), (16384, 64, "cpu", 64), (32768, 16, "cpu", 128), (32768, 16, "tpu", 512),
     (65536, 384, "hopper", 64), (98304, 64, "hopper", 128), (512, 384, "hopper", 16)])
