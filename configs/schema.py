@@ -362,8 +362,8 @@ class RunConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def checked(self) -> RunConfig:
-        """Itself, if its sections fit each other; ConfigError if not. Not done when it is made, because a preset takes another
-        run's model before the flags that fit the rest to it."""
+        """Itself, if its sections fit each other; ConfigError if not. Asked when a run begins: before that a preset takes another
+        run's model, to which flags then fit the rest, and a run that is there must stay readable."""
         require(self.train.seq_len <= self.model.max_position_embeddings,
                 f"train.seq_len={self.train.seq_len} is more than model.max_position_embeddings="
                 f"{self.model.max_position_embeddings}, which the exported config promises; raise that too, and "

@@ -98,7 +98,7 @@ def _import(directory: Path, named: str, base: RunConfig, preset: str, run: RunD
     tokenizer = str(Path(beside).resolve()) if beside else base.data.tokenizer  # links do not outlive the import
     rows = min(base.train.seq_len, found.model.max_position_embeddings)
     cfg = dataclasses.replace(base, model=found.model, quant=found.quant, train=dataclasses.replace(base.train, seq_len=rows),
-                              data=dataclasses.replace(base.data, tokenizer=tokenizer, **template_settings(directory)))
+                              data=dataclasses.replace(base.data, tokenizer=tokenizer, **template_settings(directory))).checked()
     session = open_session(cfg)
     files = Imported(directory, session.specs, prefix=found.prefix, for_training=found.quant.grid != "none")
     shardings = param_shardings(session.specs, session.mesh)

@@ -107,7 +107,7 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
     if facts.get("imported_from"):
         raise ConfigError(f"{run.path} holds imported weights; name a new directory with --run and start there with "
                           f"--train.init-from {run.path}")
-    known = before_edit(run.load_config(), cfg, remix) if facts else cfg
+    known = before_edit(run.load_config(), cfg, remix) if facts else cfg.checked()
     session = open_session(cfg, facts.get("compute_dtype"))
     if session.platform == "cpu":
         keep_freed_memory()

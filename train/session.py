@@ -58,9 +58,9 @@ class Session:
 
 
 def open_session(cfg: RunConfig, compute_dtype: str | None = None, mesh: Mesh | None = None) -> Session:
-    """Check the config against itself, the tokenizer and the devices. `compute_dtype` overrides "auto" (a resumed run keeps
+    """Check the config against the tokenizer and the devices. `compute_dtype` overrides "auto" (a resumed run keeps
     the one it was started with); `mesh` takes the place of the config's."""
-    tokenizer = load_tokenizer(cfg.checked().data.tokenizer)
+    tokenizer = load_tokenizer(cfg.data.tokenizer)
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise ConfigError(f"tokenizer {cfg.data.tokenizer} has {tokenizer.vocab_size} ids but model.vocab_size is "
                           f"{cfg.model.vocab_size}; set --model.vocab-size {-(-tokenizer.vocab_size // 64) * 64}")

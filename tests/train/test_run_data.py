@@ -7,9 +7,10 @@ import pytest
 from configs.schema import ConfigError
 from data.pipeline import PLAN_VERSION, open_data
 from tests.train.conftest import small
+from train.loop import train
 from train.run_data import data_of
 from train.run_dir import RunDir
-from train.session import open_session
+from train.session import open_session, open_to_look
 
 
 @pytest.mark.parametrize("edit", [lambda text: "new" + text, lambda text: text + "new", lambda text: text[::-1]])
@@ -29,3 +30,14 @@ def test_changed_files_are_noticed(edit, tmp_path):
     text.write_text(edit(text.read_text()))
     with pytest.raises(ConfigError, match="put its files back"):
         data_of(session, run)
+
+
+def test_rows_longer_than_the_config_promises_stop_new_runs_only(tmp_path):
+    """A run that was trained so before this was asked can still be evaluated and exported."""
+    cfg = small()
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, max_position_embeddings=32))
+    with pytest.raises(ConfigError, match="train.seq_len=64 is more than model.max_position_embeddings=32"):
+        train(cfg, RunDir(tmp_path / "new"))
+    run = RunDir(tmp_path / "old")
+    run.write_config(cfg, {})
+    assert open_to_look(run).cfg.train.seq_len == 64 and not (tmp_path / "new").exists()
