@@ -31,7 +31,7 @@ from train.remix import Table, before_edit, table_of
 from train.run_data import require_same_order
 from train.run_dir import RunDir, config_hash
 from train.session import Session, open_session
-from train.start import starting_state
+from train.start import kept_dtype, starting_state
 from train.state import TrainState, state_shardings
 from train.step import Batch, StepConfig, make_train_step
 from train.stop import EXIT_DONE, EXIT_STOPPED, StopSignal
@@ -108,7 +108,7 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
         raise ConfigError(f"{run.path} holds imported weights; name a new directory with --run and start there with "
                           f"--train.init-from {run.path}")
     known = before_edit(run.load_config(), cfg, remix) if facts else cfg.checked()
-    session = open_session(cfg, facts.get("compute_dtype"))
+    session = open_session(cfg, kept_dtype(cfg, facts))
     if session.platform == "cpu":
         keep_freed_memory()
     mixtures = table_of(facts)

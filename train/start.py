@@ -22,6 +22,14 @@ from train.session import Session, load_params, parse_source, say_passed_over
 from train.state import TrainState, as_teacher, initial_state, state_shardings
 
 
+def kept_dtype(cfg: RunConfig, facts: dict[str, Any]) -> str | None:
+    """What a run computes in that goes on: what it was started in, or the run that it forks from, with which it shares its
+    first steps. None where the config decides."""
+    if not facts and cfg.train.fork_from and cfg.train.compute_dtype == "auto":
+        facts = parse_source(cfg.train.fork_from)[0].load_facts()
+    return facts.get("compute_dtype")
+
+
 def starting_state(session: Session, optimizer: Any, checkpoints: Checkpoints, run: RunDir) -> tuple[TrainState, int]:
     """Restored, started from another run's weights, or new; says which."""
     cfg = session.cfg

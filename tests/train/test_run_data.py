@@ -11,6 +11,7 @@ from train.loop import train
 from train.run_data import data_of
 from train.run_dir import RunDir
 from train.session import open_session, open_to_look
+from train.start import kept_dtype
 
 
 @pytest.mark.parametrize("edit", [lambda text: "new" + text, lambda text: text + "new", lambda text: text[::-1]])
@@ -30,6 +31,16 @@ def test_changed_files_are_noticed(edit, tmp_path):
     text.write_text(edit(text.read_text()))
     with pytest.raises(ConfigError, match="put its files back"):
         data_of(session, run)
+
+
+@pytest.mark.parametrize("asked, facts, kept", [
+    ("auto", {}, "bfloat16"), ("float32", {}, None), ("auto", {"compute_dtype": "float32"}, "float32")])
+def test_a_fork_computes_as_the_run_it_shares_steps_with(asked, facts, kept, tmp_path):
+    """Which dtype is faster is measured, and may come out otherwise the second time."""
+    cfg, source = small(compute_dtype="auto"), RunDir(tmp_path / "source")
+    source.write_config(cfg, {"compute_dtype": "bfloat16"})
+    assert kept_dtype(small(compute_dtype=asked, fork_from=f"{source.path}@3"), facts) == kept
+    assert kept_dtype(small(compute_dtype=asked), facts) == facts.get("compute_dtype")
 
 
 def test_rows_longer_than_the_config_promises_stop_new_runs_only(tmp_path):
