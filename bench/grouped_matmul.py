@@ -67,11 +67,10 @@ def row(shape: str, sizes: tuple[int, ...], dtype, load: str, platform: str) -> 
             if fits(call):
                 calls[name] = call
         times[part] = measure.in_turns(calls)
-        clock = "cpu_ms" if platform == "cpu" else "wall_ms"
         for name, entry in times[part].items():
             entry["TF/s"] = round(flops / entry["wall_ms"] / 1e9, 3)
             if name != "dense":
-                ratio[f"{name} {part}"] = round(entry[clock] / times[part]["dense"][clock], 2)
+                ratio[f"{name} {part}"] = round(entry["wall_ms"] / times[part]["dense"]["wall_ms"], 2)
     return {"shape": shape, "tokens": tokens, "D": D, "F": F, "E": E, "K": K, "dtype": jnp.dtype(dtype).name, "load": load,
             "block": to.block, "padding": round(len(to.token_of) / (tokens * K) - 1, 3), "ratio": ratio, "times": times}
 

@@ -67,28 +67,38 @@ def _batched_weights(x, y, block_expert, num_experts, dtype):
     return jax.ops.segment_sum(per_block, block_expert, num_experts, indices_are_sorted=True).astype(dtype)
 
 
+def _turns(block_expert, num_experts):
+    """(blocks per turn, number of turns, i -> first block of turn i) over the blocks in use. The last turn is moved back to
+    end where the blocks end, over some of the turn before."""
+    at_once = min(BLOCKS_PER_TURN, len(block_expert))
+    in_use = jnp.sum(block_expert < num_experts)
+    return at_once, (in_use + at_once - 1) // at_once, lambda i: jnp.minimum(i * at_once, len(block_expert) - at_once)
+
+
 def _scanned_rows(x, w, block_expert, transposed):
-    product = "bi,oi->bo" if transposed else "bi,io->bo"
+    product = "nbi,noi->nbo" if transposed else "nbi,nio->nbo"
     xs, stored = _blocks(x, block_expert), _STORED.get(x.dtype.name, x.dtype)
+    at_once, turns, first = _turns(block_expert, len(w))
 
-    def one(i, out):
-        weights = _unpacked(w[block_expert[i]], x.dtype)
-        block = jnp.einsum(product, xs[i], weights, preferred_element_type=jnp.float32).astype(x.dtype)
-        return out.at[i].set(lax.bitcast_convert_type(block, stored))
+    def turn(i, out):
+        some, experts = (lax.dynamic_slice_in_dim(of, first(i), at_once) for of in (xs, block_expert))
+        blocks = jnp.einsum(product, some, _unpacked(w[experts], x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+        return lax.dynamic_update_slice_in_dim(out, lax.bitcast_convert_type(blocks, stored), first(i), 0)
 
-    out = jnp.zeros((*xs.shape[:2], w.shape[1 if transposed else 2]), stored)
-    out = lax.fori_loop(0, _in_use(block_expert, len(w)), one, out)
+    out = lax.fori_loop(0, turns, turn, jnp.zeros((*xs.shape[:2], w.shape[1 if transposed else 2]), stored))
     return lax.bitcast_convert_type(out, x.dtype).reshape(len(x), -1)
 
 
 def _scanned_weights(x, y, block_expert, num_experts, dtype):
     xs, ys = _blocks(x, block_expert), _blocks(y, block_expert)
+    at_once, turns, first = _turns(block_expert, num_experts)
 
-    def add(i, total):
-        return total.at[block_expert[i]].add(outer_sum(xs[i], ys[i]))
+    def turn(i, total):
+        some_x, some_y, experts = (lax.dynamic_slice_in_dim(of, first(i), at_once) for of in (xs, ys, block_expert))
+        seen = first(i) + jnp.arange(at_once) < i * at_once
+        return total.at[jnp.where(seen, num_experts, experts)].add(outer_sum(some_x, some_y), mode="drop")
 
-    start = jnp.zeros((num_experts, x.shape[-1], y.shape[-1]), jnp.float32)
-    return lax.fori_loop(0, _in_use(block_expert, num_experts), add, start).astype(dtype)
+    return lax.fori_loop(0, turns, turn, jnp.zeros((num_experts, x.shape[-1], y.shape[-1]), jnp.float32)).astype(dtype)
 
 
 # Kernels are imported where a program uses them: Pallas for GPUs and TPUs takes longer to import than jax itself, and a CPU
@@ -129,9 +139,9 @@ def _hopper_weights(x, y, block_expert, num_experts, dtype):
 _STORED = {"bfloat16": jnp.uint16} if jax.__version_info__ < (0, 11) else {}
 """Up to jax 0.10, XLA's CPU backend widens a whole bfloat16 array and narrows it again wherever a part is written."""
 
-
-def _in_use(block_expert, num_experts):
-    return jnp.sum(block_expert < num_experts)
+BLOCKS_PER_TURN = 8 if jax.__version_info__ >= (0, 11) else 1
+"""How many blocks `scanned` multiplies at once, with a copy of each one's weights. A block is too small for XLA to put on
+several cores, a batch of them is not; up to jax 0.10 it puts neither there, and copying weights only costs time."""
 
 
 IMPLEMENTATIONS = {
@@ -142,11 +152,10 @@ IMPLEMENTATIONS = {
     "hopper": GroupedMatmul(_hopper_rows, _hopper_weights),
 }
 """reference: dense over all experts, the definition. batched: one batched product over blocks with gathered weights.
-scanned: block after block with weights and sums in place; on a CPU every product still fills all cores, and nothing is
-gathered (bench/grouped_matmul.py). tpu: model/kernels/grouped_matmul_tpu.py. hopper: grouped_matmul_gpu.py for blocks of 64
-rows and more, grouped_matmul_decode.py for the forward product of smaller ones, batched for what neither takes (float32, odd
-widths). Except for the decoding kernel, kernels take whole weights only: a layer of four-bit experts is unpacked before
-them."""
+scanned: some blocks after others, so that few weights are copied and blocks of nobody cost nothing (bench/grouped_matmul.py).
+tpu: model/kernels/grouped_matmul_tpu.py. hopper: grouped_matmul_gpu.py for blocks of 64 rows and more,
+grouped_matmul_decode.py for the forward product of smaller ones, batched for what neither takes (float32, odd widths). Except
+for the decoding kernel, kernels take whole weights only: a layer of four-bit experts is unpacked before them."""
 
 
 def implementation(platform: str) -> str:

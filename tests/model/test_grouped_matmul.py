@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from model import dispatch
+from model import grouped_matmul as grouped_matmul_module
 from model.grouped_matmul import IMPLEMENTATIONS, block_rows, grouped_matmul, implementation
 
 E, D, F = 6, 24, 40
@@ -91,6 +92,27 @@ def test_three_products(name, dtype, tolerance, kind):
         assert np.abs(np.asarray(mine, np.float64) - want).max() <= tolerance * np.abs(want).max()
     if kind == "two":
         assert not np.asarray(dw, np.float32)[[0, 2, 3, 5]].any()
+
+
+@pytest.mark.parametrize("blocks, in_use", [(2, 1), (3, 3), (7, 0), (7, 5), (7, 7)])
+def test_turns_of_several_blocks(monkeypatch, blocks, in_use):
+    """Whole turns, a last one that lies over the one before, fewer blocks than a turn has, none in use: small integers, so
+    every sum is exact."""
+    monkeypatch.setattr(grouped_matmul_module, "BLOCKS_PER_TURN", 3)
+    rng = np.random.default_rng(0)
+    block_expert = np.full(blocks, E)
+    block_expert[:in_use] = np.sort(rng.integers(0, E, in_use))
+    x, g = (rng.integers(-4, 5, (blocks, 8, n)) * (block_expert < E)[:, None, None] for n in (D, F))
+    w = rng.integers(-4, 5, (E, D, F))
+    scanned = IMPLEMENTATIONS["scanned"]
+    x32, g32, w32 = (jnp.asarray(a, jnp.float32) for a in (x.reshape(-1, D), g.reshape(-1, F), w))
+    of_block = np.minimum(block_expert, E - 1)
+    np.testing.assert_array_equal(scanned.rows(x32, w32, jnp.asarray(block_expert), False), (x @ w[of_block]).reshape(-1, F))
+    np.testing.assert_array_equal(scanned.rows(g32, w32, jnp.asarray(block_expert), True),
+                                  (g @ w[of_block].swapaxes(1, 2)).reshape(-1, D))
+    want = np.zeros((E, D, F))
+    np.add.at(want, of_block, x.swapaxes(1, 2) @ g)
+    np.testing.assert_array_equal(scanned.weights(x32, g32, jnp.asarray(block_expert), E, jnp.float32), want)
 
 
 def test_weight_sums_stay_in_float32():
