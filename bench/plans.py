@@ -52,9 +52,11 @@ def compile_plan(name: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=list(MACHINES))
-    failed = []
-    for name in parser.parse_args().names or MACHINES:
+    parser.add_argument("names", nargs="*")
+    names, failed = parser.parse_args().names or list(MACHINES), []
+    if unknown := set(names) - set(MACHINES):
+        parser.error(f"there is no plan {', '.join(sorted(unknown))}; there are {', '.join(MACHINES)}")
+    for name in names:
         print(f"compiling {name} for {MACHINES[name]}", flush=True)
         if not compile_plan(name):
             failed.append(name)

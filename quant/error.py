@@ -1,10 +1,7 @@
-"""How far the masters are from the grid that the forward pass sees."""
+"""How far the masters are from the grid that the forward pass sees. Traced, as all of quant/metrics.py."""
 
 from __future__ import annotations
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -13,7 +10,6 @@ from quant import grid
 from quant.coverage import group_axis
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
 def _sums(w: Array, axis: int, group: int, levels: int) -> tuple[Array, Array, Array]:
     codes, scales = grid.quantize(w, axis, group, levels)
     error = grid.dequantize(codes, scales, axis, group) - w

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ from quant.importer import Imported
 from quant.read_config import read_config
 from quant.served import Serving
 from quant.source import WeightSource
-from quant.verify import verify
+from quant.verify import Report, verify
 from train import probe
 from train.checkpoint import Checkpoints, Restored
 from train.console import Bar, console, human
@@ -34,7 +35,7 @@ def export_run(source: str, out: Path | None, form: str) -> int:
     """Write a run's weights, with a model card of its measured numbers and evidence for `verify`."""
     run, step = parse_source(source)
     if form == "gguf":
-        return _export_gguf(run, source, out or run.path / "model.gguf")
+        return _export_gguf(run, step, out or run.path / "model.gguf")
     cfg = run.load_config()
     out = out or run.path / "export"
     if cfg.quant.grid == "int3" and form != "bf16":
@@ -77,13 +78,19 @@ class _TokenizerFiles:
         self.session.tokenizer.save(directory, data.system, data.mode)
 
 
-def _export_gguf(run: RunDir, source: str, out: Path) -> int:
-    """By way of the run's INT4 export, which is made if it is not there."""
+def _export_gguf(run: RunDir, step: int | None, out: Path) -> int:
+    """By way of the run's INT4 export, which is made if it is not there, and must hold the same weights if it is."""
     directory = run.path / "export"
     if out.exists():
         raise ConfigError(f"{out} exists; name another file with --out, or remove it first")
     if not directory.exists():
-        export_run(source, directory, "int4")
+        export_run(f"{run.path}@{step}" if step is not None else str(run.path), directory, "int4")
+    else:
+        session = open_to_look(run)
+        stored = _stored(session, run, step)
+        if not _verified(directory, stored, session, None).ok:
+            raise ConfigError(f"{directory} does not hold the weights of step {stored.step}: launch.py verify {directory} --run "
+                              f"{run.path}@{stored.step} says where; move it away, and a new one is made")
     summary = write_gguf(directory, out)
     console.print(f"wrote {out}: {summary.tensors} tensors, {summary.groups} groups of codes as they are in {directory}")
     for note in summary.notes:
@@ -112,20 +119,26 @@ def verify_directory(directory: Path, source: str | None) -> int:
     """Print every finding; exit code 1 if a reader would get wrong weights."""
     if not directory.is_dir():
         raise ConfigError(f"{directory} is not a directory")
-    reference = specs = None
+    stored = session = None
     if source:
         run, step = parse_source(source)
         session = open_to_look(run)
-        reference, specs = _stored(session, run, step).state, session.specs
+        stored = _stored(session, run, step)
+    report = _verified(directory, stored, session, _logits_of(directory))
+    console.print(str(report), markup=False)
+    console.print(f"{directory}: {'sound' if report.ok else 'DAMAGED'}")
+    return 0 if report.ok else 1
+
+
+def _verified(directory: Path, stored: Restored | None, session: Session | None, logits: Callable | None) -> Report:
+    """quant/verify.py, with its progress; against the weights of a run if there are any."""
     with Bar(f"verifying {directory}", 1, "tensor") as bar:
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.advance(done - bar.done)
 
-        report = verify(directory, reference=reference, specs=specs, logits=_logits_of(directory), progress=progress)
-    console.print(str(report), markup=False)
-    console.print(f"{directory}: {'sound' if report.ok else 'DAMAGED'}")
-    return 0 if report.ok else 1
+        reference, specs = (stored.state, session.specs) if stored else (None, None)
+        return verify(directory, reference=reference, specs=specs, logits=logits, progress=progress)
 
 
 def _logits_of(directory: Path):

@@ -91,7 +91,9 @@ def _place(files: Imported, specs: Specs, shardings: dict[str, jax.sharding.Shar
 
 
 def _import(directory: Path, named: str, base: RunConfig, preset: str, run: RunDir) -> int:
-    if run.exists() or Checkpoints(run.checkpoints).steps():
+    # One that was cut short, before its weights were whole, starts over.
+    cut_short = run.exists() and run.load_facts().get("imported_from") and not Checkpoints(run.checkpoints).steps()
+    if not cut_short and (run.exists() or Checkpoints(run.checkpoints).steps()):
         raise ConfigError(f"{run.path} exists; name a new directory with --run")
     found = read_config(directory)
     beside = tokenizer_file(directory)

@@ -6,7 +6,6 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import jax
@@ -34,23 +33,28 @@ class GridWatch:
     """
 
     def __init__(self, specs: Specs, quant: QuantConfig):
-        self.specs, self.grid = specs, {"group": quant.group_size, "levels": LEVELS.get(quant.grid, LEVELS["int4"])}
+        grid = {"specs": specs, "group": quant.group_size, "levels": LEVELS.get(quant.grid, LEVELS["int4"])}
+
+        def first_layer(params):
+            return {path: params[path][:1] for path, spec in specs.items() if spec.on_grid}
+
+        def after(history, params):
+            history, moved = code_flow(history, first_layer(params), **grid)
+            return history, grid_error(params, **grid) | moved
+
         self.history = None
-        self._codes = jax.jit(partial(codes_of, specs=specs, **self.grid))
-        self._flow = jax.jit(partial(code_flow, specs=specs, **self.grid), donate_argnums=0)
+        self._codes = jax.jit(lambda params: codes_of(first_layer(params), **grid))
+        self._after = jax.jit(after, donate_argnums=0)
 
     def before(self, params: dict[str, Any]) -> None:
         """The weights that the next step, a reported one, will change."""
-        codes = self._codes(self._layer(params))
+        codes = self._codes(params)
         self.history = CodeHistory(codes, self.history.moved if self.history else jax.tree.map(jnp.zeros_like, codes))
 
     def report(self, params: dict[str, Any]) -> dict[str, Any]:
         """Of the weights after it: grid_error, codes_at_edge, quant/flipped, quant/oscillating."""
-        self.history, moved = self._flow(self.history, self._layer(params))
-        return grid_error(params, self.specs, **self.grid) | moved
-
-    def _layer(self, params: dict[str, Any]) -> dict[str, Any]:
-        return {path: params[path][:1] for path, spec in self.specs.items() if spec.on_grid}
+        self.history, measured = self._after(self.history, params)
+        return measured
 
 
 class Recorder:

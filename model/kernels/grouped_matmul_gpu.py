@@ -107,7 +107,7 @@ def weights(x: Float[Array, "M D"], y: Float[Array, "M F"], block_expert: Int[Ar
         expert, _, row, column = at
         return expert, row + worker * part, column
 
-    first_block = jnp.searchsorted(block_expert, jnp.arange(num_experts + 1)).astype(jnp.int32)
+    first_block = jnp.sum(block_expert < jnp.arange(num_experts + 1)[:, None], axis=1, dtype=jnp.int32)
     tiles = hopper.Tiles(num_experts * down * columns, ((STEP, height), (STEP, width)), (part, width), place, source, multiply,
                          target)
     out = jax.ShapeDtypeStruct((num_experts, D, F), dtype)

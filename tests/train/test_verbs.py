@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 
 import pytest
@@ -106,12 +107,27 @@ def test_export_verify_eval_generate_report(trained, capsys):
             assert (trained.path / line.split("(")[1].rstrip(")")).stat().st_size > 5000
 
 
+def test_a_gguf_file_holds_the_weights_it_is_asked_for(trained, tmp_path, capsys):
+    """It is made of RUN/export, which may be from before training went on."""
+    run = tmp_path / "run"
+    shutil.copytree(trained.path, run, ignore=shutil.ignore_patterns("export"))
+    assert launch.main(["export", f"{run}@grid", "--out", str(run / "export")]) == EXIT_DONE
+    assert launch.main(["export", str(run), "--format", "gguf"]) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert "does not hold the weights of step" in error and error.count("\n") == 1 and not (run / "model.gguf").exists()
+    pytest.importorskip("gguf", reason="needs the gguf extra")
+    assert launch.main(["export", f"{run}@grid", "--format", "gguf"]) == EXIT_DONE
+    assert "groups of codes as they are" in capsys.readouterr().out and (run / "model.gguf").stat().st_size > 10_000
+
+
 def test_import_brings_back_what_export_wrote(trained, tmp_path, capsys):
     """INT4 out, in, out: the same bytes, and the imported run computes the same logits. An existing run is refused."""
     first, run, second = tmp_path / "first", str(tmp_path / "run"), tmp_path / "second"
     assert launch.main(["export", str(trained.path), "--out", str(first)]) == EXIT_DONE
     assert launch.main(["import", str(first), "--run", run, "--train.batch-size", "8"]) == EXIT_DONE
     assert launch.main(["import", str(first), "--run", run]) == EXIT_USAGE
+    shutil.rmtree(RunDir(run).checkpoints)  # as one that is killed before its weights are written leaves it
+    assert launch.main(["import", str(first), "--run", run, "--train.batch-size", "8"]) == EXIT_DONE
     assert launch.main(["verify", str(first), "--run", run]) == EXIT_DONE
     assert launch.main(["export", run, "--out", str(second)]) == EXIT_DONE
     files = sorted(p.name for p in first.glob("*.safetensors"))
