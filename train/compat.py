@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -46,16 +47,25 @@ def start_jax(platform: str | None = None, cache: Path | None = None) -> None:
 
 
 def compile_seconds() -> Callable[[], float]:
-    """A clock of the time that jax spends on tracing, lowering and compiling from now on, in seconds."""
+    """A clock of the time in which jax traces, lowers or compiles from now on, in seconds; what happens at once, in several
+    threads or one within another, counts once."""
     import jax
 
-    total = [0.0]
+    busy: list[tuple[float, float]] = []
 
     def add(event: str, seconds: float, **_) -> None:
-        total[0] += seconds if event.startswith("/jax/core/compile/") else 0.0
+        if event.startswith("/jax/core/compile/"):
+            busy.append((time.monotonic() - seconds, time.monotonic()))
+
+    def total() -> float:
+        seconds, until = 0.0, 0.0
+        for begin, end in sorted(busy):
+            seconds += max(end - max(begin, until), 0.0)
+            until = max(until, end)
+        return seconds
 
     jax.monitoring.register_event_duration_secs_listener(add)
-    return lambda: total[0]
+    return total
 
 
 def keep_freed_memory() -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from configs.schema import ConfigError, RunConfig
@@ -26,12 +25,10 @@ from optim.schedules import learning_rate
 from quant.coverage import coverage, require_whole_groups
 from quant.served import settled_step
 from train.compat import compile_for_devices, start_jax
-from train.mesh import batch_sharding, check_mesh, make_mesh, param_shardings, platform
+from train.mesh import check_mesh, make_mesh, param_shardings, platform
 from train.state import TrainState, state_shardings
-from train.step import StepConfig, make_train_step
+from train.step import StepConfig, abstract_batch, make_train_step
 from train.topology import Topology
-
-BATCH = {"tokens": jnp.int32, "targets": jnp.int32, "positions": jnp.int32, "segments": jnp.int32, "weights": jnp.float32}
 
 DECISIONS = ("after_optimizations.txt", "after_optimizations-live-range.txt", "after_optimizations-memory-usage-report.txt")
 """What libtpu and XLA's GPU compiler write of a program, in no order, once it is decided."""
@@ -66,10 +63,8 @@ def abstract_step(cfg: RunConfig, topology: Topology) -> tuple[Any, TrainState, 
     step = make_train_step(StepConfig(cfg, "bfloat16", platform(mesh), mesh, settled), specs, optimizer,
                            learning_rate(cfg.optim, cfg.train.steps))
     state = state_shardings(cfg, specs, optimizer, mesh)
-    rows = (cfg.train.batch_size, cfg.train.seq_len)
-    batch = {name: jax.ShapeDtypeStruct(rows, dtype, sharding=batch_sharding(mesh)) for name, dtype in BATCH.items()}
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(placed, None)), state, batch, mesh
+    return jax.jit(step, donate_argnums=0, out_shardings=(placed, None)), state, abstract_batch(cfg, mesh), mesh
 
 
 def compile_apart(cfg: RunConfig, topology: Topology, folder: Path) -> Outcome:

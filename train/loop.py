@@ -33,18 +33,20 @@ from train.run_dir import RunDir, config_hash
 from train.session import Session, open_session
 from train.start import kept_dtype, starting_state
 from train.state import TrainState, state_shardings
-from train.step import Batch, StepConfig, make_train_step
+from train.step import Batch, StepConfig, abstract_batch, make_train_step
 from train.stop import EXIT_DONE, EXIT_STOPPED, StopSignal
 
 
 @dataclass
 class Machine:
-    """The compiled pieces of a run. train_step: takes the number of the step before state and batch."""
+    """The compiled pieces of a run. train_step: takes the number of the step before state and batch. compile_first: compiles
+    the program of a run's first step, which its call then finds."""
 
     session: Session
     optimizer: Any
     schedule: Callable
     train_step: Callable[[int, TrainState, Batch], tuple[TrainState, dict]]
+    compile_first: Callable[[], None]
     time_update: Callable[[TrainState], float]
 
 
@@ -56,7 +58,8 @@ def build(session: Session) -> Machine:
     require_whole_groups(session.specs, shardings, cfg.quant)
     optimizer = build_optimizer(session.specs, cfg.optim, cfg.train.steps, mesh=session.mesh, shardings=shardings)
     schedule = learning_rate(cfg.optim, cfg.train.steps)
-    out = jax.tree.map(lambda leaf: leaf.sharding, state_shardings(cfg, session.specs, optimizer, session.mesh))
+    abstract = state_shardings(cfg, session.specs, optimizer, session.mesh)
+    out = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     options = known_options(step_options(session.mesh.devices.flat[0]))
 
@@ -70,6 +73,9 @@ def build(session: Session) -> Machine:
 
     def train_step(step: int, state: TrainState, batch: Batch):
         return programs[packed_from is not None and step >= packed_from](state, batch)
+
+    def compile_first() -> None:
+        programs[packed_from == 0].lower(abstract, abstract_batch(cfg, session.mesh)).compile()
 
     @jax.jit
     def update_only(state):
@@ -86,7 +92,7 @@ def build(session: Session) -> Machine:
         jax.block_until_ready(update_only(state))
         return time.perf_counter() - start
 
-    return Machine(session, optimizer, schedule, train_step, time_update)
+    return Machine(session, optimizer, schedule, train_step, compile_first, time_update)
 
 
 def packed_step(session: Session) -> int | None:
@@ -117,7 +123,7 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
     machine = build(session)
     landmarks = (cfg.quant.start_step,) if cfg.quant.grid != "none" and cfg.quant.start_step else ()
     checkpoints = Checkpoints(run.checkpoints, cfg.train.keep, landmarks)
-    state, step = starting_state(session, machine.optimizer, checkpoints, run)
+    state, step = starting_state(session, machine.optimizer, checkpoints, run, machine.compile_first)
     if known.data.mixture != cfg.data.mixture:
         mixtures.append((step, known.data.mixture))
         data = open_data(cfg, session.tokenizer, mixtures)

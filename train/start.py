@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -30,8 +32,10 @@ def kept_dtype(cfg: RunConfig, facts: dict[str, Any]) -> str | None:
     return facts.get("compute_dtype")
 
 
-def starting_state(session: Session, optimizer: Any, checkpoints: Checkpoints, run: RunDir) -> tuple[TrainState, int]:
-    """Restored, started from another run's weights, or new; says which."""
+def starting_state(session: Session, optimizer: Any, checkpoints: Checkpoints, run: RunDir,
+                   compile_first: Callable[[], None] = lambda: None) -> tuple[TrainState, int]:
+    """Restored, started from another run's weights, or new; says which. `compile_first` may run beside the making of new
+    weights."""
     cfg = session.cfg
     like = state_shardings(cfg, session.specs, optimizer, session.mesh)
     if checkpoints.steps():
@@ -55,7 +59,12 @@ def starting_state(session: Session, optimizer: Any, checkpoints: Checkpoints, r
         source, at = parse_source(cfg.train.init_from)
         _require_same_shapes(source, session)
     console.print(routing(session))
-    state = initial_state(cfg, session.specs, optimizer, session.mesh)
+    with ThreadPoolExecutor(1) as beside:
+        # On a CPU compiling the generators of weights takes as long as half of compiling the step, and neither fills two
+        # cores. Elsewhere, compilers need the devices' memory and, on several hosts, one order.
+        if session.platform == "cpu" and not processes.several():
+            beside.submit(compile_first)  # what it raises, the first step raises again
+        state = initial_state(cfg, session.specs, optimizer, session.mesh)
     if cfg.train.init_from:
         params, at = load_params(session, source, at)
         console.print(f"starting from the weights of {source.path} at step {at}")

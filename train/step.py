@@ -36,6 +36,14 @@ from train.state import TrainState
 Batch = dict[str, Array]
 """tokens, targets, positions, segments: int32 [B, S]; weights: float32 [B, S]."""
 
+BATCH = {"tokens": jnp.int32, "targets": jnp.int32, "positions": jnp.int32, "segments": jnp.int32, "weights": jnp.float32}
+
+
+def abstract_batch(cfg: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a step's batch."""
+    rows, sharding = (cfg.train.batch_size, cfg.train.seq_len), batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(rows, dtype, sharding=sharding) for name, dtype in BATCH.items()}
+
 
 @dataclass(frozen=True)
 class StepConfig:

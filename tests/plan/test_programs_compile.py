@@ -17,8 +17,8 @@ from quant.coverage import group_axis
 from quant.resident import Int4Weight
 from quant.served import Serving
 from train import compat, held_out, probe
-from train.compiler import BATCH
 from train.mesh import batch_sharding, make_mesh, param_shardings, platform
+from train.step import BATCH
 from train.topology import topology
 
 pytestmark = pytest.mark.slow
