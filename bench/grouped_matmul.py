@@ -28,7 +28,7 @@ LARGE = {  # K2: the 48 experts of one device of eight, with the pairs that eigh
 
 ENTRIES = {"cpu": ("batched", "scanned"), "tpu": ("batched", "tpu"), "gpu": ("batched",), "hopper": ("batched", "hopper")}
 """What is measured on each platform: all entries that run there, without the reference, which is E times the work, and on
-accelerators without the one that goes block after block."""
+accelerators without the one that goes turn by turn."""
 
 
 def choose(load: str, tokens: int, E: int, K: int, key: jax.Array) -> jax.Array:

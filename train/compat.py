@@ -31,19 +31,25 @@ def quiet_absl_flags() -> None:
 def start_jax(platform: str | None = None, cache: Path | None = None) -> None:
     """Before anything computes: platform, tree-mode Flax, a persistent compilation cache, and quiet libraries."""
     import jax
-    from flax import nnx
 
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_MEMORY)
     if platform:
         jax.config.update("jax_platforms", platform)
-    nnx.set_graph_mode(False)
+    tree_mode()
     jax.config.update("jax_compilation_cache_dir", str(cache or Path.home() / ".cache" / "abruzzi" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     for name in ("orbax", "absl", "jax._src.compiler", "grain"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="orbax")
     quiet_absl_flags()
+
+
+def tree_mode() -> None:
+    """Modules are pytrees. Flax keeps that setting per thread."""
+    from flax import nnx
+
+    nnx.set_graph_mode(False)
 
 
 def compile_seconds() -> Callable[[], float]:

@@ -89,7 +89,7 @@ def _export_gguf(run: RunDir, step: int | None, out: Path) -> int:
         session = open_to_look(run)
         stored = _stored(session, run, step)
         if not _verified(directory, stored, session, None).ok:
-            raise ConfigError(f"{directory} does not hold the weights of step {stored.step}: launch.py verify {directory} --run "
+            raise ConfigError(f"{directory} is damaged or not of step {stored.step}: launch.py verify {directory} --run "
                               f"{run.path}@{stored.step} says where; move it away, and a new one is made")
     summary = write_gguf(directory, out)
     console.print(f"wrote {out}: {summary.tensors} tensors, {summary.groups} groups of codes as they are in {directory}")

@@ -91,9 +91,11 @@ def _place(files: Imported, specs: Specs, shardings: dict[str, jax.sharding.Shar
 
 
 def _import(directory: Path, named: str, base: RunConfig, preset: str, run: RunDir) -> int:
-    # One that was cut short, before its weights were whole, starts over.
-    cut_short = run.exists() and run.load_facts().get("imported_from") and not Checkpoints(run.checkpoints).steps()
-    if not cut_short and (run.exists() or Checkpoints(run.checkpoints).steps()):
+    whole = bool(Checkpoints(run.checkpoints).steps())
+    if run.exists() and not whole and run.load_facts().get("imported_from"):
+        raise ConfigError(f"{run.path} holds an import that is not whole; if it is not being written just now, remove it, or "
+                          "name a new directory with --run")
+    if run.exists() or whole:
         raise ConfigError(f"{run.path} exists; name a new directory with --run")
     found = read_config(directory)
     beside = tokenizer_file(directory)

@@ -18,6 +18,7 @@ from optim.build import check_state
 from optim.routing import routing_table
 from train import processes
 from train.checkpoint import Checkpoints
+from train.compat import tree_mode
 from train.console import console
 from train.run_dir import RunDir, differences
 from train.session import Session, load_params, parse_source, say_passed_over
@@ -59,8 +60,8 @@ def starting_state(session: Session, optimizer: Any, checkpoints: Checkpoints, r
         source, at = parse_source(cfg.train.init_from)
         _require_same_shapes(source, session)
     console.print(routing(session))
-    with ThreadPoolExecutor(1) as beside:
-        # On a CPU compiling the generators of weights takes as long as half of compiling the step, and neither fills two
+    with ThreadPoolExecutor(1, initializer=tree_mode) as beside:
+        # On a CPU compiling the generators of weights takes a quarter as long as compiling the step, and neither fills two
         # cores. Elsewhere, compilers need the devices' memory and, on several hosts, one order.
         if session.platform == "cpu" and not processes.several():
             beside.submit(compile_first)  # what it raises, the first step raises again
