@@ -56,6 +56,13 @@ class Bar:
             console.print(f"{self.what}: {self.done}/{self.total}, {rate:.3g} {self.unit}/s, "
                           f"{clock((self.total - self.done) / rate)} left")
 
+    def reach(self, done: int, total: int) -> None:
+        """`done` of `total` are there: for work whose size is known only once it runs."""
+        self.total = total
+        if self._bar:
+            self._bar.update(self._task, total=total)
+        self.advance(done - self.done)
+
     def __exit__(self, *exc):
         if self._bar:
             self._bar.stop()

@@ -33,9 +33,9 @@ moves its bed. In 1910 the bridge at mile 17 stood over water; by 1954 it stood 
 
 def export_run(source: str, out: Path | None, form: str) -> int:
     """Write a run's weights, with a model card of its measured numbers and evidence for `verify`."""
-    run, step = parse_source(source)
     if form == "gguf":
-        return _export_gguf(run, step, out or run.path / "model.gguf")
+        return _export_gguf(source, out)
+    run, step = parse_source(source)
     cfg = run.load_config()
     out = out or run.path / "export"
     if cfg.quant.grid == "int3" and form != "bf16":
@@ -48,12 +48,8 @@ def export_run(source: str, out: Path | None, form: str) -> int:
     quant = dataclasses.replace(cfg.quant, grid="none" if form == "bf16" else "int4")
     evidence = _probe(session, params, quant)
     with Bar(f"exporting {out}", 1, "tensor") as bar:
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.advance(done - bar.done)
-
         summary = export_model(params, session.specs, cfg.model, quant, out, tokenizer=_TokenizerFiles(session),
-                               report=_measured(run, step), probe=evidence, progress=progress)
+                               report=_measured(run, step), probe=evidence, progress=bar.reach)
     console.print(f"wrote {out}: {human(summary.weights)} weights of step {step} in {summary.bytes / 1e6:.2f} MB "
                   f"({summary.bits_per_weight:.2f} bits per weight), {summary.files} file(s), {summary.tensors} tensors")
     console.print(f"check it with: python launch.py verify {out} --run {run.path}@{step}")
@@ -78,13 +74,14 @@ class _TokenizerFiles:
         self.session.tokenizer.save(directory, data.system, data.mode)
 
 
-def _export_gguf(run: RunDir, step: int | None, out: Path) -> int:
+def _export_gguf(source: str, out: Path | None) -> int:
     """By way of the run's INT4 export, which is made if it is not there, and must hold the same weights if it is."""
-    directory = run.path / "export"
+    run, step = parse_source(source)
+    directory, out = run.path / "export", out or run.path / "model.gguf"
     if out.exists():
         raise ConfigError(f"{out} exists; name another file with --out, or remove it first")
     if not directory.exists():
-        export_run(f"{run.path}@{step}" if step is not None else str(run.path), directory, "int4")
+        export_run(source, directory, "int4")
     else:
         session = open_to_look(run)
         stored = _stored(session, run, step)
@@ -133,12 +130,8 @@ def verify_directory(directory: Path, source: str | None) -> int:
 def _verified(directory: Path, stored: Restored | None, session: Session | None, logits: Callable | None) -> Report:
     """quant/verify.py, with its progress; against the weights of a run if there are any."""
     with Bar(f"verifying {directory}", 1, "tensor") as bar:
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.advance(done - bar.done)
-
         reference, specs = (stored.state, session.specs) if stored else (None, None)
-        return verify(directory, reference=reference, specs=specs, logits=logits, progress=progress)
+        return verify(directory, reference=reference, specs=specs, logits=logits, progress=bar.reach)
 
 
 def _logits_of(directory: Path):

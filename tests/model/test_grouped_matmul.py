@@ -94,7 +94,7 @@ def test_three_products(name, dtype, tolerance, kind):
         assert not np.asarray(dw, np.float32)[[0, 2, 3, 5]].any()
 
 
-@pytest.mark.parametrize("blocks, in_use", [(2, 1), (3, 3), (7, 0), (7, 5), (7, 7)])
+@pytest.mark.parametrize("blocks, in_use", [(1, 1), (2, 1), (3, 3), (7, 0), (7, 5), (7, 7)])
 def test_turns_of_several_blocks(monkeypatch, blocks, in_use):
     """Whole turns, a last one that lies over the one before, fewer blocks than a turn has, none in use: small integers, so
     every sum is exact."""
