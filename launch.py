@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from configs.plans import MACHINES
 from configs.presets import preset
-from configs.schema import ConfigError, RunConfig
+from configs.schema import ConfigError, RunConfig, require
 
 RUN = Path("runs/tiny")
 
 
-def train(arguments: list[str], given: list[str]) -> int:
+@dataclass(frozen=True)
+class Train:
     """Train a preset, or go on with a run directory."""
-    name, arguments = _take(arguments, "--preset", "tiny")
-    run, arguments = _take(arguments, "--run", f"runs/{name}")
-    where, arguments = _take(arguments, "--on", "local")
-    remix, arguments = "--remix" in arguments, [word for word in arguments if word != "--remix"]
-    cfg = _config(name, arguments, f"train --preset {name} --run {run} --on local",
-                  "Train; every field of the preset can be set as --section.field value. "
-                  "--on local:2x4: two processes of four simulated devices; --on cluster: this host is one of several. "
-                  "--remix: a run that is resumed may change data.mixture.", run)
-    return _on(where, ["train", *given], cfg, lambda: _train(cfg, run, remix))
 
+    preset: str = "tiny"
+    """What all settings are before the other flags change them."""
+    run: str | None = None
+    """Run directory, new or one to go on with; default runs/PRESET."""
+    on: str = "local"
+    """local:2x4: two processes of four simulated devices. cluster: this host is one of several."""
+    remix: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Lets a run that is resumed change data.mixture."""
 
-def _train(cfg: RunConfig, run: str, remix: bool) -> int:
-    from train.loop import train
-    from train.run_dir import RunDir
-    return train(cfg, RunDir(run), remix)
+    def __call__(self, cfg: RunConfig, given: list[str]) -> int:
+        return _on(self.on, ["train", *given], cfg, lambda: self.here(cfg))
+
+    def here(self, cfg: RunConfig) -> int:
+        from train.loop import train
+        from train.run_dir import RunDir
+        return train(cfg, RunDir(self.run or f"runs/{self.preset}"), self.remix)
 
 
 @dataclass(frozen=True)
@@ -112,9 +117,13 @@ class Export:
     format: Literal["int4", "bf16", "gguf"] = "int4"
     """int4: compressed-tensors pack-quantized experts. bf16: all weights as they are in the masters. gguf: the int4
     export's codes, unchanged, for llama.cpp."""
+    pre_tokenizer: str | None = None
+    """gguf: llama.cpp's name of the rule that splits text before merging, such as kimi-k2; the byte tokenizer needs none."""
 
     def __call__(self) -> int:
-        from train.export import export_run
+        from train.export import export_gguf, export_run
+        if self.format == "gguf":
+            return export_gguf(self.run, self.out, self.pre_tokenizer)
         return export_run(self.run, self.out, self.format)
 
 
@@ -160,25 +169,32 @@ class Report:
         return write_report(self.run)
 
 
-def import_(arguments: list[str], given: list[str]) -> int:
-    """Read a Hugging Face directory, or its files (bf16, f32 or INT4), into a new run."""
-    count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
-    sources, arguments = [Path(word) for word in arguments[:count]], arguments[count:]
-    if not sources and "--help" not in arguments:
-        raise ConfigError("name what to import: launch.py import DIR --run RUN, or files with config.json among them")
-    name, arguments = _take(arguments, "--preset", "tiny")
-    first = sources[0].resolve() if sources else Path("DIR")
-    run, arguments = _take(arguments, "--run", f"runs/{first.name if len(sources) < 2 else first.parent.name}")
-    where, arguments = _take(arguments, "--on", "local")
-    cfg = _config(name, arguments, f"import DIR_OR_FILES --preset {name} --run {run} --on local",
-                  "Import; model and quant come from the files, the rest from the preset. --on as in train.")
-    return _on(where, ["import", *given], cfg, lambda: _import(sources, cfg, name, run))
+@dataclass(frozen=True)
+class Import:
+    """Read a Hugging Face directory, or its files (bf16, f32 or INT4), into a new run.
 
+    Model and quant come from the files, everything else from the preset."""
 
-def _import(sources: list[Path], cfg: RunConfig, name: str, run: str) -> int:
-    from train.import_hf import import_checkpoint
-    from train.run_dir import RunDir
-    return import_checkpoint(sources, cfg, name, RunDir(run))
+    sources: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """A directory, or files with config.json among them."""
+    preset: str = "tiny"
+    """What all other settings are before flags change them."""
+    run: str | None = None
+    """New run directory; default runs/NAME of the directory."""
+    on: str = "local"
+    """As in train."""
+
+    def __call__(self, cfg: RunConfig, given: list[str]) -> int:
+        if not self.sources:
+            raise ConfigError("name what to import: launch.py import DIR --run RUN, or files with config.json among them")
+        return _on(self.on, ["import", *given], cfg, lambda: self.here(cfg))
+
+    def here(self, cfg: RunConfig) -> int:
+        from train.import_hf import import_checkpoint
+        from train.run_dir import RunDir
+        first = self.sources[0].resolve()
+        run = self.run or f"runs/{first.name if len(self.sources) < 2 else first.parent.name}"
+        return import_checkpoint(list(self.sources), cfg, self.preset, RunDir(run))
 
 
 def _on(where: str, command: list[str], cfg: RunConfig, work: Callable[[], int]) -> int:
@@ -193,83 +209,89 @@ def _on(where: str, command: list[str], cfg: RunConfig, work: Callable[[], int])
         return work()
 
 
-def data(arguments: list[str], _given: list[str]) -> int:
-    """What the data is, and rows with the trained tokens in colour."""
-    name, arguments = _take(arguments, "--preset", "tiny")
-    rows, arguments = _take(arguments, "--rows", "2")
-    index, arguments = _take(arguments, "--index", "")
-    cfg = _config(name, arguments, f"data --preset {name} --rows {rows}",
-                  "Look at the data that a training run with these settings would see. --index FILE.array_record: tokenise it "
-                  "once into a file, which data.paths can then name instead.").checked()
-    shown = _count("--rows", rows, 1)
-    from data.pipeline import open_data, write_index
-    from data.preview import show
-    from data.tokenizer import load_tokenizer
-    from train.console import console
-    if index:
-        if not index.endswith(".array_record"):
-            raise ConfigError(f"--index {index}: give it the ending .array_record, by which it will be known")
-        console.print(f"wrote {write_index(cfg, load_tokenizer(cfg.data.tokenizer), index)} documents to {index}")
-    show(open_data(cfg, load_tokenizer(cfg.data.tokenizer)), console, rows=shown)
-    return 0
+@dataclass(frozen=True)
+class LookAtData:
+    """What the data is that a training run with these settings would see, and rows with the trained tokens in colour."""
+
+    preset: str = "tiny"
+    """What all settings are before the other flags change them."""
+    rows: int = 2
+    """Rows of the first batch to show."""
+    index: str | None = None
+    """FILE.array_record: tokenise the data once into this file, which data.paths can then name instead."""
+
+    def __call__(self, cfg: RunConfig, _given: list[str]) -> int:
+        cfg.checked()
+        require(self.rows > 0, f"--rows must be at least 1, not {self.rows}")
+        from data.pipeline import open_data, write_index
+        from data.preview import show
+        from data.tokenizer import load_tokenizer
+        from train.console import console
+        if self.index is not None:
+            require(self.index.endswith(".array_record"),
+                    f"--index {self.index}: give it the ending .array_record, by which it will be known")
+            documents = write_index(cfg, load_tokenizer(cfg.data.tokenizer), self.index)
+            console.print(f"wrote {documents} documents to {self.index}")
+        show(open_data(cfg, load_tokenizer(cfg.data.tokenizer)), console, rows=self.rows)
+        return 0
 
 
-def plan(arguments: list[str], _given: list[str]) -> int:
-    """Parameter table, optimizer routing, counts, bytes and FLOPs of a preset; with --topology, its step compiled for
-    chips that need not be there: memory, collectives, roofline, predicted speed."""
-    name, arguments = _take(arguments, "--preset", "tiny")
-    machine, arguments = _take(arguments, "--topology", MACHINES.get(name, ""))
-    meshes, arguments = _take(arguments, "--sweep", "0")
-    file, arguments = _take(arguments, "--json", "")
-    cfg = _config(name, arguments, f"plan --preset {name} --topology {machine or 'v5p:8x8x8'} --sweep 8 --json FILE",
-                  "Show what would be trained.").checked()
-    limit = _count("--sweep", meshes, 0)
-    if not machine:
-        if limit or file:
-            raise ConfigError(f"{'--sweep' if limit else '--json'} needs a machine; name it with --topology, such as v5p:8x8x8")
-        from train.plan import show_plan
-        return show_plan(name, cfg)
-    from train.plan_topology import show_topology, sweep
-    return sweep(name, cfg, machine, limit, file) if limit else show_topology(name, cfg, machine, file)
+@dataclass(frozen=True)
+class Plan:
+    """Parameters, update rules, bytes and FLOPs of a preset; with a topology, its step compiled for chips that are not there.
+
+    What the compiler tells is printed: memory, collectives, roofline, predicted speed."""
+
+    preset: str = "tiny"
+    """What all settings are before the other flags change them."""
+    topology: str | None = None
+    """The machine, such as v5p:8x8x8 (docs/plan.md); default: that of the preset, if it has one."""
+    sweep: int = 0
+    """Compile up to so many meshes that fit the machine, and rank them."""
+    json: Path | None = None
+    """File for everything that was found."""
+
+    def __call__(self, cfg: RunConfig, _given: list[str]) -> int:
+        cfg.checked()
+        require(self.sweep >= 0, f"--sweep must be at least 0, not {self.sweep}")
+        if machine := MACHINES.get(self.preset, "") if self.topology is None else self.topology:
+            from train.plan.on_topology import show_topology, sweep
+            if self.sweep:
+                return sweep(self.preset, cfg, machine, self.sweep, self.json)
+            return show_topology(self.preset, cfg, machine, self.json)
+        if self.sweep or self.json:
+            raise ConfigError(f"{'--sweep' if self.sweep else '--json'} needs a machine; name it with --topology, such as "
+                              "v5p:8x8x8")
+        from train.plan.summary import show_plan
+        return show_plan(self.preset, cfg)
 
 
-WITH_CONFIG = {"train": train, "plan": plan, "data": data, "import": import_}
-VERBS = {"eval": Eval, "generate": Generate, "export": Export, "verify": Verify, "distort": Distort, "report": Report}
+WITH_CONFIG = {"train": Train, "plan": Plan, "data": LookAtData, "import": Import}
+"""Verbs that take every field of the run config beside their own flags."""
+
+VERBS = WITH_CONFIG | {"eval": Eval, "generate": Generate, "export": Export, "verify": Verify, "distort": Distort,
+                       "report": Report}
 
 
-def _config(name: str, arguments: list[str], prog: str, description: str, run: str | None = None) -> RunConfig:
-    """The preset of this name with the fields that the arguments set; of a run that starts from another's weights, with its
-    network and tokenizer."""
-    base = preset(name)
-    for field in ("init_from", "fork_from"):
-        source, _ = _take(arguments, f"--train.{field.replace('_', '-')}", getattr(base.train, field) or "None")
-        if source != "None":
-            from train.run_dir import with_network_of
-            base = with_network_of(base, run, source)
-    return tyro.cli(RunConfig, default=base, args=arguments, prog=f"launch.py {prog}", description=description)
+def _with_config(verb: str, arguments: list[str]) -> Callable[[], int]:
+    """The verb and its run config, parsed together: the preset with the fields that flags set, of a run that starts from
+    another's weights with its network and tokenizer."""
+    kind, dashed = VERBS[verb], _dashed(arguments)
+    known, _ = tyro.cli(kind, args=dashed, return_unknown_args=True, add_help=False)
+    both = make_dataclass(verb, [("own", Annotated[kind, tyro.conf.arg(name="")]),
+                                 ("cfg", Annotated[RunConfig, tyro.conf.arg(name="")])])
 
+    def parse(base: RunConfig):
+        return tyro.cli(both, args=dashed, default=both(kind(), base), prog=f"launch.py {verb}",
+                        description=f"{inspect.getdoc(kind)}\n\nEvery field of the preset can be set as --section.field value.")
 
-def _take(arguments: list[str], flag: str, default: str) -> tuple[str, list[str]]:
-    """The value of a flag that must be known before the others are parsed, and the rest."""
-    rest, value = [], default
-    words = iter(arguments)
-    for word in words:
-        if word == flag:
-            value = next(words, None)
-            if value is None:
-                raise ConfigError(f"{flag} needs a value")
-        elif word.startswith(flag + "="):
-            value = word[len(flag) + 1:]
-        else:
-            rest.append(word)
-    return value, rest
-
-
-def _count(flag: str, text: str, least: int) -> int:
-    """A whole number, at least `least`."""
-    if not text.isdecimal() or int(text) < least:
-        raise ConfigError(f"{flag} must be a whole number, at least {least}, not {text!r}")
-    return int(text)
+    base = preset(known.preset)
+    found = parse(base)
+    for source in filter(None, (found.cfg.train.init_from, found.cfg.train.fork_from)):
+        from train.run_dir import with_network_of
+        base = with_network_of(base, known.run if verb == "train" else None, source)
+        found = parse(base)
+    return partial(found.own, found.cfg, arguments)
 
 
 def _each_once(arguments: list[str]) -> None:
@@ -298,11 +320,11 @@ def _dashed(arguments: list[str]) -> list[str]:
 def main(argv: list[str]) -> int:
     from train.stop import EXIT_USAGE
 
-    verbs = sorted([*WITH_CONFIG, *VERBS])
+    verbs = sorted(VERBS)
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{__doc__}\n\nverbs: {', '.join(verbs)}\n")
         for verb in verbs:
-            print(f"  {verb:<10}{((WITH_CONFIG | VERBS)[verb].__doc__ or '').strip()}")
+            print(f"  {verb:<10}{VERBS[verb].__doc__.splitlines()[0]}")
         return 0 if argv else EXIT_USAGE
     verb, arguments = argv[0], argv[1:]
     try:
@@ -314,7 +336,7 @@ def main(argv: list[str]) -> int:
         from train.compat import start_jax
         start_jax("cpu" if verb == "plan" else None)  # a plan is compiled for chips that are not here
         if verb in WITH_CONFIG:
-            return WITH_CONFIG[verb](_dashed(arguments), arguments)
+            return _with_config(verb, arguments)()
         _each_once(arguments)
         return tyro.cli(VERBS[verb], args=arguments, prog=f"launch.py {verb}")()
     except (ConfigError, OSError) as error:

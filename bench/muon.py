@@ -34,19 +34,19 @@ from configs.schema import MeshConfig, OptimConfig
 from configs.sharding import AXES
 from model.transformer import param_specs
 from optim.build import build_optimizer, plan_of, state_shardings
-from optim.census import census
 from optim.form import Form
 from optim.gram import segments_for
-from optim.hlo import Program
 from optim.matrices import is_expert
 from optim.newton_schulz import coefficients, standard_flops
 from optim.plan import COLUMNS, Strategy, device_bytes, device_flops, plan_rows, total_flops
 from optim.routing import routing_table
-from train.interconnect import Interconnect
 from train.mesh import make_mesh, param_shardings
-from train.roofline import Roofline
+from train.plan.census import census
+from train.plan.hlo import Program
+from train.plan.interconnect import Interconnect
+from train.plan.roofline import Roofline
+from train.plan.topology import topology
 from train.step import StepConfig, gradients
-from train.topology import topology
 
 RESULTS = Path(__file__).parent / "results"
 PRESETS = (("keller", 5), ("quintic", 5), ("polar_express", 6), ("deepseek_v4", 10))

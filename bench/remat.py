@@ -27,7 +27,7 @@ from model.remat import POLICIES
 from model.transformer import bind, param_specs
 from quant.served import Serving
 from train.compat import compile_for_devices
-from train.topology import topology
+from train.plan.topology import topology
 
 
 def compiled_memory(cfg: ModelConfig, rows: int, positions: int, policy: str, device: Any):

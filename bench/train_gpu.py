@@ -29,16 +29,15 @@ from bench import measure
 from bench.shapes import random_batch
 from configs.presets import preset
 from configs.schema import RunConfig
-from optim.build import build_optimizer
-from optim.schedules import learning_rate
 from train.compat import interpreter, keep_freed_memory, known_options, start_jax
 from train.compiler_options import step_options
 from train.counts import train_flops_per_token
-from train.mesh import batch_sharding, param_shardings
+from train.mesh import batch_sharding
 from train.metrics import peak_flops
+from train.program import step_program
 from train.session import Session, open_session
 from train.state import initial_state
-from train.step import StepConfig, gradients, make_train_step
+from train.step import gradients
 
 VARIANTS = {
     "everything": lambda cfg: cfg,
@@ -65,10 +64,7 @@ def compiled(function: Callable, session: Session, **options) -> Callable:
 def variant(name: str, session: Session) -> Callable:
     """(state, batch) -> (state, what is measured), compiled, the state donated."""
     cfg = VARIANTS[name](session.cfg)
-    shardings = param_shardings(session.specs, session.mesh)
-    optimizer = build_optimizer(session.specs, cfg.optim, cfg.train.steps, mesh=session.mesh, shardings=shardings)
-    config = StepConfig(cfg, session.compute_dtype, session.platform, session.mesh)
-    step = make_train_step(config, session.specs, optimizer, learning_rate(cfg.optim, cfg.train.steps))
+    step = step_program(cfg, session.specs, session.mesh, session.compute_dtype).step()
 
     def run(state, batch):
         """Measurements that belong to the part left out are left out with it, so that nothing computes them."""
@@ -88,16 +84,14 @@ def variant(name: str, session: Session) -> Callable:
 def seconds_of(session: Session, rounds: int) -> tuple[dict[str, list[float]], dict]:
     """Seconds of every round of every variant, in turns, and the last measurements of the whole step."""
     cfg = session.cfg
-    shardings = param_shardings(session.specs, session.mesh)
-    optimizer = build_optimizer(session.specs, cfg.optim, cfg.train.steps, mesh=session.mesh, shardings=shardings)
-    state = initial_state(cfg, session.specs, optimizer, session.mesh)
+    whole_step = step_program(cfg, session.specs, session.mesh, session.compute_dtype)
+    state = initial_state(cfg, session.specs, whole_step.optimizer, session.mesh)
     batch = jax.device_put(random_batch(cfg), batch_sharding(session.mesh))
     programs = {name: variant(name, session) for name in VARIANTS}
-    config = StepConfig(cfg, session.compute_dtype, session.platform, session.mesh)
 
     def pull(params, batch):
         """Of the gradients one number each, which needs all of them."""
-        loss, grads, _ = gradients(params, batch, np.float32(1), config, jax.random.key(0))
+        loss, grads, _ = gradients(params, batch, np.float32(1), whole_step.config(), jax.random.key(0))
         return loss, {path: abs(g).max() for path, g in grads.items()}
 
     pull = compiled(pull, session)

@@ -94,16 +94,16 @@ def _require_small_parts(spec: ParamSpec, found: Partition, sizes: Mapping[str, 
 
 def check_model(model: ModelConfig, sizes: Mapping[str, int]) -> None:
     """ConfigError, with the fix, where a mesh axis cannot split what it is for."""
-    def nearest(value: int, ways: int) -> str:
+    def divisors(value: int) -> str:
         return f"the sizes that can: {', '.join(str(n) for n in range(2, min(value, 4096) + 1) if value % n == 0) or 1}"
 
     expert, tensor = sizes["expert"], sizes["tensor"]
     require(model.n_routed_experts % expert == 0,
             f"mesh.expert={expert} does not divide model.n_routed_experts={model.n_routed_experts}; "
-            + nearest(model.n_routed_experts, expert))
+            + divisors(model.n_routed_experts))
     for name in ("num_attention_heads", "intermediate_size", "moe_intermediate_size", "vocab_size"):
         width = getattr(model, name)
-        require(width % tensor == 0, f"mesh.tensor={tensor} does not divide model.{name}={width}; " + nearest(width, tensor))
+        require(width % tensor == 0, f"mesh.tensor={tensor} does not divide model.{name}={width}; " + divisors(width))
 
 
 def check_positions(seq_len: int, sizes: Mapping[str, int]) -> None:

@@ -15,10 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from configs.schema import ConfigError
-from data.render import arguments_text, text_of
+from data.render import Message, arguments_text, text_of
 from data.tokenizer import THINK, THINK_END
-
-Message = dict[str, Any]
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
          "human": "user", "gpt": "assistant", "model": "assistant", "function_call": "assistant", "observation": "tool",

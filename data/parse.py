@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data import tokenizer as tok
+from data.render import Message
 from data.tokenizer import Tokenizer
 
-Message = dict[str, Any]
 Symbol = tuple[bool, str]
 """(is it a special token, its name or the plain text)"""
 

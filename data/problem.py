@@ -6,12 +6,11 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from string import ascii_lowercase
-from typing import Any
 
 from data.episodes import Environment, Episode
 from data.parse import parse_text
+from data.render import Message
 
-Message = dict[str, Any]
 Reply = str | Message | Sequence[Message]
 """Generated text with its special tokens written out, a message, or all messages of an episode."""
 

@@ -133,18 +133,16 @@ def arguments_error(schema: dict[str, Any], arguments: dict[str, Any]) -> str | 
 
 @dataclass
 class CallCounts:
-    """How the calls of an episode went: read well, fitting the declared tool, run without an error."""
+    """How the calls that could be read went: fitting the declared tool, run without an error."""
 
     made: int = 0
-    unreadable: int = 0
     unfit: int = 0
     failed: int = 0
 
     @property
     def valid_share(self) -> float:
         """Share of calls that name a declared tool with fitting arguments; 1 when none was made."""
-        total = self.made + self.unreadable
-        return 1.0 if total == 0 else (self.made - self.unfit) / total
+        return 1.0 if self.made == 0 else (self.made - self.unfit) / self.made
 
 
 class Toolbox:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,14 +13,15 @@ from rich.table import Table
 
 from configs.schema import ConfigError
 from quant.distortion import Distortion, ExpertWeights, kl_by_position, measure
-from train.baselines import BASELINES, DOWN, GATE_UP, baseline, calibration_of, served_plain
+from train.baselines import BASELINES, BLOCK, baseline, calibration_of, served_plain
 from train.console import Bar, console
 from train.expert_inputs import expert_inputs
 from train.held_out import Evaluator, held_out_rows
+from train.metrics import finite
 from train.run_data import data_of
 from train.run_dir import RunDir
 from train.session import Session, load_params, open_to_look, parse_source
-from train.weights import Weights, load_weights
+from train.weights import Weights, load_arms
 
 COLUMNS = {"held_out_loss": "loss", "kl": "KL", "kl_per_decade_of_position": "slope", "weight_error": "weights",
            "function_error": "experts", "function_error_p99": "p99",
@@ -39,8 +39,7 @@ def distortion_report(source: str, others: tuple[str, ...] = (), calibration_bat
     session = open_to_look(run)
     if calibration_batches < 1:
         raise ConfigError(f"--calibration-batches must be at least 1, not {calibration_batches}")
-    named = [tuple(arm.split("=", 1)) if "=" in arm else (arm, arm) for arm in others]
-    extra = [(name, load_weights(weights)) for name, weights in named]
+    extra = load_arms(others)
     masters, step = load_params(session, run, step)
     data = data_of(session, run)
     report = _Report(session, data, masters, calibration_batches)
@@ -87,7 +86,7 @@ class _Report:
         )
         inputs, logits = self.trace(params, self.batch)
         kl = kl_by_position(self.logits, logits, self.batch["positions"], self.batch["segments"] > 0)
-        found: Distortion = measure(*(ExpertWeights(p[GATE_UP], p[DOWN]) for p in (self.reference, effective)),
+        found: Distortion = measure(*(ExpertWeights(p[BLOCK.gate_up], p[BLOCK.down]) for p in (self.reference, effective)),
                                     self.inputs, inputs, kl)
         return {**self.evaluator.of_served(weights), **found.to_json()}
 
@@ -113,16 +112,8 @@ def _table(rows: dict[str, dict]) -> Table:
     return table
 
 
-def _without_nan(value):
-    """JSON has no NaN: an expert nobody visited, a position no text reaches."""
-    if isinstance(value, dict):
-        return {key: _without_nan(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
 def _write(run: RunDir, step: int, rows: dict[str, dict]) -> None:
+    """An expert nobody visited and a position no text reaches have no error: nan."""
     path = Path(run.path) / "distortion.json"
-    path.write_text(json.dumps({"step": step, "jax": jax.__version__, "arms": _without_nan(rows)}) + "\n")
+    path.write_text(json.dumps({"step": step, "jax": jax.__version__, "arms": finite(rows)}) + "\n")
     console.print(f"every layer and expert: {path}")

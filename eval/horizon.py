@@ -21,6 +21,7 @@ from eval.play import OutOfTime, Played, Settings, play
 from eval.statistics import MEASURES, bounds, divergence, interval, success
 from train.compat import compile_seconds
 from train.console import Bar, clock, console
+from train.metrics import finite
 from train.run_dir import RunDir
 from train.weights import Weights
 
@@ -127,18 +128,9 @@ def _summary(arm: Arm, reference: Arm, batches: list) -> dict[str, Any]:
     kinds = {kind: sum(getattr(p, kind) for p in every) / len(every) for kind in ("thinking", "answer", "tool")}
     measures = {name: {"value": measure(arm.plays), "interval": bounds(arm.plays, measure)}
                 for name, measure in MEASURES.items()}
-    return _finite({"arm": arm.name, "weights": arm.weights.name, "by_length": by_length, "tokens": kinds, **measures,
+    return finite({"arm": arm.name, "weights": arm.weights.name, "by_length": by_length, "tokens": kinds, **measures,
                     "misnumbered": sum(p.misnumbered for p in every), **divergence(arm.plays, reference.plays),
                     "kl_by_octave": kl_by_octave(reference.weights, arm.weights, batches)})
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows neither inf nor nan: they become text."""
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 ROWS = {"step_accuracy": "steps right after right ones", "half_horizon": "half of the chains right up to n",

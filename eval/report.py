@@ -201,7 +201,7 @@ def _page(run: RunDir, facts: dict, steps: list[dict], rows: list[dict], evals: 
           played: dict | None) -> str:
     cfg, last = run.load_config(), steps[-1]
     rates = sorted(r["tokens_per_second"] for r in steps)
-    measured = [100 * r["optimizer_seconds"] / r["seconds"] for r in steps if "optimizer_seconds" in r]
+    updates = [100 * r["optimizer_seconds"] / r["seconds"] for r in steps if "optimizer_seconds" in r]
     held_out = [r for r in rows if r["kind"] == "eval"]
     lines = [f"# Run `{run.path.name}`", "",
              f"{cfg.model.num_hidden_layers} layers ({cfg.model.first_k_dense_replace} dense), {cfg.model.n_routed_experts} "
@@ -217,10 +217,9 @@ def _page(run: RunDir, facts: dict, steps: list[dict], rows: list[dict], evals: 
              f"| time in steps | {clock(sum(r['seconds'] for r in steps))} |",
              f"| seconds from command to first step | "
              f"{next((r['seconds_to_first_step'] for r in steps if 'seconds_to_first_step' in r), float('nan')):.1f} |",
-             f"| optimizer's share of a step, median | {sorted(measured)[len(measured) // 2]:.1f} % |" if measured else "",
+             *([f"| optimizer's share of a step, median | {sorted(updates)[len(updates) // 2]:.1f} % |"] if updates else []),
              f"| dropped tokens | {sum(r['dropped_tokens'] for r in steps):.0f} |",
              f"| skipped steps | {last['skipped_steps']} |", ""]
-    lines = [line for line in lines[:-1] if line or lines.index(line) in (1, 3)] + [""]
     lines += _results(evals)
     lines += _chains(played) if played else []
     for name in pictures:

@@ -18,7 +18,7 @@ from train.held_out import Evaluator
 from train.run_data import data_of
 from train.run_dir import RunDir
 from train.session import open_to_look
-from train.weights import Weights, load_weights
+from train.weights import Weights, load_arms
 
 BATCH = 64
 """Problems generated together."""
@@ -34,10 +34,8 @@ def evaluate_arms(run_path: Path, arms: tuple[str, ...], lengths: tuple[int, ...
     session = open_to_look(run)
     if problems < 1:
         raise ConfigError(f"--problems must be at least 1, not {problems}")
-    named = [tuple(arm.split("=", 1)) if "=" in arm else (arm, arm) for arm in arms] or \
-        [("bf16", f"{run_path}:bf16"), ("int4", f"{run_path}:int4")]
     data = data_of(session, run)
-    loaded = [(name, load_weights(source)) for name, source in named]
+    loaded = load_arms(arms or (f"bf16={run_path}:bf16", f"int4={run_path}:int4"))
     if suite == "horizon":
         horizon(run, cfg, data, loaded, lengths, problems, minutes)
         return 0

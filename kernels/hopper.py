@@ -201,7 +201,7 @@ def run(tiles: Tiles, tables: tuple[Array, ...], operands: tuple[Array, ...], ou
 
 
 def stated(flops: int, moved: int):
-    """A scope that states what a kernel inside it costs, for launch.py plan (train/roofline.py), which cannot look into
+    """A scope that states what a kernel inside it costs, for launch.py plan (train/plan/roofline.py), which cannot look into
     it: pallas_call's cost_estimate does not reach the compiled program on GPUs in jax 0.10."""
     return jax.named_scope(f"flops_{flops}_bytes_{moved}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ class Call:
         return as_served(param[...], param.spec, self.serving, self.amount)
 
 
-def reduced_by(reduce: Callable, neutral: float) -> dataclass:
+def reduced_by(reduce: Callable, neutral: float) -> Any:
     """A field of measurements, the one way to combine it over microbatches and shards, and that way's neutral value."""
     return field(metadata={"reduce": reduce, "neutral": neutral})
 

@@ -19,7 +19,7 @@ Weights = tuple[Float[Array, "E D 2*F"], Float[Array, "E F D"]]
 
 EVEN_LOAD = "even_load_"
 """Name scope, with the share of rows behind it that have work if every expert gets the same number of pairs: kernels skip
-the others, and who counts a compiled program's operations reads it there (optim/census.py)."""
+the others, and who counts a compiled program's operations reads it there (train/plan/census.py)."""
 
 
 def apply(x_ND: Float[Array, "N D"], experts_NK: Int[Array, "N K"], gates_NK: Float[Array, "N K"], weights: Weights,

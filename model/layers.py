@@ -41,11 +41,11 @@ def swiglu(gate_up: Float[Array, "... 2*F"]) -> Float[Array, "... F"]:
 class FeedForward(nnx.Module):
     """SwiGLU block of the dense layers and of the shared experts."""
 
-    def __init__(self, cfg: ModelConfig, declare: Declare, hidden: int, prefix: str = ""):
+    def __init__(self, cfg: ModelConfig, declare: Declare, hidden: int):
         D, F, std = cfg.hidden_size, hidden, cfg.initializer_range
-        self.gate_up = declare(f"{prefix}gate_up", (D, 2, F), ("embed", "gate_up", "hidden"), init=std, update="muon",
+        self.gate_up = declare("gate_up", (D, 2, F), ("embed", "gate_up", "hidden"), init=std, update="muon",
                                matrix=Matrix(("embed",), ("hidden",)), hf=gate_up_names(""))
-        self.down = declare(f"{prefix}down", (F, D), ("hidden", "embed"), init=std, update="muon",
+        self.down = declare("down", (F, D), ("hidden", "embed"), init=std, update="muon",
                             matrix=Matrix(("hidden",), ("embed",)), hf="down_proj.weight")
 
     def __call__(self, x: Float[Array, "B S D"], call: Call) -> Float[Array, "B S D"]:

@@ -26,7 +26,8 @@ from optim.transforms import add_decayed_weights, clip_to, scale_by_rate
 
 
 class OptimizerState(NamedTuple):
-    """layout: fingerprint of the routing table. step: optimizer steps done, the only counter."""
+    """layout: fingerprint of the routing table. step: updates applied; TrainState.step counts skipped
+    steps as well."""
 
     layout: Int[Array, ""]
     step: Int[Array, ""]

@@ -69,12 +69,12 @@ def _unpack(x: Array, member: Member, shape: tuple[int, ...]) -> Array:
     return x.reshape([shape[a] for a in order]).transpose([order.index(i) for i in range(len(order))])
 
 
-def _parts(group: Group, mesh: Mesh | None, names: tuple[str, ...]) -> int:
+def _parts(mesh: Mesh | None, names: tuple[str, ...]) -> int:
     return math.prod(mesh.shape[a] for a in names) if names else 1
 
 
 def _local_sizes(group: Group, mesh: Mesh | None) -> list[int]:
-    return [size // _parts(group, mesh, names) for size, names in group.rows + group.cols]
+    return [size // _parts(mesh, names) for size, names in group.rows + group.cols]
 
 
 def _join(pieces: Array, group: Group, mesh: Mesh) -> Array:
@@ -99,7 +99,7 @@ def _cut(whole: Array, group: Group, mesh: Mesh) -> Array:
             sizes.append(mesh.shape[a])
         locals_at.append(at)
         at += 1
-        sizes.append(size // _parts(group, mesh, names))
+        sizes.append(size // _parts(mesh, names))
     order = [place[a] for a in group.axes] + [0] + locals_at
     spread = whole.reshape(sizes).transpose(order)
     return spread.reshape(group.shards, whole.shape[0], *[sizes[i] for i in locals_at])

@@ -18,8 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-LANES = 128
-"""Both sizes must be multiples of it: tiles are made of whole registers."""
+from kernels.tpu import LANES, dot
 
 LARGEST_TILE = 2048
 """A tile's side: 1024 FLOPs per byte fetched, twice what a v6e does in that time."""
@@ -99,13 +98,13 @@ def _kernel(at, x, y, out, total, *, steps: int, part: int):
     @pl.when(multiplied & (i != j))
     def _():
         def multiply(strip, n):
-            total[:, strip] += _dot(x[0], y[0, strip])
+            total[:, strip] += dot(x[0], y[0, strip], 1, 1)
         strips(multiply)
 
     @pl.when(i == j)
     def _():
         for start in range(0, tile, part):
-            total[start:, start:start + part] += _dot(x[0, start:], y[0, start:start + part])
+            total[start:, start:start + part] += dot(x[0, start:], y[0, start:start + part], 1, 1)
 
     @pl.when(multiplied & (i != j) & (k == steps - 1))
     def _():
@@ -123,8 +122,3 @@ def _kernel(at, x, y, out, total, *, steps: int, part: int):
         def mirror(strip, n):
             out[0, strip] = total[:, strip].T.astype(out.dtype)
         strips(mirror)
-
-
-def _dot(x: Array, y: Array) -> Array:
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(x, y, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)

@@ -26,17 +26,17 @@ POWERS = jnp.linspace(0.0, 1.0, 11)
 
 @dataclass(frozen=True)
 class BlockPaths:
-    """Where the arrays of the MoE block lie in the ParamSpec table."""
+    """Where the arrays of the MoE block lie in the ParamSpec table: the experts', and what else reads their input."""
 
-    gate_up: str = "moe.mlp.experts_gate_up"
-    down: str = "moe.mlp.experts_down"
-    norm: str = "moe.post_norm"
-    router: str = "moe.mlp.router"
-    shared: str = "moe.mlp.shared.gate_up"
+    gate_up: str
+    down: str
+    norm: str
+    router: str
+    shared: str
 
 
-def awq_experts(params: Params, specs: Specs, group: int, calibration: Calibration, *, codec: str = "mse",
-                paths: BlockPaths = BlockPaths()) -> Quantized:
+def awq_experts(params: Params, specs: Specs, group: int, calibration: Calibration, *, paths: BlockPaths,
+                codec: str = "mse") -> Quantized:
     """Scales searched per layer (gate and up) and per expert (down), then rounding to nearest with `codec`."""
     p = {name: params[path].astype(jnp.float32) for name, path in vars(paths).items()}
     into, powers = [], []

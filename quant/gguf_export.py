@@ -100,7 +100,7 @@ def q4_0_values(blocks: np.ndarray) -> np.ndarray:
     return ((nibbles - 8) * d).reshape(*blocks.shape[:-1], -1)
 
 
-def write_gguf(directory: str | Path, out_file: str | Path, *, pre_tokenizer: str | None = None) -> GGUFSummary:
+def write_gguf(directory: str | Path, out_file: str | Path, pre_tokenizer: str | None = None) -> GGUFSummary:
     """Convert an INT4 pack-quantized directory of the DeepSeek-V3 family.
 
     pre_tokenizer   llama.cpp's name of the rule that splits text before merging ("kimi-k2", "gpt-2", ...); needed where

@@ -82,7 +82,7 @@ def read_vocabulary(directory: Path, m: ModelConfig, pre_tokenizer: str | None) 
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     if pre_tokenizer is None and len(merges) > HARMLESS_MERGES:
         raise ConfigError(
-            "name llama.cpp's pre-tokenizer for this vocabulary (kimi-k2, gpt-2, ...): GGUF cannot hold the "
+            "name llama.cpp's pre-tokenizer for this vocabulary with --pre-tokenizer (kimi-k2, gpt-2, ...): GGUF cannot hold the "
             "rule that splits text, and a wrong one changes token ids"
         )
     largest = max([*model["vocab"].values(), *(added["id"] for added in content.get("added_tokens", []))])

@@ -15,21 +15,23 @@ from jaxtyping import Array, Float, Int8
 
 from quant import grid
 
+DAMPING = 0.01
+"""Of the mean of a Hessian's diagonal, added to it (the paper's)."""
 
-@partial(jax.jit, static_argnums=(3, 4, 5, 6))
+
+@partial(jax.jit, static_argnums=(3, 4, 5))
 def gptq(w: Float[Array, "E O I"], hessian: Float[Array, "E I I"], scales: Float[Array, "E O G"], group: int,
-         damping: float, low: int, high: int) -> Int8[Array, "E O I"]:
-    """Codes of E matrices [O, I]. `hessian` is the sum of x xT over calibration rows; `damping` is added to its
-    diagonal as a share of the mean."""
-    return jax.vmap(partial(_one, group=group, damping=damping, low=low, high=high))(w, hessian, scales)
+         low: int, high: int) -> Int8[Array, "E O I"]:
+    """Codes of E matrices [O, I]. `hessian` is the sum of x xT over calibration rows."""
+    return jax.vmap(partial(_one, group=group, low=low, high=high))(w, hessian, scales)
 
 
-def _one(w, hessian, scales, *, group, damping, low, high):
+def _one(w, hessian, scales, *, group, low, high):
     inputs = w.shape[1]
     order = jnp.argsort(-jnp.diagonal(hessian), stable=True)
     h = hessian[order][:, order]
     # An input that never occurs has a zero row; the added diagonal makes its column independent of the others.
-    h = h + jnp.eye(inputs) * (damping * jnp.mean(jnp.diagonal(h)) + 1e-12)
+    h = h + jnp.eye(inputs) * (DAMPING * jnp.mean(jnp.diagonal(h)) + 1e-12)
     inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(h), True), jnp.eye(inputs))
     upper = jnp.linalg.cholesky((inverse + inverse.T) / 2).T
     upper = jnp.where(jnp.isfinite(upper).all(), upper, jnp.eye(inputs))

@@ -1,4 +1,4 @@
-"""config.json and back: the words of Hugging Face's `deepseek_v3`, and the compressed-tensors section beside them.
+"""Writes config.json: the words of Hugging Face's `deepseek_v3`, and the compressed-tensors section beside them.
 
 Written for four readers at once. transformers takes `scoring_func` for granted, llama.cpp takes softmax when it is
 missing; SGLang reads `format` from the top level only and looks its scheme up under the target "Linear". Kimi's own

@@ -77,8 +77,7 @@ def nearest(params: Params, specs: Specs, group: int, codec: str = "kimi7") -> Q
     return Quantized(codes, scales, group)
 
 
-def gptq_experts(params: Params, specs: Specs, group: int, calibration: Calibration, *, codec: str = "mse",
-                 damping: float = 0.01) -> Quantized:
+def gptq_experts(params: Params, specs: Specs, group: int, calibration: Calibration, *, codec: str = "mse") -> Quantized:
     """GPTQ (arXiv 2210.17323) on every expert with the Hessian of the tokens routed to it.
 
     Scales are fixed beforehand by `codec`; columns are taken in order of falling Hessian diagonal. An expert with fewer
@@ -94,7 +93,7 @@ def gptq_experts(params: Params, specs: Specs, group: int, calibration: Calibrat
         for layer in range(len(hessians)):
             w = expert_matrices(params[path][layer], shape)
             starting, layer_scales = _encode(w, CODECS[codec], -1, group)
-            solved = gptq(w, hessians[layer], layer_scales, group, damping, CODECS[codec].low, CODECS[codec].high)
+            solved = gptq(w, hessians[layer], layer_scales, group, CODECS[codec].low, CODECS[codec].high)
             enough = jnp.asarray(counts[layer] >= w.shape[-1])
             q.append(restore_matrices(jnp.where(enough[:, None, None], solved, starting), shape))
             s.append(restore_matrices(layer_scales, shape))

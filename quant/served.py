@@ -19,7 +19,7 @@ from quant import grid
 
 @dataclass(frozen=True)
 class Serving:
-    """How weights are seen by the forward pass. `amount` is 0 before quant.start_step, 1 after the ramp."""
+    """How weights are seen by the forward pass: the dtype of all of them, and the grid of the experts."""
 
     dtype: str = "bfloat16"
     grid: str = "none"

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from data.pipeline import Data
 from model.decode.served_params import serve
-from quant.awq import awq_experts
+from quant.awq import BlockPaths, awq_experts
 from quant.calibration import Calibration, calibrate
 from quant.ptq import Quantized, gptq_experts, nearest
 from quant.served import Serving
@@ -17,7 +17,8 @@ from train.expert_inputs import expert_inputs
 from train.scale_learning import learned_scales
 from train.session import Session
 
-GATE_UP, DOWN = "moe.mlp.experts_gate_up", "moe.mlp.experts_down"
+BLOCK = BlockPaths("moe.mlp.experts_gate_up", "moe.mlp.experts_down", "moe.post_norm", "moe.mlp.router",
+                   "moe.mlp.shared.gate_up")
 
 ROUNDED = {"rtn": "kimi7", "rtn75": "ct75", "mse": "mse", "mse_signed": "mse_signed", "hqq": "hqq", "rtn3": "int3",
            "mse3": "mse3"}
@@ -25,8 +26,8 @@ ROUNDED = {"rtn": "kimi7", "rtn75": "ct75", "mse": "mse", "mse_signed": "mse_sig
 absmax / 7.5; mse, mse_signed and hqq search their scales; rtn3 and mse3 have three bits in the same file."""
 
 CALIBRATED: dict[str, Callable[..., Quantized]] = {
-    "gptq": gptq_experts, "awq": awq_experts,
-    "gptq3": partial(gptq_experts, codec="mse3"), "awq3": partial(awq_experts, codec="mse3")}
+    "gptq": gptq_experts, "awq": partial(awq_experts, paths=BLOCK),
+    "gptq3": partial(gptq_experts, codec="mse3"), "awq3": partial(awq_experts, paths=BLOCK, codec="mse3")}
 """Methods that look at the run's training data first; all on scales of a least-squares search."""
 
 LEARNED = {"lsq": "mse", "lsq3": "mse3"}
@@ -48,7 +49,7 @@ def calibration_of(session: Session, params: dict[str, Array], data: Data, batch
     reference = served_plain(session, params)
     layers = (entry for step in range(batches)
               for entry in expert_inputs(session.cfg.model, reference, data.batch(step), session.platform)[0])
-    return calibrate(layers, reference[GATE_UP], GATE_UP, DOWN)
+    return calibrate(layers, reference[BLOCK.gate_up], BLOCK.gate_up, BLOCK.down)
 
 
 def baseline(session: Session, params: dict[str, Array], name: str, opened: Callable[[], Data],

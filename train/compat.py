@@ -1,4 +1,4 @@
-"""The one place that touches experimental or private interfaces of jax and its neighbours."""
+"""What is experimental or private in jax and its neighbours, and used here; Pallas' parts are in kernels/ and model/kernels."""
 
 from __future__ import annotations
 

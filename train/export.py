@@ -32,9 +32,7 @@ moves its bed. In 1910 the bridge at mile 17 stood over water; by 1954 it stood 
 
 
 def export_run(source: str, out: Path | None, form: str) -> int:
-    """Write a run's weights, with a model card of its measured numbers and evidence for `verify`."""
-    if form == "gguf":
-        return _export_gguf(source, out)
+    """Write a run's weights as an int4 or bf16 directory, with a model card of its measured numbers and evidence for `verify`."""
     run, step = parse_source(source)
     cfg = run.load_config()
     out = out or run.path / "export"
@@ -74,8 +72,9 @@ class _TokenizerFiles:
         self.session.tokenizer.save(directory, data.system, data.mode)
 
 
-def _export_gguf(source: str, out: Path | None) -> int:
-    """By way of the run's INT4 export, which is made if it is not there, and must hold the same weights if it is."""
+def export_gguf(source: str, out: Path | None, pre_tokenizer: str | None) -> int:
+    """One file for llama.cpp, by way of the run's INT4 export, which is made if it is not there, and must hold the same weights
+    if it is. pre_tokenizer: as in quant/gguf_export.py."""
     run, step = parse_source(source)
     directory, out = run.path / "export", out or run.path / "model.gguf"
     if out.exists():
@@ -88,7 +87,7 @@ def _export_gguf(source: str, out: Path | None) -> int:
         if not _verified(directory, stored, session, None).ok:
             raise ConfigError(f"{directory} is damaged or not of step {stored.step}: launch.py verify {directory} --run "
                               f"{run.path}@{stored.step} says where; move it away, and a new one is made")
-    summary = write_gguf(directory, out)
+    summary = write_gguf(directory, out, pre_tokenizer)
     console.print(f"wrote {out}: {summary.tensors} tensors, {summary.groups} groups of codes as they are in {directory}")
     for note in summary.notes:
         console.print(note, markup=False)

@@ -13,9 +13,7 @@ import jax.numpy as jnp
 from configs.schema import ConfigError, RunConfig
 from data.pipeline import PLAN_VERSION, Data, open_data
 from model.shards import shards_of
-from optim.build import build_optimizer
-from optim.schedules import learning_rate
-from quant.coverage import coverage, require_whole_groups
+from quant.coverage import coverage
 from quant.served import settled_step
 from train import processes
 from train.checkpoint import Checkpoints
@@ -24,16 +22,17 @@ from train.compiler_options import step_options
 from train.console import Bar, clock, console, human
 from train.counts import train_flops_per_token
 from train.held_out import Evaluator
-from train.mesh import batch_sharding, param_shardings, replicated
+from train.mesh import batch_sharding
 from train.profile import Profile
+from train.program import step_program
 from train.recorder import GridWatch, Recorder
 from train.remix import Table, before_edit, table_of
 from train.run_data import require_same_order
 from train.run_dir import RunDir, config_hash
 from train.session import Session, open_session
 from train.start import kept_dtype, starting_state
-from train.state import TrainState, state_shardings
-from train.step import Batch, StepConfig, abstract_batch, make_train_step
+from train.state import TrainState
+from train.step import Batch, abstract_batch
 from train.stop import EXIT_DONE, EXIT_STOPPED, StopSignal
 
 
@@ -44,7 +43,6 @@ class Machine:
 
     session: Session
     optimizer: Any
-    schedule: Callable
     train_step: Callable[[int, TrainState, Batch], tuple[TrainState, dict]]
     compile_first: Callable[[], None]
     time_update: Callable[[TrainState], float]
@@ -53,29 +51,16 @@ class Machine:
 def build(session: Session) -> Machine:
     """Optimizer and compiled step for a session."""
     cfg = session.cfg
-    shardings = param_shardings(session.specs, session.mesh)
-    coverage(session.specs, cfg.quant)
-    require_whole_groups(session.specs, shardings, cfg.quant)
-    optimizer = build_optimizer(session.specs, cfg.optim, cfg.train.steps, mesh=session.mesh, shardings=shardings)
-    schedule = learning_rate(cfg.optim, cfg.train.steps)
-    abstract = state_shardings(cfg, session.specs, optimizer, session.mesh)
-    out = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
+    program = step_program(cfg, session.specs, session.mesh, session.compute_dtype)
     options = known_options(step_options(session.mesh.devices.flat[0]))
-
-    def program(settled: bool):
-        config = StepConfig(cfg, session.compute_dtype, session.platform, session.mesh, settled)
-        return jax.jit(make_train_step(config, session.specs, optimizer, schedule), donate_argnums=0,
-                       out_shardings=(out, replicated(session.mesh)), compiler_options=options or None)
-
+    programs = {settled: program.jitted(settled, options) for settled in (False, True)}
     packed_from = packed_step(session)
-    programs = {settled: program(settled) for settled in (False, True)}  # compiled when they are first called
 
     def train_step(step: int, state: TrainState, batch: Batch):
         return programs[packed_from is not None and step >= packed_from](state, batch)
 
     def compile_first() -> None:
-        programs[packed_from == 0].lower(abstract, abstract_batch(cfg, session.mesh)).compile()
+        programs[packed_from == 0].lower(program.state, abstract_batch(cfg, session.mesh)).compile()
 
     @jax.jit
     def update_only(state):
@@ -83,7 +68,8 @@ def build(session: Session) -> Machine:
         that must stay as it is there may be no room for all updates."""
         logits = jnp.zeros((cfg.model.num_hidden_layers, cfg.model.num_attention_heads))
         counts = jnp.ones((cfg.model.num_moe_layers, cfg.model.n_routed_experts))
-        updates, _ = optimizer.update(state.params, state.optimizer, state.params, max_logits=logits, expert_counts=counts)
+        updates, _ = program.optimizer.update(state.params, state.optimizer, state.params, max_logits=logits,
+                                              expert_counts=counts)
         return jax.tree.map(jnp.sum, updates)
 
     def time_update(state) -> float:
@@ -92,7 +78,7 @@ def build(session: Session) -> Machine:
         jax.block_until_ready(update_only(state))
         return time.perf_counter() - start
 
-    return Machine(session, optimizer, schedule, train_step, compile_first, time_update)
+    return Machine(session, program.optimizer, train_step, compile_first, time_update)
 
 
 def packed_step(session: Session) -> int | None:

@@ -28,9 +28,16 @@ def plain(value: Any) -> Any:
     if array.ndim:
         return [plain(x) for x in array]
     number = array.item()
-    if isinstance(number, float):
-        return float(f"{number:.6g}") if math.isfinite(number) else str(number)
-    return number
+    return float(f"{number:.6g}") if isinstance(number, float) and math.isfinite(number) else finite(number)
+
+
+def finite(value: Any) -> Any:
+    """The same with text for what JSON has no word for, inf and nan, in lists and dicts."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def number(value: Any) -> Any:

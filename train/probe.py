@@ -30,10 +30,10 @@ def logits(weights: WeightSource, specs: Specs, model: ModelConfig, serving: Ser
            ) -> np.ndarray:
     """[N, S] tokens -> [N, S, V] float32 logits of masters as `serving` sees them (amount 1), computed in float32."""
     run = partial(_run, model=model, platform=platform)
-    dense, stacked = model.first_k_dense_replace, [path for path in specs if path.startswith("moe.")]
+    stacked = [path for path, spec in specs.items() if spec.axes[0] == "layers"]
     x = _serve_one(weights.read("embed", ())[rows], "embed", specs, serving)
-    for number in range(dense):
-        mine = {path: weights.read(path, ()) for path in specs if path.startswith(f"dense.{number}.")}
+    for number in range(model.first_k_dense_replace):
+        mine = {path: weights.read(path, ()) for path, spec in specs.items() if spec.layers == (number,) and path not in stacked}
         x = run(serve(mine, {path: specs[path] for path in mine}, serving, 1.0, "float32"), x, part=f"dense.{number}")
     for number in range(model.num_moe_layers):
         x = run({path: _layer(weights, path, specs, serving, number) for path in stacked}, x, part="moe")

@@ -22,7 +22,7 @@ from train.compat import tree_mode
 from train.console import console
 from train.run_dir import RunDir, differences
 from train.session import Session, load_params, parse_source, say_passed_over
-from train.state import TrainState, as_teacher, initial_state, state_shardings
+from train.state import TrainState, abstract_state, as_teacher, initial_state
 
 
 def kept_dtype(cfg: RunConfig, facts: dict[str, Any]) -> str | None:
@@ -38,7 +38,7 @@ def starting_state(session: Session, optimizer: Any, checkpoints: Checkpoints, r
     """Restored, started from another run's weights, or new; says which. `compile_first` may run beside the making of new
     weights."""
     cfg = session.cfg
-    like = state_shardings(cfg, session.specs, optimizer, session.mesh)
+    like = abstract_state(cfg, session.specs, optimizer, session.mesh)
     if checkpoints.steps():
         restored = checkpoints.restore(like)
         say_passed_over(restored)

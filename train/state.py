@@ -14,9 +14,10 @@ from jaxtyping import Array, Int
 from configs.param_spec import ParamSpec, Specs
 from configs.schema import RunConfig
 from model.decode.served_params import serve
+from optim.build import state_shardings
 from quant.served import Serving
 from train.compat import once_options
-from train.mesh import param_shardings, replicated
+from train.mesh import param_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -39,18 +40,11 @@ def initial_value(spec: ParamSpec, key: Array, dtype) -> Array:
     return (jax.random.normal(key, spec.shape, jnp.float32) * spec.init).astype(dtype)
 
 
-def state_shardings(cfg: RunConfig, specs: Specs, optimizer: optax.GradientTransformation, mesh: Mesh):
-    """Abstract state whose leaves carry their shardings. Optimizer arrays that stand for a parameter live with it."""
-    params = param_shardings(specs, mesh)
+def abstract_state(cfg: RunConfig, specs: Specs, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes and dtypes of the state, each with its sharding. Optimizer arrays that stand for a parameter live with it."""
     abstract = jax.eval_shape(lambda: _initial(cfg, specs, optimizer))
-
-    def place(path, leaf):
-        owner = next((k.key for k in path if getattr(k, "key", None) in params), None)
-        matches = owner is not None and leaf.shape == specs[owner].shape
-        sharding = params[owner] if matches else replicated(mesh)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree_util.tree_map_with_path(place, abstract)
+    placed = state_shardings(abstract, mesh, param_shardings(specs, mesh))
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, placed)
 
 
 def _initial(cfg: RunConfig, specs: Specs, optimizer: optax.GradientTransformation) -> TrainState:
@@ -68,6 +62,6 @@ def as_teacher(params: dict[str, Array], cfg: RunConfig, specs: Specs) -> dict[s
 
 def initial_state(cfg: RunConfig, specs: Specs, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Random weights and a fresh optimizer, every array born in its own sharding."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shardings(cfg, specs, optimizer, mesh))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, specs, optimizer, mesh))
     options = once_options(mesh.devices.flat[0].platform)
     return jax.jit(lambda: _initial(cfg, specs, optimizer), out_shardings=shardings, compiler_options=options or None)()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,6 +73,12 @@ def load_weights(source: str, dtype: str | None = None) -> Weights:
             raise ConfigError(f"{source}: an exported directory has no masters to apply {kind} to; leave out :{kind}")
         return load_export(directory if kind is None else Path(where), dtype, packed=None if kind is None else kind == "int4")
     raise ConfigError(f"{where} is neither a run directory (no checkpoints/) nor an exported one (no safetensors file)")
+
+
+def load_arms(arms: Sequence[str]) -> list[tuple[str, Weights]]:
+    """Weights by name: each arm is NAME=WEIGHTS, or WEIGHTS, which then are the name as well."""
+    named = [tuple(arm.split("=", 1)) if "=" in arm else (arm, arm) for arm in arms]
+    return [(name, load_weights(source)) for name, source in named]
 
 
 def _from_run(source: str, where: str, kind: str | None, dtype: str | None) -> Weights:

@@ -19,6 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from model.kernels.intervals import document_starts
 from model.project import outer_sum
 
 MASKED = -1e30
@@ -59,8 +60,7 @@ class Places(NamedTuple):
 
     def starts(self) -> Int[Array, "B S"]:
         """Where each query's document begins."""
-        new = jnp.pad(self.keys[:, 1:] != self.keys[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-        return lax.cummax(jnp.where(new, jnp.arange(self.keys.shape[1]), 0), axis=1)[:, self.at]
+        return document_starts(self.keys)[:, self.at]
 
 
 def _part(x: Array, i: Array, chunk: int, axis: int = 2) -> Array:

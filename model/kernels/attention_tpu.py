@@ -19,8 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from model.kernels.attention_chunked import MASKED, Places
-from model.kernels.grouped_matmul_tpu import LANES, VMEM_LIMIT, dot
+from kernels.tpu import LANES, dot
+from model.kernels.attention_chunked import MASKED
+from model.kernels.grouped_matmul_tpu import VMEM_LIMIT
+from model.kernels.intervals import document_starts
 
 
 def attend(q: Float[Array, "B S H k"], k: Float[Array, "B T H k"], v: Float[Array, "B T H v"], segments: Int[Array, "B T"],
@@ -58,7 +60,7 @@ class Reach:
 
     @classmethod
     def of(cls, segments: Int[Array, "B T"], at: Int[Array, "S"], rows: int, keys: int) -> Reach:
-        start = Places(at, segments[:, at], segments).starts()
+        start = document_starts(segments)[:, at]
         first = start[:, ::rows] // keys
         end = jnp.broadcast_to(at[rows - 1::rows] // keys + 1, first.shape)
         tiles = jnp.arange(segments.shape[1] // keys)[:, None]

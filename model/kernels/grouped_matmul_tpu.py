@@ -12,10 +12,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
+
+from kernels.tpu import LANES, dot
 
 TILE_BYTES = 12 << 20
 """What the tiles of one grid step may take. Pallas holds each twice: one in use, one on its way."""
@@ -23,8 +24,6 @@ TILE_BYTES = 12 << 20
 VMEM_LIMIT = 40 << 20
 """Room asked of the compiler: two of each tile, float32 products, and the compiler's own. The smallest core, tpu7x's,
 has 64 MiB."""
-
-LANES = 128
 
 
 def rows(x: Float[Array, "M I"], w: Float[Array, "E _ _"], block_expert: Int[Array, "M/b"], transposed: bool
@@ -102,12 +101,6 @@ def _weights_kernel(expert, source, x, y, zeros, out, total, *, num_experts: int
     @pl.when((i == 0) & jnp.logical_not(used))
     def _():
         out[...] = jnp.zeros_like(out)
-
-
-def dot(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), precision=precision,
-                           preferred_element_type=jnp.float32)
 
 
 def _call(kernel, block_expert, num_experts, *, grid, semantics, in_specs, out_specs, out, operands, flops, moved,

@@ -9,6 +9,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 
+def document_starts(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Where the document of each position begins; documents are contiguous."""
+    new = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return lax.cummax(jnp.where(new, jnp.arange(segments.shape[1]), 0), axis=1)
+
+
 class Intervals(NamedTuple):
     """Query s of row b sees the keys low[b, s] ... high[b, s], none where low > high."""
 
@@ -19,11 +25,9 @@ class Intervals(NamedTuple):
     def of(cls, segments: Int[Array, "B T"], at: Int[Array, "S"], queries: int, keys: int) -> Intervals:
         """Causal within contiguous documents: from the start of a query's document to itself. Padding (document 0) sees
         nothing and neither do the queries and keys that are added behind up to these counts."""
-        new = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-        start = lax.cummax(jnp.where(new, jnp.arange(segments.shape[1]), 0), axis=1)
         real = segments[:, at] > 0
         more = ((0, 0), (0, queries - len(at)))
-        low = jnp.pad(jnp.where(real, start[:, at], keys), more, constant_values=keys)
+        low = jnp.pad(jnp.where(real, document_starts(segments)[:, at], keys), more, constant_values=keys)
         high = jnp.pad(jnp.where(real, at, -1), more, constant_values=-1)
         return cls(low.astype(jnp.int32), high.astype(jnp.int32))
 

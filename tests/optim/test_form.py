@@ -13,10 +13,10 @@ from optim_table import experts_of_k2
 from configs.schema import OptimConfig
 from optim import symmetric_tpu
 from optim.build import plan_of
-from optim.census import census
 from optim.form import choose_form
 from optim.newton_schulz import coefficients, newton_schulz
 from optim.plan import COLUMNS, plan_rows, total_flops
+from train.plan.census import census
 
 KELLER = coefficients("keller", 5)
 

@@ -11,8 +11,8 @@ from optim_table import arrays, k2_table, matrix, mesh_of, shardings, spec, stat
 from configs.schema import ConfigError, OptimConfig
 from optim import plan as plan_file
 from optim.build import build_optimizer, plan_of, state_shardings
-from optim.census import census
 from optim.plan import Strategy, device_bytes, device_flops, exchanges, total_flops
+from train.plan.census import census
 
 CFG = OptimConfig(warmup_steps=1, lr=0.1, qk_clip_tau=2.0, newton_schulz_steps=3)  # fewer steps compile faster
 

@@ -12,9 +12,9 @@ from configs.presets import preset
 from configs.schema import MeshConfig
 from model import attention
 from tests.plan.test_kernels_compile import BF16, array, compiled, kernels
-from train.aot import compile_step
-from train.roofline import STATED
-from train.topology import topology
+from train.plan.aot import compile_step
+from train.plan.roofline import STATED
+from train.plan.topology import topology
 
 pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(not importlib.util.find_spec("jax_plugins"), reason="needs the extra plan-gpu")]

@@ -13,8 +13,8 @@ import pytest
 
 from configs.schema import ConfigError
 from train.compat import compile_with, known_options
-from train.compiler import DECISIONS, SETTLED, _decided, _receive
-from train.topology import topology
+from train.plan.compiler import DECISIONS, SETTLED, _decided, _receive
+from train.plan.topology import topology
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,7 +72,7 @@ def test_options_of_other_versions_are_left_out():
 
 KILLED = """
 import multiprocessing, os, threading, time
-from train.compiler import _end_with
+from train.plan.compiler import _end_with
 
 def work():
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()

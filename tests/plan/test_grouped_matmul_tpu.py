@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from model.grouped_matmul import grouped_matmul
-from optim.hlo import Program
-from train.topology import topology
+from train.plan.hlo import Program
+from train.plan.topology import topology
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra plan-tpu")]
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from optim.census import census
-from optim.hlo import Program
+from train.plan.census import census
+from train.plan.hlo import Program
 
 LOOP = """HloModule m, is_scheduled=true
 

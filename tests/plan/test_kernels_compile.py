@@ -9,10 +9,10 @@ from jax.sharding import SingleDeviceSharding
 
 from model import experts
 from model.kernels import grouped_matmul_decode, grouped_matmul_gpu
-from optim.hlo import Program
 from quant.resident import Int4Weight
-from train.roofline import KERNELS, STATED
-from train.topology import topology
+from train.plan.hlo import Program
+from train.plan.roofline import KERNELS, STATED
+from train.plan.topology import topology
 
 pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(not importlib.util.find_spec("jax_plugins"), reason="needs the extra plan-gpu")]
@@ -27,7 +27,7 @@ def compiled(machine, function, *arrays):
     """The program of `function` on trees of abstract arrays, for the first GPU of a machine."""
     device = topology(machine).devices()[0]
     placed = jax.tree.map(lambda a: array(a.shape, a.dtype, sharding=SingleDeviceSharding(device)), arrays)
-    with jax.default_device(device):  # Triton asks which device it is for, as in train/aot.py
+    with jax.default_device(device):  # Triton asks which device it is for, as in train/plan/aot.py
         return jax.jit(function).lower(*placed).compile()
 
 

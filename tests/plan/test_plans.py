@@ -14,11 +14,11 @@ from bench.plans import RESULTS
 from configs.plans import MACHINES, PLANS
 from configs.presets import preset
 from configs.schema import ConfigError, MeshConfig
-from train import plan_topology
-from train.aot import compile_step
-from train.forecast import advice, forecast
-from train.plan_topology import candidates, show_topology, verdict
-from train.topology import GIB, topology
+from train.plan import on_topology
+from train.plan.aot import compile_step
+from train.plan.forecast import advice, forecast
+from train.plan.on_topology import candidates, show_topology, verdict
+from train.plan.topology import GIB, topology
 
 ROOT = Path(__file__).parents[2]
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra plan-tpu")
@@ -94,7 +94,7 @@ def test_a_sweep_would_find_the_shipped_plan(name):
 def test_results_must_have_a_place_before_anything_is_compiled(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
-        show_topology("tiny", small(), "v5p-4", str(tmp_path / "file" / "plan.json"))
+        show_topology("tiny", small(), "v5p-4", tmp_path / "file" / "plan.json")
 
 
 @pytest.mark.parametrize("before", [None, "an older result"])
@@ -105,14 +105,14 @@ def test_a_failed_plan_leaves_its_file_as_it_was(monkeypatch, tmp_path, before):
     file = tmp_path / "plan.json"
     if before:
         file.write_text(before)
-    monkeypatch.setattr(plan_topology, "compile_step", fail)
+    monkeypatch.setattr(on_topology, "compile_step", fail)
     with pytest.raises(ConfigError, match="no compiler"):
-        show_topology("tiny", small(), "v5p-4", str(file))
+        show_topology("tiny", small(), "v5p-4", file)
     assert (file.read_text() if file.exists() else None) == before
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    ("--sweep x", "--sweep must be a whole number, at least 0"), ("--sweep -1", "at least 0"),
+    ("--sweep -1", "--sweep must be at least 0"),
     ("--sweep 2", "--sweep needs a machine"), ("--json plan.json", "--json needs a machine"),
     ("--mesh.expert 3", "does not divide model.n_routed_experts"), ("--mesh.context 7", "the nearest that can")])
 def test_wrong_commands_are_one_sentence(capsys, arguments, sentence):

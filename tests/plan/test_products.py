@@ -14,14 +14,14 @@ from configs.schema import ConfigError, MeshConfig
 from model import transport
 from model.grouped_matmul import grouped_matmul, implementation
 from model.shards import shards_of
-from optim.hlo import Program
 from tests.plan.test_plans import small
 from tests.scale.networks import with_
 from train.compat import compile_for_devices
-from train.interconnect import Interconnect
 from train.mesh import check_mesh, make_mesh, platform
-from train.roofline import Roofline
-from train.topology import topology
+from train.plan.hlo import Program
+from train.plan.interconnect import Interconnect
+from train.plan.roofline import Roofline
+from train.plan.topology import topology
 
 needs_tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra plan-tpu")
 needs_gpu = pytest.mark.skipif(not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{n}") for n in (12, 13)

@@ -18,8 +18,8 @@ from quant.resident import Int4Weight
 from quant.served import Serving
 from train import compat, held_out, probe
 from train.mesh import batch_sharding, make_mesh, param_shardings, platform
+from train.plan.topology import topology
 from train.step import BATCH
-from train.topology import topology
 
 pytestmark = pytest.mark.slow
 MODEL = dataclasses.replace(preset("moonlight_16b").model, num_hidden_layers=3)

@@ -12,11 +12,11 @@ from jax.sharding import PartitionSpec as P
 from configs.param_spec import HFTensor, Matrix, ParamSpec
 from configs.schema import OptimConfig
 from optim.build import build_optimizer, plan_of, state_shardings
-from optim.hlo import Program
 from optim.plan import device_flops
-from train.interconnect import Interconnect
-from train.roofline import Roofline
-from train.topology import topology
+from train.plan.hlo import Program
+from train.plan.interconnect import Interconnect
+from train.plan.roofline import Roofline
+from train.plan.topology import topology
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra plan-tpu")]
 

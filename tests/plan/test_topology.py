@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from configs.schema import ConfigError
-from optim.census import Collective
-from optim.hlo import Program
-from train.interconnect import LATENCY, Interconnect
-from train.roofline import Roofline
-from train.topology import CHIPS, topology
+from train.plan.census import Collective
+from train.plan.hlo import Program
+from train.plan.interconnect import LATENCY, Interconnect
+from train.plan.roofline import Roofline
+from train.plan.topology import CHIPS, topology
 
 
 @pytest.mark.parametrize("name, shape, devices", [

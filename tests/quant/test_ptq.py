@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quant.awq import awq_experts
+from quant.awq import BlockPaths, awq_experts
 from quant.calibration import ExpertInputs, GridSpec, calibrate, expert_matrices, restore_matrices
 from quant.export import export_model
 from quant.importer import Imported
@@ -37,7 +37,8 @@ def calibration():
 
 @pytest.fixture(scope="module")
 def awq(calibration):
-    return awq_experts(PARAMS, SPECS, 32, calibration, codec="kimi7")
+    paths = BlockPaths(GATE_UP, DOWN, "moe.post_norm", "moe.mlp.router", "moe.mlp.shared.gate_up")
+    return awq_experts(PARAMS, SPECS, 32, calibration, paths=paths, codec="kimi7")
 
 
 @partial(jax.jit, static_argnums=0)

@@ -13,10 +13,10 @@ from model.shards import shards_of
 from model.transformer import param_specs
 from model.transport import rounds
 from optim.build import build_optimizer
-from optim.census import census
 from quant.resident import bits_per_weight
 from tests.scale.networks import FAST_COMPILE, RUN, batch, mesh_of, on_mesh, with_
 from train.mesh import batch_sharding, param_shardings
+from train.plan.census import census
 from train.state import initial_state
 from train.step import StepConfig, gradients, make_train_step
 

@@ -23,7 +23,7 @@ from train.run_data import require_same_order
 from train.run_dir import RunDir, differences
 from train.session import load_params, open_session
 from train.start import require_same_state
-from train.state import state_shardings
+from train.state import abstract_state
 from train.stop import EXIT_DONE, EXIT_STOPPED, StopSignal
 
 
@@ -31,7 +31,7 @@ def final_state(run: RunDir):
     cfg = run.load_config()
     session = open_session(cfg)
     optimizer = build_optimizer(session.specs, cfg.optim, cfg.train.steps)
-    return Checkpoints(run.checkpoints).restore(state_shardings(cfg, session.specs, optimizer, session.mesh))
+    return Checkpoints(run.checkpoints).restore(abstract_state(cfg, session.specs, optimizer, session.mesh))
 
 
 def losses(run: RunDir) -> dict[int, tuple[float, str]]:

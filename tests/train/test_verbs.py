@@ -18,7 +18,6 @@ WRONG = {
     "missing data": (["train", "--data.paths", "no/such/file"], "no file or folder no/such/file"),
     "no run": (["eval", "--run", "no/such/run"], "no/such/run is not a run directory"),
     "not weights": (["generate", "1a+1=", "--weights", "docs"], "neither a run directory"),
-    "flag without value": (["train", "--preset"], "--preset needs a value"),
     "mesh": (["train", "--mesh.fsdp", "3"], "choose axes whose product is 8"),
     "odd width": (["train", "--model.hidden-size", "100"], "model.hidden_size=100 is not divisible by"),
     "odd width in a plan": (["plan", "--model.hidden-size", "100"], "model.hidden_size=100 is not divisible by"),
@@ -40,6 +39,8 @@ def test_a_wrong_command_is_one_sentence_and_changes_nothing(case, capsys, tmp_p
 
 @pytest.mark.parametrize("arguments, sentence", [
     (["--model.hiden-size", "64"], "--model.hidden-size"),
+    (["--runn", "x"], "--run"),
+    (["--preset"], "Missing value for argument '--preset'"),
     (["--train.steps", "many"], "many"),
     (["--profile.steps", "5:3"], "FIRST:LAST"),
 ])

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from optim.hlo import Instruction, Program
+from model.experts import EVEN_LOAD
+from model.transport.rounds import OVERFLOW
+from optim.gram import GUARD
+from train.plan.hlo import Instruction, Program
 
 COLLECTIVES = ("all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute", "ragged-all-to-all",
                "collective-broadcast")
-
-GUARD = "guard"
-"""Scope of a conditional whose costlier branch is a way out that a healthy run never takes (optim/gram.py)."""
 
 
 @dataclass(frozen=True)
@@ -102,18 +102,18 @@ def collective(instruction: Instruction, devices: int) -> Collective | None:
 
 def open_trips(loop: Instruction, outer: float) -> float:
     """Mean trips of a loop whose bound is data, inside a loop of `outer` trips. Attention's runs over the tiles on or below
-    the diagonal; a transport's further rounds (model/transport/rounds.py: OVERFLOW) are not needed with balanced experts."""
-    return 0.0 if "/overflow/" in loop.op_name else (outer + 1) / 2
+    the diagonal; a transport's further rounds are not needed with balanced experts."""
+    return 0.0 if f"/{OVERFLOW}/" in loop.op_name else (outer + 1) / 2
 
 
 def expected_branch(conditional: Instruction, runs: list, cost: Callable[[Any], float]) -> Any:
-    """Of the runs of its branches the costliest, of a guard's the cheapest."""
+    """Of the runs of its branches the costliest; the cheapest where the other is a way out that a healthy run never takes."""
     return (min if f"/{GUARD}/" in conditional.op_name else max)(runs, key=cost)
 
 
 def even_share(kernel: Instruction) -> float:
-    """Of the work that an expert kernel states, the share that even experts give it (model/experts.py: EVEN_LOAD)."""
-    found = re.search(r"even_load_([0-9.]+)", kernel.op_name)
+    """Of the work that an expert kernel states, the share that even experts give it."""
+    found = re.search(EVEN_LOAD + r"([0-9.]+)", kernel.op_name)
     return float(found.group(1)) if found else 1.0
 
 

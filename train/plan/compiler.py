@@ -20,15 +20,13 @@ from jax.sharding import Mesh
 
 from configs.schema import ConfigError, RunConfig
 from model.transformer import param_specs
-from optim.build import build_optimizer
-from optim.schedules import learning_rate
-from quant.coverage import coverage, require_whole_groups
 from quant.served import settled_step
 from train.compat import compile_for_devices, start_jax
-from train.mesh import check_mesh, make_mesh, param_shardings, platform
-from train.state import TrainState, state_shardings
-from train.step import StepConfig, abstract_batch, make_train_step
-from train.topology import Topology
+from train.mesh import check_mesh, make_mesh
+from train.plan.topology import Topology
+from train.program import step_program
+from train.state import TrainState
+from train.step import abstract_batch
 
 DECISIONS = ("after_optimizations.txt", "after_optimizations-live-range.txt", "after_optimizations-memory-usage-report.txt")
 """What libtpu and XLA's GPU compiler write of a program, in no order, once it is decided."""
@@ -54,17 +52,8 @@ def abstract_step(cfg: RunConfig, topology: Topology) -> tuple[Any, TrainState, 
     """The jitted step of `cfg` on a machine, and the state and batch it takes as shapes in their shardings."""
     mesh = make_mesh(cfg.mesh, topology.devices())
     check_mesh(cfg, mesh)
-    specs = param_specs(cfg.model)
-    shardings = param_shardings(specs, mesh)
-    coverage(specs, cfg.quant)
-    require_whole_groups(specs, shardings, cfg.quant)
-    optimizer = build_optimizer(specs, cfg.optim, cfg.train.steps, mesh=mesh, shardings=shardings)
-    settled = settled_step(cfg.quant) is not None
-    step = make_train_step(StepConfig(cfg, "bfloat16", platform(mesh), mesh, settled), specs, optimizer,
-                           learning_rate(cfg.optim, cfg.train.steps))
-    state = state_shardings(cfg, specs, optimizer, mesh)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(placed, None)), state, abstract_batch(cfg, mesh), mesh
+    program = step_program(cfg, param_specs(cfg.model), mesh, "bfloat16")
+    return program.jitted(settled_step(cfg.quant) is not None), program.state, abstract_batch(cfg, mesh), mesh
 
 
 def compile_apart(cfg: RunConfig, topology: Topology, folder: Path) -> Outcome:

@@ -13,9 +13,10 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
-from optim.census import Collective, collective, even_share, expected_branch, open_trips
-from optim.hlo import Instruction, Program
-from train.interconnect import Interconnect
+from model.experts import EVEN_LOAD
+from train.plan.census import Collective, collective, even_share, expected_branch, open_trips
+from train.plan.hlo import Instruction, Program
+from train.plan.interconnect import Interconnect
 
 _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "replica-id", "iota",
          "domain", "opt-barrier", "copy-done", "add-dependency"}
@@ -85,7 +86,7 @@ class Beside:
 def label(op_name: str) -> str:
     """The model's part of an operation's path: without loops, transforms and the compiler's wrapping."""
     parts = [p for p in re.sub(r"jit\([^)]*\)|jvp|transpose|vmap|[()]", "", op_name).split("/")
-             if p and not STATED.fullmatch(p) and not p.startswith("even_load_") and p not in (
+             if p and not STATED.fullmatch(p) and not p.startswith(EVEN_LOAD) and p not in (
                  "while", "body", "eval_jaxpr", "closed_call", "checkpoint", "rematted_computation", "cond", "shard_map",
                  "branch_0_fun", "branch_1_fun")]
     return "/".join(parts[-2:]) or "compiler"

@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 from configs.param_spec import Specs
 from configs.schema import RunConfig
 from model.transformer import param_specs
-from optim.hlo import Program
-from train.compiler import Outcome, abstract_step, compile_apart
 from train.mesh import param_shardings
-from train.topology import Topology
+from train.plan.compiler import Outcome, abstract_step, compile_apart
+from train.plan.hlo import Program
+from train.plan.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Memory:
 @dataclass(frozen=True)
 class Compiled:
     """What compiling told. `fits` is the compiler's own answer. seconds_to_compile: until it had decided everything that is
-    read here; has_code: whether machine code was waited for (train/compiler.py)."""
+    read here; has_code: whether machine code was waited for (train/plan/compiler.py)."""
 
     cfg: RunConfig
     topology: Topology

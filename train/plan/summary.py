@@ -35,12 +35,12 @@ def show_plan(name: str, cfg: RunConfig) -> int:
         table.add_column(column, overflow="fold")
     for path, spec in specs.items():
         matrices = ", ".join(f"{count} of {rows} x {cols}" for count, rows, cols in routes[path].matrices)
-        served = "int4" if spec.on_grid and cfg.quant.grid != "none" else spec.served or cfg.model.dtype
+        served = cfg.quant.grid if spec.on_grid and cfg.quant.grid != "none" else spec.served or cfg.model.dtype
         table.add_row(path, " x ".join(map(str, spec.shape)), " ".join(spec.axes), routes[path].rule, matrices, served)
     console.print(table)
 
     groups = plan_of(specs, cfg.optim, "tpu", mesh=mesh, shardings=param_shardings(specs, mesh))
-    table = Table(title=f"Newton-Schulz on the mesh {dict(mesh.shape)}: {human(total_flops(groups))}FLOP per step in all")
+    table = Table(title=f"Newton-Schulz on TPUs, mesh {dict(mesh.shape)}: {human(total_flops(groups))}FLOP per step in all")
     for column in COLUMNS:
         table.add_column(column, overflow="fold")
     for row in plan_rows(groups, itemsize=2):
@@ -57,9 +57,10 @@ def show_plan(name: str, cfg: RunConfig) -> int:
             ("parameters", f"{counts.total:,}"),
             ("active per token", f"{counts.active:,} with both embeddings, "
                                  f"{counts.active_without_embed:,} without the input one"),
-            ("on the INT4 grid", f"{grid:,} ({100 * grid / counts.total:.1f} %)"),
+            (f"on the {cfg.quant.grid.upper()} grid", f"{grid:,} ({100 * grid / counts.total:.1f} %)"),
             ("training state", f"{human(state['masters'])}B masters, {human(state['moments'])}B optimizer moments"),
-            ("exported", f"{human(served)}B, {8 * served / counts.total:.2f} bits per parameter"),
+            ("exported", "cannot be: no engine reads the INT3 grid" if cfg.quant.grid == "int3" else
+             f"{human(served)}B, {8 * served / counts.total:.2f} bits per parameter"),
             ("decode cache", f"{human(cache_bytes_per_token(cfg.model, cfg.model.dtype))}B per token"),
             ("training FLOPs", f"{human(flops)} per token of a {cfg.train.seq_len}-token row, {human(flops * tokens)} per step "
                                f"of {human(tokens)} tokens"),

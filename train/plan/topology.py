@@ -58,7 +58,7 @@ class Chip:
 
 # TPUs: docs.cloud.google.com/tpu/docs (tpu7x and v5e pages): bidirectional bandwidth per chip over links and directions.
 # GPUs: NVIDIA data sheets of HGX H100, H200 and B200, NDR 400 Gb/s per GPU outside. Reached shares: tpu-recipes' Ironwood
-# microbenchmarks (GEMM 0.83); Hopper as an H200 was seen elsewhere: products of random numbers 770 to 800 TF/s, copies 4.3 TB/s.
+# microbenchmarks (GEMM 0.83); for GPUs an assumption that `bench.train_gpu` on one is to replace.
 CHIPS = {
     "v5e": Chip("TPU v5 lite", 1, 15.75 * GIB, 819e9, 50e9, 6.25e9, 2, 16),
     "v5p": Chip("TPU v5", 1, 95.73 * GIB, 2765e9, 100e9, 6.25e9, 3, 4),

@@ -13,15 +13,15 @@ from configs.param_spec import Specs
 from configs.schema import ConfigError, MeshConfig, RunConfig
 from configs.sharding import partition
 from model.transformer import param_specs
-from train.aot import compile_step
 from train.console import Bar, console, human
 from train.counts import state_bytes
-from train.forecast import MARGIN, Forecast, advice, forecast
 from train.mesh import ROW_AXES, check_sizes
-from train.topology import GIB, Topology, topology
+from train.plan.aot import compile_step
+from train.plan.forecast import MARGIN, Forecast, advice, forecast
+from train.plan.topology import GIB, Topology, topology
 
 
-def show_topology(name: str, cfg: RunConfig, machine: str, file: str = "") -> int:
+def show_topology(name: str, cfg: RunConfig, machine: str, file: Path | None = None) -> int:
     """Compile the step for a machine, print what that tells, write it as JSON to `file`. 1 where it does not fit."""
     found = topology(machine)
     _require_writable(file)
@@ -36,19 +36,18 @@ def show_topology(name: str, cfg: RunConfig, machine: str, file: str = "") -> in
     for sentence in advice(plan):
         console.print(f"- {sentence}")
     if file:
-        Path(file).write_text(json.dumps({"preset": name} | plan.summary(), indent=1) + "\n")
+        file.write_text(json.dumps({"preset": name} | plan.summary(), indent=1) + "\n")
     return 0 if plan.compiled.fits else 1
 
 
-def _require_writable(file: str) -> None:
+def _require_writable(file: Path | None) -> None:
     """OSError before minutes of compiling rather than after them. A file that was not there is not there afterwards."""
     if file:
-        path = Path(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        there = path.exists()
-        path.open("a").close()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        there = file.exists()
+        file.open("a").close()
         if not there:
-            path.unlink()
+            file.unlink()
 
 
 def memory_table(name: str, plan: Forecast) -> Table:
@@ -142,7 +141,7 @@ def _divides(cfg: RunConfig, specs: Specs, mesh: MeshConfig) -> bool:
     return True
 
 
-def sweep(name: str, cfg: RunConfig, machine: str, limit: int, file: str = "") -> int:
+def sweep(name: str, cfg: RunConfig, machine: str, limit: int, file: Path | None = None) -> int:
     """Compile up to `limit` meshes and rank them by predicted speed. 1 where none fits."""
     found = topology(machine)
     meshes = candidates(cfg, found)
@@ -175,5 +174,5 @@ def sweep(name: str, cfg: RunConfig, machine: str, limit: int, file: str = "") -
     for mesh, reason in failed:
         console.print(f"{mesh}: {reason}", markup=False)
     if file:
-        Path(file).write_text(json.dumps({"preset": name, "sweep": [p.summary() for p in plans]}, indent=1) + "\n")
+        file.write_text(json.dumps({"preset": name, "sweep": [p.summary() for p in plans]}, indent=1) + "\n")
     return 0 if plans and plans[0].compiled.fits else 1

@@ -13,8 +13,8 @@ from functools import lru_cache
 import numpy as np
 from jax.sharding import Mesh
 
-from optim.census import Collective
-from train.topology import Topology
+from train.plan.census import Collective
+from train.plan.topology import Topology
 
 LATENCY = 5e-6
 """Seconds until a collective moves its first byte: a few hops of about a microsecond each, and its launch."""

@@ -6,13 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from train.aot import Compiled
 from train.compat import interpreter
 from train.counts import train_flops_per_token
-from train.interconnect import Interconnect
-from train.roofline import Roofline, Work
+from train.plan.aot import Compiled
+from train.plan.interconnect import Interconnect
+from train.plan.roofline import Roofline, Work
+from train.plan.topology import GIB
 from train.run_dir import config_hash
-from train.topology import GIB
 
 MARGIN = 0.05
 """Share of the memory that a plan should leave: fragmentation, the runtime, an evaluation between two steps."""
