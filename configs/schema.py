@@ -8,8 +8,9 @@ one sentence each.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -21,6 +22,12 @@ class ConfigError(ValueError):
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _not_negative(section: str, config: Any, names: str) -> None:
+    for name in names.split():
+        value = getattr(config, name)
+        require(0 <= value < math.inf, f"{section}.{name} must be a number of 0 or more, not {value}")
 
 
 @dataclass(frozen=True)
@@ -190,11 +197,15 @@ class OptimConfig:
     """sign: DeepSeek-V3's. centred: Moonlight's, which subtracts the mean sign."""
 
     def __post_init__(self):
-        require(self.lr > 0, f"optim.lr must be above 0, not {self.lr}")
+        require(0 < self.lr < math.inf, f"optim.lr must be above 0, not {self.lr}")
         require(self.qk_clip_tau is None or self.qk_clip_tau > 0,
                 f"optim.qk_clip_tau must be above 0, not {self.qk_clip_tau}; use None to switch QK-Clip off")
         require(0 <= self.momentum < 1, f"optim.momentum must lie in [0, 1), not {self.momentum}")
         require(0 <= self.decay_fraction <= 1, f"optim.decay_fraction must lie in [0, 1], not {self.decay_fraction}")
+        for name in ("adam_b1", "adam_b2"):
+            require(0 <= getattr(self, name) < 1, f"optim.{name} must lie in [0, 1), not {getattr(self, name)}")
+        require(0 < self.adam_eps < math.inf, f"optim.adam_eps must be above 0, not {self.adam_eps}")
+        _not_negative("optim", self, "warmup_steps final_lr_ratio weight_decay adam_lr_ratio clip_norm router_bias_rate")
 
 
 @dataclass(frozen=True)
@@ -306,6 +317,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "seq_len", "accumulate", "log_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
         require(self.keep >= 2, "train.keep must be at least 2: a damaged newest checkpoint needs one to fall back to")
+        _not_negative("train", self, "z_loss balance_loss eval_every eval_batches")
         require(not (self.init_from and self.fork_from), "train.init_from and train.fork_from exclude each other")
         require(self.batch_size % self.accumulate == 0,
                 f"train.batch_size={self.batch_size} must be a multiple of train.accumulate={self.accumulate}")
@@ -373,6 +385,5 @@ class RunConfig:
                 width = getattr(self.model, name)
                 require(width % self.quant.group_size == 0,
                         f"model.{name}={width} is not divisible by quant.group_size={self.quant.group_size}; "
-                        f"the nearest widths that are: {width // self.quant.group_size * self.quant.group_size} "
-                        f"and {(width // self.quant.group_size + 1) * self.quant.group_size}")
+                        f"the nearest width that is: {max(round(width / self.quant.group_size), 1) * self.quant.group_size}")
         return self

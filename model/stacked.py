@@ -23,7 +23,8 @@ Body = Callable[[Array, Any, Any], tuple[Array, Any]]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sums:
-    """layers: as the stacked layers, the sums so far. add(sum, gradient, index) -> their sum, in the sum's dtype."""
+    """layers: as the stacked layers, the sums so far. add(sum, gradient, seed, index) -> their sum, in the sum's
+    dtype; every layer of every array has an index of its own."""
 
     layers: Any
     seed: Any
@@ -73,11 +74,14 @@ def _backward(body, unroll, saved, gradients):
         pull = saved.tree.unflatten([next(rest) if at is None else arrays[at] for at in saved.weights])
         of_weights, dx = pull((dx, measured))
 
-        def into(total, gradient):
-            mine = saved.sums.add(lax.dynamic_index_in_dim(total, index, keepdims=False), gradient, saved.sums.seed, index)
+        tree = jax.tree.structure(totals)
+
+        def into(number, total, gradient):
+            mine = saved.sums.add(lax.dynamic_index_in_dim(total, index, keepdims=False), gradient, saved.sums.seed,
+                                  index * tree.num_leaves + number)
             return lax.dynamic_update_index_in_dim(total, mine, index, 0)
 
-        return (dx, jax.tree.map(into, totals, of_weights)), None
+        return (dx, jax.tree.map(into, tree.unflatten(range(tree.num_leaves)), totals, of_weights)), None
 
     dx, measured = gradients
     count = len(jax.tree.leaves(saved.layers)[0])

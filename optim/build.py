@@ -117,7 +117,7 @@ def build_optimizer(specs: Specs, cfg: OptimConfig, total_steps: int, *, mesh: M
             if max_logits is None:
                 raise ConfigError("QK-Clip needs max_logits; pass them to update or set optim.qk_clip_tau to None")
             updates, clip_state = clip.update(updates, clip_state, params, max_logits=max_logits)
-        updates = {path: jnp.where(finite, u, 0) for path, u in updates.items()}
+        updates = {path: jnp.where(finite, u, -0.0) for path, u in updates.items()}  # adding 0.0 would change a weight of -0.0
         new = state.step + 1, adam_state, clip_state
         step, adam_state, clip_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new,
                                                     (state.step, state.adamw, state.qk_clip))

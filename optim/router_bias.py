@@ -20,7 +20,7 @@ def router_bias_updates(specs: Specs, paths: list[str], rate: float, rule: str,
     microbatches and shards summed; row i is the i-th layer that owns a router bias."""
     owners = sorted(layer for path in paths for layer in specs[path].layers)
     counts = expert_counts.astype(jnp.float32)
-    step = jnp.sign(jnp.mean(counts, axis=-1, keepdims=True) - counts)
+    step = jnp.sign(jnp.sum(counts, axis=-1, keepdims=True) - counts.shape[-1] * counts)  # a mean would be rounded
     if rule == "centred":
         step = step - jnp.mean(step, axis=-1, keepdims=True)
     out: Mapping[str, Array] = {}

@@ -17,10 +17,11 @@ def global_norm(tree: Mapping[str, Array]) -> Float[Array, ""]:
 
 
 def clip_to(grads: Mapping[str, Array], limit: float) -> dict[str, Array]:
-    """Gradients scaled down together where their global norm exceeds `limit`."""
+    """Gradients scaled down together where their global norm exceeds `limit`; float32, because a factor rounded to bfloat16
+    would miss the limit."""
     norm = global_norm(grads)
     factor = jnp.where(norm > limit, limit / norm, 1.0)
-    return {path: g * factor.astype(g.dtype) for path, g in grads.items()}
+    return {path: g.astype(jnp.float32) * factor for path, g in grads.items()}
 
 
 def add_decayed_weights(specs: Specs, rate: float) -> optax.GradientTransformation:

@@ -3,7 +3,7 @@
 Swapped projections, permuted groups, flipped bits leave a perfectly formed file. Each tensor therefore has a hash,
 which tells that something changed, and two sums over its words, which often tell what: one is blind to their order, and
 together they locate a single changed word. The probe ties the weights to the function: log-probabilities
-of a few token rows.
+of a few token rows. The files that decide what becomes of text before and after the network have a hash each.
 """
 
 from __future__ import annotations
@@ -83,9 +83,10 @@ def word_sums(words: np.ndarray) -> tuple[int, int]:
     return total, weighted % 2**64
 
 
-def record(tensors: Mapping[str, Fingerprint], config: Mapping[str, Any], probe: Probe | None) -> dict[str, Any]:
-    """The content of evidence.json."""
-    content: dict[str, Any] = {"version": 1, "config": dict(config),
+def record(tensors: Mapping[str, Fingerprint], config: Mapping[str, Any], files: Mapping[str, str],
+           probe: Probe | None) -> dict[str, Any]:
+    """The content of evidence.json; `files` are the SHA-256 of files that hold neither tensors nor the config, by name."""
+    content: dict[str, Any] = {"version": 1, "config": dict(config), "files": dict(sorted(files.items())),
                                "tensors": {name: tensors[name].to_json() for name in sorted(tensors)}}
     if probe is not None:
         content["probe"] = {"tokens": probe.tokens.tolist(), "next_token_logprobs": probe.logprobs.tolist()}

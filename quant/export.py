@@ -10,8 +10,11 @@ import json
 import math
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -117,14 +120,45 @@ def plan_shards(tables: list[Table], limit: int) -> list[list[int]]:
     return shards
 
 
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A path in a hidden directory beside `target`; what the block writes there, a file or a directory, becomes `target` when it
+    ends. After an error, Ctrl-C or SIGTERM nothing is left; the last two are a ConfigError."""
+    def stop(number: int, _frame: Any) -> None:
+        ignore()
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    def ignore() -> None:  # a second signal must not break off what the first one, or the end, cleans up
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    in_main = threading.current_thread() is threading.main_thread()  # others may set no handlers, and get no signals
+    before = {number: signal.getsignal(number) for number in ((signal.SIGINT, signal.SIGTERM) if in_main else ())}
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield scratch / target.name
+        os.rename(scratch / target.name, target)
+    except KeyboardInterrupt as stopped:
+        raise ConfigError(f"{target} was not written: the export was stopped by {stopped}") from None
+    finally:
+        ignore()
+        shutil.rmtree(scratch, ignore_errors=True)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
 def export_model(weights: WeightSource, specs: Specs, model: ModelConfig, quant: QuantConfig, out_dir: str | Path, *,
-                 tokenizer: SavesTokenizer | None = None, report: Mapping[str, Any] | None = None,
+                 tokenizer: SavesTokenizer | None = None, report: Mapping[str, Any] | None = None, rounded: bool = False,
                  probe: evidence.Probe | None = None, progress: Callable[[int, int], None] | None = None,
                  quantizer: Quantizer = on_kimi_grid, shard_bytes: int = SHARD_BYTES) -> ExportSummary:
     """Write `out_dir`: safetensors with index, config and generation config, tokenizer, README.md, evidence.json.
 
     weights   masters, read one block at a time
     report    measured numbers for the model card, label -> value
+    rounded   the card says that training did not see these weights
     probe     token rows with the log-probabilities the exported weights must reproduce
     progress  called with (tensors written, tensors in all)
     quantizer gives codes and scales of an expert's projection; the training grid unless a baseline is exported
@@ -144,9 +178,12 @@ def export_model(weights: WeightSource, specs: Specs, model: ModelConfig, quant:
             f"the export needs {total / 2**30:.1f} GiB, but {out_dir.parent} has {free / 2**30:.1f} GiB free"
         )
 
-    partial_dir = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-    try:
-        partial_dir.chmod(0o755)
+    with written_whole(out_dir) as partial_dir:
+        partial_dir.mkdir()
+        _write_json(partial_dir / "generation_config.json", generation_config(model))
+        if tokenizer is not None:
+            tokenizer.save(partial_dir)
+        files = {path.name: evidence.digest(path.read_bytes()) for path in partial_dir.iterdir() if path.is_file()}
         source = LastBlock(weights)
         marks, index = _write_tensors(
             slots, tables, plan_shards(tables, shard_bytes), partial_dir, progress,
@@ -158,15 +195,8 @@ def export_model(weights: WeightSource, specs: Specs, model: ModelConfig, quant:
                     {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))})
         config = write_config(model, quant)
         _write_json(partial_dir / "config.json", config)
-        _write_json(partial_dir / "generation_config.json", generation_config(model))
-        _write_json(partial_dir / evidence.FILE, evidence.record(marks, config, probe))
-        if tokenizer is not None:
-            tokenizer.save(partial_dir)
-        (partial_dir / "README.md").write_text(model_card(model, quant, summary, report or {}))
-        os.rename(partial_dir, out_dir)
-    except BaseException:
-        shutil.rmtree(partial_dir, ignore_errors=True)
-        raise
+        _write_json(partial_dir / evidence.FILE, evidence.record(marks, config, files, probe))
+        (partial_dir / "README.md").write_text(model_card(model, quant, summary, report or {}, rounded))
     return summary
 
 

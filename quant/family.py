@@ -37,12 +37,20 @@ class Family:
     def missing(self) -> list[str]:
         return [name for name in NEEDED if name not in self.text_config]
 
+    @property
+    def misstated(self) -> list[str]:
+        """Needed fields that are there and hold no size; q_lora_rank may be null."""
+        c = self.text_config
+        sizes = [name for name in NEEDED if name in c] + ["q_lora_rank"] * (c.get("q_lora_rank") is not None)
+        return [name for name in sizes if type(c[name]) is not int or c[name] < 0]
+
     def is_extra(self, name: str) -> bool:
         """Multi-token-prediction layers beyond the last, and anything outside the wrapped text model."""
         if not name.startswith(self.prefix):
             return True
         parts = name.removeprefix(self.prefix).split(".")
-        return parts[:2] == ["model", "layers"] and int(parts[2]) >= self.text_config["num_hidden_layers"]
+        return (parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdecimal()
+                and int(parts[2]) >= self.text_config["num_hidden_layers"])
 
 
 def _mlp(stem: str, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
@@ -67,7 +75,7 @@ def _attention(c: dict[str, Any], stem: str) -> dict[str, tuple[int, ...]]:
 def expected_tensors(family: Family) -> dict[str, tuple[int, ...]]:
     """{name: shape} as unpacked weights; empty where config.json does not define the network."""
     c, prefix = family.text_config, family.prefix
-    if family.missing:
+    if family.missing or family.misstated:
         return {}
     width, vocab = c["hidden_size"], c["vocab_size"]
     shapes = {f"{prefix}model.embed_tokens.weight": (vocab, width), f"{prefix}model.norm.weight": (width,)}

@@ -8,9 +8,6 @@ quantiser would choose other scales and change most weights of this grid.
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from configs.schema import ConfigError
+from quant.export import written_whole
 from quant.gguf_metadata import read_vocabulary, write_architecture, write_vocabulary
 from quant.packed import Packed, projections
 from quant.read_config import ReadConfig, read_config
@@ -122,16 +120,11 @@ def write_gguf(directory: str | Path, out_file: str | Path, pre_tokenizer: str |
         raise ConfigError("GGUF export keeps INT4 codes: it needs a directory with groups of 32; export to int4 first")
     source = _Source(Path(directory), config)
     vocabulary = read_vocabulary(Path(directory), config.model, pre_tokenizer)
-    out_file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out_file.name}.", dir=out_file.parent))
-    try:
-        writer = gguf.GGUFWriter(scratch / "model.gguf", "deepseek2")
+    with written_whole(out_file) as partial_file:
+        writer = gguf.GGUFWriter(partial_file, "deepseek2")
         write_architecture(writer, config.model, gguf)
         write_vocabulary(writer, vocabulary)
         count = _write_tensors(writer, source, gguf)
-        os.rename(scratch / "model.gguf", out_file)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     notes = list(config.notes)
     if source.inexact:
         notes.append(

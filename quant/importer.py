@@ -40,21 +40,17 @@ class Imported:
     packed    stored arrays that were INT4 in the file
     """
 
-    def __init__(self, directory: str | Path, specs: Specs, *, prefix: str = "", for_training: bool = False):
+    def __init__(self, directory: str | Path, specs: Specs, *, prefix: str = "", trained_groups: int | None = None):
         """Opens and checks every tensor's name, shape and dtype.
 
-        prefix         before every tensor name, as read_config reports it
-        for_training   refuse codes that are no fixed point of the training grid when they are read: training would
-                       start from other weights than the file serves
+        prefix          before every tensor name, as read_config reports it
+        trained_groups  training goes on with the experts on the grid in groups of this size. Refused then: experts that are not
+                        packed so, and when they are read, codes that are no fixed point of that grid, because training would
+                        start from other weights than the file serves
 
         Raises ConfigError naming file and tensor; DamagedFile for a truncated file.
         """
-        self.checkpoint, self.specs, self._prefix, self._for_training = (
-            Checkpoint(directory),
-            specs,
-            prefix,
-            for_training,
-        )
+        self.checkpoint, self.specs, self._prefix, self._groups = Checkpoint(directory), specs, prefix, trained_groups
         index = Report()
         check_index(self.checkpoint, index)
         for finding in index.of("error"):
@@ -94,6 +90,12 @@ class Imported:
             )
         else:
             raise ConfigError(f"{self.checkpoint.directory.name} has no tensor {name}; the checkpoint is incomplete")
+        if self._groups and slot.spec.on_grid:
+            group = self._packed[stem].group if stem in self._packed else None
+            if group != self._groups:
+                found = f"has groups of {group}" if group else f"is {self.checkpoint.tensors[name].dtype}"
+                raise ConfigError(f"{where}: {name} {found}, but config.json says INT4 in groups of {self._groups}; they do not "
+                                  "belong together")
         if shape != slot.shape:
             raise ConfigError(f"{where}: {name} has shape {list(shape)}, but config.json implies {list(slot.shape)}")
         return names
@@ -115,7 +117,7 @@ class Imported:
         parts = name.removeprefix(self._prefix).split(".")
         if parts[-1] == "inv_freq":
             return "rope frequencies, which follow from config.json"
-        if parts[:2] != ["model", "layers"] or len(parts) < 4 or not parts[2].isdigit() or int(parts[2]) <= last_layer:
+        if parts[:2] != ["model", "layers"] or len(parts) < 4 or not parts[2].isdecimal() or int(parts[2]) <= last_layer:
             return None
         joins = f"{self._prefix}model.layers.{parts[2]}.eh_proj.weight" in self.checkpoint
         return f"multi-token prediction, layer {parts[2]}" if joins else None
@@ -133,7 +135,7 @@ class Imported:
     def _unpacked(self, slot: Slot) -> np.ndarray:
         stem = self._stem(slot)
         projection = self._packed[stem]
-        if self._for_training and slot.spec.on_grid:
+        if self._groups and slot.spec.on_grid:
             codes, scales = projection.codes(self.checkpoint), projection.scales(self.checkpoint).astype(np.float32)
             if not is_fixed_point(codes, scales):
                 raise ConfigError(

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
 
 INT4_TEXT = """\
 The routed experts are stored as INT4: {group} consecutive inputs share one bf16 scale, and every weight is
-`bf16(code * scale)`. These are the values that the forward pass of quantisation-aware training uses, so serving the
-directory in bf16 arithmetic changes no weight. Everything else is stored in {dtype}. Format: compressed-tensors
-`pack-quantized`.
+`bf16(code * scale)`. {origin} Everything else is stored in {dtype}. Format: compressed-tensors `pack-quantized`.
 """
+
+TRAINED = ("These are the values that the forward pass of quantisation-aware training uses, so serving the directory in bf16 "
+           "arithmetic changes no weight.")
+ROUNDED = "Training did not see these values: its weights were rounded afterwards."
 
 USE_TEXT = """\
 ## Use
@@ -31,8 +33,9 @@ SHA-256 of every tensor: `launch.py verify DIRECTORY` checks the directory again
 """
 
 
-def model_card(model: ModelConfig, quant: QuantConfig, summary: ExportSummary, report: Mapping[str, Any]) -> str:
-    """Markdown text; `report` rows become a table."""
+def model_card(model: ModelConfig, quant: QuantConfig, summary: ExportSummary, report: Mapping[str, Any],
+               rounded: bool) -> str:
+    """Markdown text; `report` rows become a table. rounded: training did not see the experts on the grid."""
     served = "INT4 experts" if quant.grid != "none" else model.dtype
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n",
@@ -43,7 +46,7 @@ def model_card(model: ModelConfig, quant: QuantConfig, summary: ExportSummary, r
         f"({summary.bits_per_weight:.2f} bits per weight over all).\n",
     ]
     if quant.grid != "none":
-        parts.append(INT4_TEXT.format(group=quant.group_size, dtype=model.dtype))
+        parts.append(INT4_TEXT.format(group=quant.group_size, dtype=model.dtype, origin=ROUNDED if rounded else TRAINED))
     if report:
         rows = "\n".join(f"| {label} | {value:.4g} |" if isinstance(value, float) else f"| {label} | {value} |"
                          for label, value in report.items())

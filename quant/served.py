@@ -39,7 +39,14 @@ def grid_amount(quant: QuantConfig, step: Array) -> Float[Array, ""]:
     """Share of the grid in the forward weights at an optimizer step: 0, the ramp, then exactly 1."""
     if quant.grid == "none":
         return jnp.zeros((), jnp.float32)
-    return jnp.clip((step - quant.start_step + 1) / (quant.ramp_steps + 1), 0.0, 1.0).astype(jnp.float32)
+    share = jnp.clip((step - quant.start_step + 1) / (quant.ramp_steps + 1), 0.0, 1.0).astype(jnp.float32)
+    # Compiled, the division is a product with a reciprocal, whose last step need not be 1.
+    return jnp.where(step >= settled_step(quant), jnp.float32(1), share)
+
+
+def grid_share(quant: QuantConfig, step: int) -> float:
+    """The same as a number: how the forward pass sees the weights after `step` optimizer steps."""
+    return float(grid_amount(quant, jnp.int32(step)))
 
 
 def settled_step(quant: QuantConfig) -> int | None:

@@ -86,13 +86,18 @@ def _entry(path: Path, name: str, row: dict, values_start: int) -> Entry:
         counts = (*shape, start, end)
     except (KeyError, TypeError, ValueError):
         raise DamagedFile(f"{path.name}: the header's row of {name} is unreadable; the file was damaged") from None
-    if not all(isinstance(n, int) and n >= 0 for n in counts):
+    if not all(type(n) is int and n >= 0 for n in counts):  # true is an int in Python and no size in JSON
         raise DamagedFile(f"{path.name}: the header's row of {name} holds no sizes; the file was damaged")
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise DamagedFile(f"{path.name}: {name} has dtype {dtype}, which is not read here")
     if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
         raise DamagedFile(f"{path.name}: {name} holds {end - start} bytes, not those of {dtype} {list(shape)}")
     return Entry(dtype, shape, values_start + start, end - start)
+
+
+def _is_metadata(content: object) -> bool:
+    """What the library of the format accepts there: texts under names, or nothing."""
+    return content is None or isinstance(content, dict) and all(isinstance(value, str) for value in content.values())
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -103,20 +108,24 @@ def read_header(path: Path) -> dict[str, Entry]:
         if size < 8 or length > size - 8:
             raise DamagedFile(f"{path.name} is cut off inside its header: {size} bytes; copy the file again")
         try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise DamagedFile(
-                f"{path.name} has an unreadable header; it is no safetensors file, or was damaged"
-            ) from None
-    if not isinstance(header, dict):
+            header = json.loads(file.read(length).decode())
+        except (ValueError, RecursionError):
+            header = None
+    metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
+    if not isinstance(header, dict) or not _is_metadata(metadata):
         raise DamagedFile(f"{path.name} has an unreadable header; it is no safetensors file, or was damaged")
-    header.pop("__metadata__", None)
     entries = {name: _entry(path, name, row, 8 + length) for name, row in header.items()}
     need = max((e.start + e.size for e in entries.values()), default=8 + length)
     lost = [name for name, e in sorted(entries.items(), key=lambda item: item[1].start) if e.start + e.size > size]
     if lost:
         raise DamagedFile(f"{path.name} is cut off: it has {size} bytes, its header announces {need}, and {lost[0]} is the "
                           "first tensor that is not whole; copy the file again")
+    end, before = 8 + length, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
+        if entry.start != end:
+            raise DamagedFile(f"{path.name}: {name} starts at byte {entry.start}, but {before} ends at {end}; other readers "
+                              "refuse a file with shared or unused bytes, so write or copy it again")
+        end, before = entry.start + entry.size, name
     if size != need:
         raise DamagedFile(f"{path.name} has {size} bytes, but its header announces {need}; copy the file again")
     return entries
@@ -139,7 +148,7 @@ class Checkpoint:
         for path in paths:
             try:
                 header = read_header(path)
-            except DamagedFile as error:
+            except (DamagedFile, OSError) as error:  # OSError: a link without its file, a disk that fails
                 collected.append(str(error))
                 continue
             for name, entry in header.items():

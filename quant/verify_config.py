@@ -8,15 +8,30 @@ from quant.family import Family
 from quant.findings import Report
 
 
+def _object(value: Any) -> dict[str, Any]:
+    """A value of some config.json that should be an object, as one; `_need_object` reports where it is something else."""
+    return value if isinstance(value, dict) else {}
+
+
+def _need_object(value: Any, name: str, report: Report) -> None:
+    if value is not None and not isinstance(value, dict):
+        report.error("config", f"{name} is {value!r}, not an object; no loader reads that")
+
+
+def _stated_section(config: dict[str, Any]) -> Any:
+    return config.get("quantization_config") or _object(config.get("text_config")).get("quantization_config")
+
+
 def quantization_section(config: dict[str, Any]) -> dict[str, Any]:
     """The quantization_config, at the top level or of a wrapped language model; empty where there is none."""
-    return config.get("quantization_config") or config.get("text_config", {}).get("quantization_config") or {}
+    return _object(_stated_section(config))
 
 
 def stated_group(config: dict[str, Any]) -> int | None:
     """The group size that config.json states, or None."""
-    groups = list(quantization_section(config).get("config_groups", {}).values())
-    return (groups[0].get("weights") or {}).get("group_size") if groups else None
+    groups = _object(quantization_section(config).get("config_groups"))
+    size = _object(_object(next(iter(groups.values()), None)).get("weights")).get("group_size")
+    return size if type(size) is int else None
 
 
 def check_config(config: dict[str, Any], report: Report) -> None:
@@ -24,15 +39,17 @@ def check_config(config: dict[str, Any], report: Report) -> None:
     if config.get("model_type") == "kimi_k2":
         report.warn("config", "model_type kimi_k2: transformers without remote code loads random experts and only "
                     "warns; deepseek_v3 is the same network")
-    section = quantization_section(config)
+    section = _stated_section(config)
+    _need_object(section, "quantization_config", report)
     if not section:
         report.note("config", "no quantization_config: the weights are plain")
-    else:
+    elif isinstance(section, dict):
         _check_format(section, report)
     family = Family.of(config)
     if family is not None:
         _check_readers(family.text_config, report)
-        _check_widths(family.text_config, stated_group(config), report)
+        if not family.misstated:
+            _check_widths(family.text_config, stated_group(config), report)
 
 
 def _check_format(section: dict[str, Any], report: Report) -> None:
@@ -44,19 +61,24 @@ def _check_format(section: dict[str, Any], report: Report) -> None:
         report.error("config", f"format is {form!r} at the top level, where SGLang looks for pack-quantized")
     if status != "compressed":
         report.error("config", f"quantization_status is {status!r}; loaders expect compressed files")
-    groups = section.get("config_groups", {})
+    groups = section.get("config_groups")
+    _need_object(groups, "config_groups", report)
     if not groups:
         report.error("config", "quantization_config has no config_groups")
-    for label, group in groups.items():
-        _check_group(label, group, report)
+    for label, group in _object(groups).items():
+        _need_object(group, label, report)
+        _check_group(label, _object(group), report)
 
 
 def _check_group(label: str, group: dict[str, Any], report: Report) -> None:
-    weights = group.get("weights") or {}
+    _need_object(group.get("weights"), f"{label}.weights", report)
+    weights = _object(group.get("weights"))
     for key, want in (("num_bits", 4), ("type", "int"), ("symmetric", True), ("strategy", "group")):
         if weights.get(key) != want:
             report.error("config", f"{label}.weights.{key} is {weights.get(key)!r}, the packed words need {want!r}; "
                          "transformers believes the config and decodes wrong weights")
+    if type(weights.get("group_size")) is not int:
+        report.error("config", f"{label}.weights.group_size is {weights.get('group_size')!r}, not a whole number")
     if weights.get("actorder"):
         report.error("config", f"{label}.weights.actorder is set, but no order of groups is stored")
     if group.get("targets") != ["Linear"]:
@@ -75,7 +97,9 @@ def _check_readers(text: dict[str, Any], report: Report) -> None:
     eps = text.get("rms_norm_eps")
     if eps != 1e-6:
         report.note("config", f"rms_norm_eps is {eps}: transformers uses 1e-6 in the latent norms, llama.cpp {eps}")
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    for key in ("rope_parameters", "rope_scaling"):
+        _need_object(text.get(key), key, report)
+    rope = _object(text.get("rope_parameters")) or _object(text.get("rope_scaling"))
     if rope.get("type", rope.get("rope_type")) != "yarn":
         return
     if rope.get("beta_fast") != 32:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from quant.causes import cause
-from quant.evidence import FILE, Fingerprint, Probe
+from quant.evidence import FILE, Fingerprint, Probe, digest
 from quant.findings import Report
 from quant.hf_config import HARMLESS
 from quant.tensor_file import Checkpoint
@@ -44,36 +44,53 @@ def load_evidence(directory: Path, report: Report) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text())
-        return {**content, "tensors": {name: Fingerprint.from_json(row) for name, row in content["tensors"].items()}}
-    except (ValueError, KeyError, TypeError, IndexError):
-        report.add("error", "evidence", f"{FILE} is unreadable; restore it from the export")
-        return None
+        marks = {name: Fingerprint.from_json(row) for name, row in content["tensors"].items()}
+        if isinstance(content["config"], dict) and isinstance(content.get("files", {}), dict):
+            return {**content, "tensors": marks}
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        pass
+    report.error("evidence", f"{FILE} is unreadable; restore it from the export")
+    return None
 
 
 def check_evidence(
     checkpoint: Checkpoint, config: dict[str, Any] | None, evidence: dict[str, Any], report: Report
 ) -> None:
-    """Every tensor's bytes and every field of the config; changed tensors are named with a cause where one fits."""
+    """Every tensor's bytes, every field of the config, and the tokenizer's files; changed tensors are named with a cause
+    where one fits. Files that were not exported are the user's own."""
     recorded: dict[str, Fingerprint] = evidence["tensors"]
     now = {name: Fingerprint.of(entry.dtype, entry.shape, checkpoint.raw(name))
            for name, entry in sorted(checkpoint.tensors.items())}
     for name in sorted(recorded.keys() - now.keys()):
-        report.add("error", "evidence", f"{name} was exported but is gone")
+        report.error("evidence", f"{name} was exported but is gone")
     for name in sorted(now.keys() - recorded.keys()):
-        report.add("error", "evidence", f"{name} was not part of the export")
+        report.error("evidence", f"{name} was not part of the export")
     changed = [name for name in now if name in recorded and now[name] != recorded[name]]
     for name in changed:
-        report.add("error", "evidence", f"{name} is not what was exported: {cause(checkpoint, name, recorded, now)}")
+        report.error("evidence", f"{name} is not what was exported: {cause(checkpoint, name, recorded, now)}")
     if not changed and recorded.keys() == now.keys():
-        report.add("note", "evidence", f"all {len(now)} tensors are byte for byte what was exported")
-    for key in sorted(evidence["config"].keys() | (config or evidence["config"]).keys()):
-        was, is_ = evidence["config"].get(key), (config or evidence["config"]).get(key)
+        report.note("evidence", f"all {len(now)} tensors are byte for byte what was exported")
+    exported = evidence["config"]
+    present = exported if config is None else config
+    for key in sorted(exported.keys() | present.keys()):
+        was, is_ = exported.get(key), present.get(key)
         if was != is_:
-            report.add(
-                "warning" if key in COSMETIC else "error",
-                "evidence",
-                f"config.json: {key} was {json.dumps(was)} when exported and is {json.dumps(is_)}",
-            )
+            say = report.warn if key in COSMETIC else report.error
+            say("evidence", f"config.json: {key} was {json.dumps(was)} when exported and is {json.dumps(is_)}")
+    _check_files(checkpoint.directory, evidence.get("files"), report)
+
+
+def _check_files(directory: Path, recorded: dict[str, str] | None, report: Report) -> None:
+    if recorded is None:
+        report.add("not checkable", "evidence", "the export recorded no hashes of the tokenizer's files: whether they are "
+                   "those that were exported cannot be seen")
+        return
+    for name, was in recorded.items():
+        path = directory / name
+        if not path.is_file():
+            report.error("evidence", f"{name} was exported but is gone")
+        elif digest(path.read_bytes()) != was:
+            report.error("evidence", f"{name} is not the one that was exported; copy it again from the export")
 
 
 def check_probe(evidence: dict[str, Any], logits: Callable[[np.ndarray], np.ndarray] | None, report: Report) -> None:
@@ -85,11 +102,7 @@ def check_probe(evidence: dict[str, Any], logits: Callable[[np.ndarray], np.ndar
         tokens = np.asarray(probe["tokens"])
         error = np.abs(Probe.of(tokens, logits(tokens)).logprobs - np.asarray(probe["next_token_logprobs"])).max()
         if error <= PROBE_TOLERANCE:
-            report.add("note", "probe", f"log-probabilities of the probe agree to {error:.2g}")
+            report.note("probe", f"log-probabilities of the probe agree to {error:.2g}")
         else:
-            report.add(
-                "error",
-                "probe",
-                f"log-probabilities of the probe differ by {error:.3g}: the config or the reader computes "
-                "another function",
-            )
+            report.error("probe", f"log-probabilities of the probe differ by {error:.3g}: the config or the reader computes "
+                         "another function")

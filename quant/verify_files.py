@@ -27,7 +27,7 @@ def load_json(path: Path, report: Report) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         report.error("files", f"{path.name} is not JSON: {error}")
         return None
     if not isinstance(content, dict):
@@ -76,7 +76,7 @@ def check_tensors(checkpoint: Checkpoint, config: dict[str, Any], report: Report
     if stems and not section:
         report.error("config", f"{len(stems)} projections are packed, but config.json says nothing of it: loaders drop "
                      "them")
-    _check_ignore(checkpoint, stems, section.get("ignore", []), report)
+    _check_ignore(checkpoint, stems, section.get("ignore") or [], report)
     family = Family.of(config)
     if family is None:
         kind = config.get("model_type")
@@ -114,11 +114,19 @@ def _check_parts(checkpoint: Checkpoint, stem: str, group: int | None, report: R
                      f"{[out, inputs // group]}")
 
 
-def _check_ignore(checkpoint: Checkpoint, stems: set[str], ignore: list[str], report: Report) -> None:
+def _check_ignore(checkpoint: Checkpoint, stems: set[str], ignore: Any, report: Report) -> None:
     """Loaders decide from the ignore list alone what is packed; it must agree with the files for every linear."""
+    if not isinstance(ignore, list) or not all(isinstance(rule, str) for rule in ignore):
+        report.error("ignore list", f"ignore is {ignore!r}, not a list of names and patterns; no loader reads that")
+        return
     if not stems:
         return
-    patterns = [(rule, re.compile(rule[3:]) if rule.startswith("re:") else None) for rule in ignore]
+    patterns = []
+    for rule in ignore:
+        try:
+            patterns.append((rule, re.compile(rule[3:]) if rule.startswith("re:") else None))
+        except re.error as error:
+            report.error("ignore list", f"{rule!r} is no regular expression ({error}); loaders stop at it")
 
     def ignored(module: str) -> bool:
         return any(p.match(module) if p else rule == module for rule, p in patterns)
@@ -137,6 +145,9 @@ def _check_ignore(checkpoint: Checkpoint, stems: set[str], ignore: list[str], re
 def _check_names(checkpoint: Checkpoint, stems: set[str], family: Family, report: Report) -> None:
     if family.missing:
         report.error("config", f"config.json lacks {', '.join(family.missing)}: the network is not defined")
+    for name in family.misstated:
+        report.error("config", f"{name} is {family.text_config[name]!r}, not a size: the network is not defined")
+    if family.missing or family.misstated:
         return
     known: set[str] = set()
     for name, want in expected_tensors(family).items():

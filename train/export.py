@@ -17,9 +17,10 @@ from quant.export import export_model
 from quant.gguf_export import write_gguf
 from quant.importer import Imported
 from quant.read_config import read_config
-from quant.served import Serving
+from quant.served import Serving, grid_share
 from quant.source import WeightSource
 from quant.verify import Report, verify
+from quant.verify_training import Training
 from train import probe
 from train.checkpoint import Checkpoints, Restored
 from train.console import Bar, console, human
@@ -44,10 +45,15 @@ def export_run(source: str, out: Path | None, form: str) -> int:
     stored = _stored(session, run, step)
     params, step = stored.state, stored.step
     quant = dataclasses.replace(cfg.quant, grid="none" if form == "bf16" else "int4")
+    rounded = form == "int4" and grid_share(cfg.quant, step) < 1
+    if rounded:
+        begins = f", which begins at step {cfg.quant.start_step}" if cfg.quant.grid == "int4" else ""
+        console.print(f"[yellow]in training the experts of step {step} were not on the INT4 grid{begins}[/]: these files hold "
+                      "them rounded afterwards")
     evidence = _probe(session, params, quant)
     with Bar(f"exporting {out}", 1, "tensor") as bar:
         summary = export_model(params, session.specs, cfg.model, quant, out, tokenizer=_TokenizerFiles(session),
-                               report=_measured(run, step), probe=evidence, progress=bar.reach)
+                               report=_measured(run, step, quant), rounded=rounded, probe=evidence, progress=bar.reach)
     console.print(f"wrote {out}: {human(summary.weights)} weights of step {step} in {summary.bytes / 1e6:.2f} MB "
                   f"({summary.bits_per_weight:.2f} bits per weight), {summary.files} file(s), {summary.tensors} tensors")
     console.print(f"check it with: python launch.py verify {out} --run {run.path}@{step}")
@@ -84,7 +90,9 @@ def export_gguf(source: str, out: Path | None, pre_tokenizer: str | None) -> int
     else:
         session = open_to_look(run)
         stored = _stored(session, run, step)
-        if not _verified(directory, stored, session, None).ok:
+        cfg = session.cfg
+        exported = Training(stored.state, session.specs, Serving(cfg.model.dtype, "int4", cfg.quant.group_size))
+        if not _verified(directory, exported, None).ok:
             raise ConfigError(f"{directory} is damaged or not of step {stored.step}: launch.py verify {directory} --run "
                               f"{run.path}@{stored.step} says where; move it away, and a new one is made")
     summary = write_gguf(directory, out, pre_tokenizer)
@@ -101,36 +109,36 @@ def _probe(session: Session, params: WeightSource, quant: QuantConfig) -> Probe:
     return Probe.of(rows, probe.logits(params, session.specs, session.cfg.model, serving, rows, session.platform))
 
 
-def _measured(run: RunDir, step: int) -> dict[str, object]:
-    """Numbers for the model card, from the run's own files."""
-    rows = run.read_metrics()
+def _measured(run: RunDir, step: int, quant: QuantConfig) -> dict[str, object]:
+    """Numbers for the model card, from the run's own files: those that were measured on the weights that `quant` exports."""
     out = {"optimizer steps": step}
-    for row in rows:
-        if row["step"] == step and row["kind"] == "eval":
+    exported = grid_share(run.load_config().quant, step - 1) == (quant.grid != "none")
+    for row in run.read_metrics():
+        if exported and row["step"] == step and row["kind"] == "eval":
             out |= {k.replace("_", " "): v for k, v in row.items() if k not in ("kind", "step")}
     return out
 
 
 def verify_directory(directory: Path, source: str | None) -> int:
-    """Print every finding; exit code 1 if a reader would get wrong weights."""
+    """Print every finding; exit code 1 if a reader would get wrong weights, or others than the training forward of `source`."""
     if not directory.is_dir():
         raise ConfigError(f"{directory} is not a directory")
-    stored = session = None
+    training = None
     if source:
         run, step = parse_source(source)
         session = open_to_look(run)
-        stored = _stored(session, run, step)
-    report = _verified(directory, stored, session, _logits_of(directory))
+        stored, cfg = _stored(session, run, step), session.cfg
+        training = Training(stored.state, session.specs, Serving.of(cfg.model, cfg.quant), grid_share(cfg.quant, stored.step))
+    report = _verified(directory, training, _logits_of(directory))
     console.print(str(report), markup=False)
     console.print(f"{directory}: {'sound' if report.ok else 'DAMAGED'}")
     return 0 if report.ok else 1
 
 
-def _verified(directory: Path, stored: Restored | None, session: Session | None, logits: Callable | None) -> Report:
-    """quant/verify.py, with its progress; against the weights of a run if there are any."""
+def _verified(directory: Path, training: Training | None, logits: Callable | None) -> Report:
+    """quant/verify.py, with its progress."""
     with Bar(f"verifying {directory}", 1, "tensor") as bar:
-        reference, specs = (stored.state, session.specs) if stored else (None, None)
-        return verify(directory, reference=reference, specs=specs, logits=logits, progress=bar.reach)
+        return verify(directory, training=training, logits=logits, progress=bar.reach)
 
 
 def _logits_of(directory: Path):

@@ -101,7 +101,7 @@ def require_same_state(source: RunDir, cfg: RunConfig) -> None:
         raise ConfigError(f"{source.path} holds another model ({'; '.join(changed)}), with which a fork shares its first steps; "
                           "leave these fields out")
     theirs = source.load_config().optim
-    for field in ("master_dtype", "momentum_dtype"):
+    for field in ("matrices", "master_dtype", "momentum_dtype"):
         if (there := getattr(theirs, field)) != (here := getattr(cfg.optim, field)):
             raise ConfigError(f"{source.path} has optim.{field} {there}, not {here}, and a fork goes on with its state; set "
                               f"--optim.{field.replace('_', '-')} {there}, or take its weights with --train.init-from")

@@ -124,6 +124,8 @@ def local_gradients(params: dict[str, Array], teacher: dict[str, Array], batch: 
                     key: PRNGKeyArray | None, cfg: StepConfig) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
     """The same for one device, gradients summed over microbatches here and over devices once, at the end."""
     shards = cfg.shards
+    if key is not None and shards != ONE_DEVICE:  # sums of devices are added up: roundings that are alike would be as well
+        key = jax.random.fold_in(key, shards.index(*dict(shards.sizes)))
     batch = own_part(batch, shards)
     total_weight = shards.total(jnp.sum(batch["weights"]), TOKEN_AXES)
     nll, grads, aux = accumulated(params, teacher, batch, amount, total_weight, key, cfg)
@@ -176,7 +178,7 @@ def _split(tree: dict[str, Array], paths: set[str]) -> tuple[dict[str, Array], d
 
 
 def _added(total: Array, gradient: Array, key: PRNGKeyArray, index: Array) -> Array:
-    """One layer's gradient added to its sum."""
+    """One layer's gradient of one array added to its sum; `index` tells layers and arrays apart."""
     more = total.astype(jnp.float32) + gradient
     return more if total.dtype == jnp.float32 else stochastic_round(more, jax.random.fold_in(key, index))
 
@@ -198,7 +200,7 @@ def make_train_step(cfg: StepConfig, specs: Specs, optimizer: optax.GradientTran
                                               expert_counts=aux.moe.expert_counts, finite=finite)
         params = apply_updates(state.params, updates, key)
         new = TrainState(params, opt_state, state.step + 1, state.skipped + jnp.where(finite, 0, 1), state.teacher)
-        metrics = {"loss": loss, "data_print": sum(fingerprint(x) for x in batch.values()), "lr": schedule(state.step),
+        metrics = {"loss": loss, "data_print": sum(fingerprint(x) for x in batch.values()), "lr": schedule(state.optimizer.step),
                    "grid_amount": amount, "skipped_steps": new.skipped,
                    "tokens": jnp.sum(batch["segments"] > 0), **routing_metrics(aux, batch, cfg), **norms,
                    **update_metrics(specs, cfg.run.optim, updates, opt_state)}

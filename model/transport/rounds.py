@@ -74,7 +74,7 @@ def queues(destination_NK: Int[Array, "N K"], ways: int) -> Queues:
 
 def room(mean: float, worst: int) -> int:
     """Capacity of a buffer with this mean load: SLACK more, a multiple of 8, at most the worst case."""
-    return min(-(-int(mean * SLACK) // 8) * 8, worst)
+    return min(max(-(-int(mean * SLACK) // 8) * 8, 8), worst)
 
 
 def total(one_round: Callable[[Array, Any, Any], Array], count: Int[Array, ""] | int, variables: Any, constants: Any) -> Array:

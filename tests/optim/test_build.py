@@ -206,6 +206,7 @@ def test_a_step_that_is_not_finite_updates_nothing():
     bad = {path: g.at[0].set(jnp.nan).at[1].set(jnp.inf) for path, g in arrays(specs, 2).items()}
     updates, after = jax.jit(lambda g, s, p, ok: opt.update(g, s, p, finite=ok, **statistics()))(bad, state, params, False)
     assert not any(np.any(u) for u in updates.values())
+    assert all(np.signbit(-0.0 + u).all() for u in updates.values()), "-0.0 + 0.0 is 0.0, another weight"
     jax.tree.map(np.testing.assert_array_equal, after, state)
 
 

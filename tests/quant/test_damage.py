@@ -7,13 +7,18 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
+import launch
+from data.tokenizer import ByteTokenizer
 from quant.evidence import FILE, Probe
 from quant.export import export_model
 from quant.pack import pack, unpack
+from quant.served import Serving
 from quant.source import InMemory
 from quant.verify import verify
+from quant.verify_training import Training
 from tests.quant.small_model import INT4, MODEL, random_weights, specs_of
 from tests.quant.test_export import read_all
 
@@ -30,7 +35,7 @@ LOGITS = np.random.default_rng(0).normal(size=(1, 4, MODEL.vocab_size)).astype(n
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
     directory = tmp_path_factory.mktemp("damage") / "int4"
-    export_model(InMemory(WEIGHTS), SPECS, MODEL, INT4, directory, probe=Probe.of(TOKENS, LOGITS))
+    export_model(InMemory(WEIGHTS), SPECS, MODEL, INT4, directory, tokenizer=ByteTokenizer(), probe=Probe.of(TOKENS, LOGITS))
     return directory
 
 
@@ -197,6 +202,29 @@ def broken_header(directory):
     file.write_bytes(data)
 
 
+def in_header(change):
+    def apply(directory):
+        file = next(directory.glob("*.safetensors"))
+        data = file.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:end])
+        change(header)
+        text = json.dumps(header).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+    return apply
+
+
+def renamed(old, new):
+    """A tensor under another name."""
+    return in_header(lambda h: h.update({new: h.pop(old)}))
+
+
+def first_tokens_swapped(tokenizer):
+    vocabulary = tokenizer["model"]["vocab"]
+    (a, i), (b, j), *_ = vocabulary.items()
+    vocabulary.update({a: j, b: i})
+
+
 def second_copy(directory):
     save_file({"model.norm.weight": np.ones(64, np.float32)}, directory / "model-00002-of-000001.safetensors")
 
@@ -244,7 +272,15 @@ FILES = {
     ),
     "theta edited": (in_json("config.json", lambda c: c.update(rope_theta=10000.0)), "rope_theta was 50000.0"),
     "field removed": (in_json("config.json", lambda c: c.pop("n_routed_experts")), "lacks n_routed_experts"),
+    "config emptied": (lambda d: (d / "config.json").write_text("{}"), "hidden_size was 64 when exported and is null"),
     "evidence unreadable": (lambda d: (d / FILE).write_text("[]"), "evidence.json is unreadable"),
+    "two tokens exchanged": (in_json("tokenizer.json", first_tokens_swapped), "tokenizer.json is not the one that was exported"),
+    "another end token": (
+        in_json("tokenizer_config.json", lambda c: c.update(eos_token="[EOS]")), "tokenizer_config.json is not the one"),
+    "template edited": (lambda d: (d / "chat_template.jinja").write_text(""), "chat_template.jinja is not the one"),
+    "stops removed": (
+        in_json("generation_config.json", lambda c: c.pop("eos_token_id")), "generation_config.json is not the one"),
+    "tokenizer gone": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json was exported but is gone"),
 }
 
 
@@ -254,6 +290,98 @@ def test_damage_to_files_is_named(copy, kind):
     change(copy)
     found = errors(copy)
     assert any(re.search(sentence, message) for message in found), found
+
+
+NORM = "model.layers.2.input_layernorm.weight"
+UNOPENED = {
+    "two tensors share their bytes": (
+        lambda h: h["model.layers.1.input_layernorm.weight"].update(data_offsets=h[NORM]["data_offsets"]),
+        "starts at byte .* ends at"),
+    "bytes that are no tensor's": (lambda h: h.pop(NORM), "starts at byte .* ends at"),
+    "metadata that is no text": (lambda h: h.update(__metadata__={"format": 1}), "unreadable header"),
+    "a size that is true": (lambda h: h[NORM].update(shape=[True, 64]), "holds no sizes"),
+}
+
+
+@pytest.mark.parametrize("kind", UNOPENED)
+def test_what_the_library_does_not_open_is_not_sound(copy, kind):
+    """Without evidence, which would find it in another way."""
+    change, sentence = UNOPENED[kind]
+    in_header(change)(copy)
+    (copy / FILE).unlink()
+    with pytest.raises(SafetensorError):
+        load_file(next(copy.glob("*.safetensors")))
+    assert any(re.search(sentence, message) for message in errors(copy)), errors(copy)
+
+
+def in_config(**changes):
+    return in_json("config.json", lambda c: c.update(changes))
+
+
+def in_quantization(**changes):
+    return in_json("config.json", lambda c: c["quantization_config"].update(changes))
+
+
+MALFORMED = {
+    "quantization_config a list": (in_config(quantization_config=[1]), r"quantization_config is \[1\], not an object"),
+    "quantization_config a text": (in_config(quantization_config="int4"), "quantization_config is 'int4', not an object"),
+    "text_config a list": (in_config(text_config=[], quantization_config=None), "config.json says nothing of it"),
+    "config_groups a list": (in_quantization(config_groups=[{}]), "config_groups is .*not an object"),
+    "a group that is a text": (in_quantization(config_groups={"group_0": "W4A16"}), "group_0 is 'W4A16', not an object"),
+    "weights a list": (in_quantization(config_groups={"g": {"weights": [4]}}), r"g.weights is \[4\], not an object"),
+    "group size a text": (in_json("config.json", lambda c: weights_section(c).update(group_size="32")), "group_size is '32'"),
+    "rope_scaling a text": (in_config(rope_scaling="yarn"), "rope_scaling is 'yarn', not an object"),
+    "nothing ignored": (in_quantization(ignore=None), "lm_head is stored plain but not in the ignore list"),
+    "ignore a text": (in_quantization(ignore="lm_head"), "ignore is 'lm_head', not a list"),
+    "ignore no texts": (in_quantization(ignore=[None]), r"ignore is \[None\], not a list"),
+    "ignore no pattern": (in_quantization(ignore=["re:("]), r"'re:\(' is no regular expression"),
+    "size null": (in_config(hidden_size=None), "hidden_size is None, not a size"),
+    "size a text": (in_config(moe_intermediate_size="32"), "moe_intermediate_size is '32', not a size"),
+    "size true": (in_config(n_shared_experts=True), "n_shared_experts is True, not a size"),
+    "rank a text": (in_config(q_lora_rank="32"), "q_lora_rank is '32', not a size"),
+    "layer x": (renamed(NORM, "model.layers.x.weight"), "model.layers.x.weight is no tensor of this network"),
+    "no layer": (renamed(NORM, "model.layers"), "model.layers is no tensor of this network"),
+    "dtype a list": (in_header(lambda h: h[NORM].update(dtype=["F32"])), f"{NORM} has dtype .'F32'., which is not read"),
+    "header in another encoding": (
+        lambda d: next(d.glob("*.safetensors")).write_bytes((4).to_bytes(8, "little") + "{}".encode("utf-16-le")),
+        "unreadable header"),
+    "weight_map a list": (in_json(INDEX, lambda c: c.update(weight_map=[])), "holds no weight_map"),
+    "evidence without config": (in_json(FILE, lambda c: c.pop("config")), "evidence.json is unreadable"),
+    "evidence of a list": (in_json(FILE, lambda c: c.update(tensors=[])), "evidence.json is unreadable"),
+    "evidence of a sum that is text": (
+        in_json(FILE, lambda c: c["tensors"].update({NORM: ["BF16", [64], "0", "0", "0"]})), "evidence.json is unreadable"),
+    "files a list": (in_json(FILE, lambda c: c.update(files=[])), "evidence.json is unreadable"),
+    "probe a list": (in_json(FILE, lambda c: c.update(probe=[1])), "the probe could not be repeated"),
+    "probe beyond the vocabulary": (
+        in_json(FILE, lambda c: c["probe"].update(tokens=[[1, 2, 3, 999]])), "the probe could not be repeated"),
+    "config nested without end": (lambda d: (d / "config.json").write_text("[" * 100_000), "config.json is not JSON"),
+    "a link without its file": (lambda d: (d / "a.safetensors").symlink_to("gone"), "No such file"),
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_what_is_no_config_or_header_at_all_is_an_error_and_no_crash(copy, kind):
+    change, sentence = MALFORMED[kind]
+    change(copy)
+    found = errors(copy, logits=lambda tokens: LOGITS)
+    assert any(re.search(sentence, message) for message in found), found
+
+
+@pytest.mark.parametrize("bad", [None, "x", [], {}, True, -1, 0.5, [None], float("inf")], ids=repr)
+def test_no_value_of_a_config_makes_verify_crash(copy, bad, monkeypatch):
+    """Every field with every kind of value. The tensors' numbers, which take the time, are not looked at."""
+    monkeypatch.setattr("quant.verify_values.check_values", lambda *_: None)
+    path = copy / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_scaling"] = {"type": "yarn", "factor": 2.0, "beta_fast": 32.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    (copy / FILE).unlink()
+    for part in (config, config["rope_scaling"], config["quantization_config"],
+                 config["quantization_config"]["config_groups"]["group_0"], weights_section(config)):
+        for key in part:
+            kept, part[key] = part[key], bad
+            path.write_text(json.dumps(config))
+            assert "is unreadable" not in str(verify(copy)), "a check was given up where a sentence is due"
+            part[key] = kept
 
 
 WARNINGS = {
@@ -285,6 +413,38 @@ def test_the_undamaged_export_has_no_errors(pristine):
     assert "all codes on" not in str(report) and "probe agree" in str(report)
 
 
+def test_evidence_covers_what_was_exported_and_nothing_else(copy):
+    """Files of the user's are no damage, and neither is evidence from before the tokenizer's files were recorded."""
+    (copy / "added_tokens.json").write_text("{}")
+    assert verify(copy).ok
+    assert set(json.loads((copy / FILE).read_text())["files"]) == {
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
+    in_json(FILE, lambda c: c.pop("files"))(copy)
+    report = verify(copy)
+    assert report.ok and "no hashes of the tokenizer's files" in report.of("not checkable")[0].message
+
+
+COMMANDED = {
+    "8 bits": (FILES["8 bits claimed"][0], "num_bits is 8"),
+    "another activation": (in_config(hidden_act="gelu"), 'hidden_act was "silu" when exported and is "gelu"'),
+    "cut off": (cut_off, "header announces"),
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
+    "a size null": (in_config(hidden_size=None), "hidden_size is None"),
+    "tensor gone": (renamed(NORM, "gift"), f"{NORM} was exported but is gone"),
+}
+
+
+@pytest.mark.parametrize("kind", COMMANDED)
+def test_the_command_prints_all_findings_of_what_cannot_be_run(copy, kind, capsys):
+    """Damage that also keeps the probe from being repeated."""
+    change, sentence = COMMANDED[kind]
+    change(copy)
+    assert launch.main(["verify", str(copy)]) == 1
+    out, err = capsys.readouterr()
+    assert not err
+    assert sentence in out and "error: [probe] the probe could not be repeated: " in out and "DAMAGED" in out, out
+
+
 def test_without_evidence_a_swap_is_not_checkable(copy):
     (copy / FILE).unlink()
     report = verify(copy)
@@ -298,7 +458,7 @@ def test_another_function_fails_the_probe(pristine):
 def test_the_reference_catches_what_evidence_was_forged_for(copy):
     """Damage with evidence rewritten to match: only the training weights can tell."""
     other = dict(WEIGHTS, **{"moe.mlp.experts_down": WEIGHTS["moe.mlp.experts_down"] + np.float32(1e-2)})
-    found = errors(copy, reference=InMemory(other), specs=SPECS)
+    found = errors(copy, training=Training(InMemory(other), SPECS, Serving.of(MODEL, INT4)))
     assert len(found) == 8 and all("differ from those the training forward used" in message for message in found)
 
 

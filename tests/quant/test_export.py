@@ -16,6 +16,7 @@ from quant.layout import all_slots
 from quant.served import Serving, as_served
 from quant.source import InMemory
 from quant.verify import verify
+from quant.verify_training import Training
 from tests.quant.small_model import INT4, MODEL, PLAIN, random_weights, specs_of
 
 SPECS = specs_of(MODEL)
@@ -64,11 +65,32 @@ def test_orientation_of_each_kind_of_tensor():
 
 
 def test_verify_accepts_the_export_and_proves_it_against_training(exported):
-    report = verify(exported, reference=InMemory(WEIGHTS), specs=SPECS)
+    report = verify(exported, training=Training(InMemory(WEIGHTS), SPECS, Serving.of(MODEL, INT4)))
     assert report.ok, str(report)
     total = sum(s.size for s in SPECS.values())
     assert f"{total:,} weights compared with the training forward, 0 differ" in str(report)
     assert "byte for byte" in str(report)
+
+
+@pytest.mark.parametrize("quant, amount, sentence", [
+    (PLAIN, 1.0, "rounded afterwards"), (INT4, 0.0, "rounded afterwards"), (INT4, 0.5, "rounded afterwards"),
+    (replace(INT4, group_size=16), 1.0, "groups of 32, the training forward had groups of 16")])
+def test_another_forward_than_that_of_training_is_no_proof(exported, quant, amount, sentence):
+    """Which grid the run had, and whether it had begun, is the run's to say and not the files'."""
+    report = verify(exported, training=Training(InMemory(WEIGHTS), SPECS, Serving.of(MODEL, quant), amount))
+    assert not report.ok and sentence in str(report) and ", 0 differ" not in str(report)
+
+
+def test_masters_in_bf16_are_not_what_a_forward_on_the_grid_used(tmp_path):
+    export_model(InMemory(WEIGHTS), SPECS, MODEL, PLAIN, tmp_path / "bf16")
+    report = verify(tmp_path / "bf16", training=Training(InMemory(WEIGHTS), SPECS, Serving.of(MODEL, INT4)))
+    assert not report.ok and "had them on INT4" in str(report)
+
+
+def test_the_card_says_whether_training_saw_the_weights(exported, tmp_path):
+    export_model(InMemory(WEIGHTS), SPECS, MODEL, INT4, tmp_path / "out", rounded=True)
+    assert "rounded afterwards" in (tmp_path / "out" / "README.md").read_text()
+    assert "quantisation-aware training" in (exported / "README.md").read_text()
 
 
 def test_the_safetensors_library_reads_what_the_forward_used(exported):
@@ -120,7 +142,7 @@ def test_plain_export(tmp_path):
     tensors = read_all(tmp_path / "bf16")
     np.testing.assert_array_equal(tensors["model.layers.1.mlp.experts.0.down_proj.weight"],
                                   WEIGHTS["moe.mlp.experts_down"][0, 0].T.astype(ml_dtypes.bfloat16))
-    report = verify(tmp_path / "bf16", reference=InMemory(WEIGHTS), specs=SPECS)
+    report = verify(tmp_path / "bf16", training=Training(InMemory(WEIGHTS), SPECS, Serving.of(MODEL, PLAIN)))
     assert report.ok, str(report)
 
 
@@ -150,5 +172,5 @@ def test_every_pair_of_master_and_served_dtype_is_proven(tmp_path, dtype, master
     model = replace(MODEL, dtype=dtype)
     weights = InMemory({path: jnp.asarray(w.astype(masters)) for path, w in WEIGHTS.items()})
     export_model(weights, SPECS, model, INT4, tmp_path / "out")
-    report = verify(tmp_path / "out", reference=weights, specs=SPECS)
+    report = verify(tmp_path / "out", training=Training(weights, SPECS, Serving.of(model, INT4)))
     assert report.ok and ", 0 differ" in str(report), str(report)

@@ -40,7 +40,7 @@ def test_export_import_export_is_byte_identical(exported, tmp_path):
     """From float32 masters off the grid: the first export moves them there, no later one moves them again."""
     config = read_config(exported)
     assert (config.model, config.quant) == (MODEL, INT4)
-    again = export(tmp_path / "again", config.model, config.quant, Imported(exported, SPECS, for_training=True),
+    again = export(tmp_path / "again", config.model, config.quant, Imported(exported, SPECS, trained_groups=32),
                    shard_bytes=60_000, report={"loss": 1.0})
     files = sorted(p.name for p in exported.iterdir())
     assert files == sorted(p.name for p in again.iterdir())
@@ -139,7 +139,14 @@ def test_codes_off_the_training_grid_serve_but_do_not_train(tmp_path):
     assert projections(checkpoint)[stem].codes(checkpoint)[0, 0] == -8
     assert np.isfinite(Imported(directory, SPECS).region("moe.mlp.experts_gate_up")).all()
     with pytest.raises(ConfigError, match="up_proj lies on .*masters"):
-        Imported(directory, SPECS, for_training=True).region("moe.mlp.experts_gate_up")
+        Imported(directory, SPECS, trained_groups=32).region("moe.mlp.experts_gate_up")
+
+
+def test_a_grid_that_is_not_the_files_does_not_train(exported, tmp_path):
+    with pytest.raises(ConfigError, match="has groups of 32, but config.json says INT4 in groups of 64"):
+        Imported(exported, SPECS, trained_groups=64)
+    with pytest.raises(ConfigError, match="is BF16, but config.json says INT4 in groups of 32"):
+        Imported(export(tmp_path / "plain", quant=PLAIN), SPECS, trained_groups=32)
 
 
 def edit(directory, **changes):

@@ -98,7 +98,7 @@ def test_import_goes_straight_into_a_sharding(tmp_path):
     specs = specs_of(MODEL)
     weights = random_weights(specs)
     export_model(InMemory(weights), specs, MODEL, INT4, tmp_path / "int4")
-    source, path = Imported(tmp_path / "int4", specs, for_training=True), "moe.mlp.experts_gate_up"
+    source, path = Imported(tmp_path / "int4", specs, trained_groups=32), "moe.mlp.experts_gate_up"
     mesh = jax.make_mesh((2, 4), ("fsdp", "expert"))
     sharding = NamedSharding(mesh, PartitionSpec(None, "expert", "fsdp"))
     array = jax.make_array_from_callback(specs[path].shape, sharding, lambda index: source.region(path, index))

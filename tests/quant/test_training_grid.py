@@ -1,5 +1,7 @@
 """The grid during training: coverage, whole groups per device, metrics, and forward == export under every transform."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from quant import grid
 from quant.coverage import coverage, group_axis, require_whole_groups
 from quant.error import _sums, grid_error
 from quant.metrics import CodeHistory, code_flow, codes_of
-from quant.served import Serving, as_served, grid_amount
+from quant.served import Serving, as_served, grid_amount, settled_step
 from tests.quant.small_model import INT4, MODEL, PLAIN, random_weights, specs_of
 
 SPECS = specs_of(MODEL)
@@ -99,6 +101,9 @@ def test_the_ramp_is_plain_before_and_exact_after():
     quant = QuantConfig(start_step=2, ramp_steps=3)
     amounts = [float(grid_amount(quant, jnp.int32(step))) for step in range(7)]
     assert amounts == [0, 0, 0.25, 0.5, 0.75, 1, 1]
+    for ramp in (40, 46, 54, 60):  # whose reciprocal, which a compiler multiplies with, is too small
+        settled = QuantConfig(start_step=2, ramp_steps=ramp)
+        assert float(jax.jit(partial(grid_amount, settled))(jnp.int32(settled_step(settled)))) == 1
     np.testing.assert_array_equal(
         as_served(PARAMS[DOWN], SPECS[DOWN], SERVING, jnp.float32(0)), grid.bf16_round(PARAMS[DOWN])
     )

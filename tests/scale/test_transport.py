@@ -112,7 +112,7 @@ def test_every_pair_has_one_slot_in_one_round():
 
 
 @pytest.mark.parametrize("platform, ways, name", [
-    ("tpu", 32, "all_gather"), ("cuda", 8, "all_gather"), ("cuda", 64, "all_to_all"), ("cpu", 2, "all_gather")])
+    ("tpu", 32, "all_gather"), ("hopper", 8, "all_gather"), ("gpu", 64, "all_to_all"), ("cpu", 2, "all_gather")])
 def test_the_platform_chooses(platform, ways, name):
     assert transport.implementation(platform, ways, 8) == name
 
@@ -122,3 +122,4 @@ def test_buffers_do_not_grow_with_the_devices_that_share_the_experts():
     for ways in (8, 32, 128):
         assert ways * rounds.room(4096 * 8 / ways, 4096 * 8) <= 1.3 * 4096 * 8
     assert rounds.room(4096 * 8, 32 * 4096 * 8) <= 1.3 * 4096 * 8
+    assert rounds.room(6 / 8, 6) == 6, "fewer pairs than devices still need a place"

@@ -54,12 +54,11 @@ def test_bytes():
                                        if s.update != "router_bias")
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("deepseek_v3")])
 def test_gate_scale_keeps_the_size_of_the_routed_output(name):
     """K2 and DeepSeek-V3 publish rounded values (DeepSeek's 2.5 follows another rule), ours are the formula's."""
     cfg = preset(name).model
-    if not name.startswith("deepseek_v3"):
-        assert cfg.routed_scaling_factor == pytest.approx(gate_scale(cfg.n_routed_experts, cfg.num_experts_per_tok), abs=2e-3)
+    assert cfg.routed_scaling_factor == pytest.approx(gate_scale(cfg.n_routed_experts, cfg.num_experts_per_tok), abs=2e-3)
 
 
 @pytest.mark.parametrize("name", ["tiny", "laptop", "one_gpu"])

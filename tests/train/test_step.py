@@ -12,6 +12,7 @@ from configs.schema import MeshConfig
 from data.pipeline import open_data
 from data.tokenizer import load_tokenizer
 from model.transformer import param_specs
+from optim.schedules import learning_rate
 from quant.served import grid_amount
 from tests.train.conftest import small
 from train.mesh import batch_sharding, make_mesh, param_sharding, param_shardings
@@ -112,9 +113,12 @@ def test_a_step_with_a_non_finite_gradient_changes_nothing():
     before = jax.device_get(state.params)
     batch = open_data(session.cfg, session.tokenizer).batch(0)
     batch["weights"] = np.where(batch["weights"] > 0, np.float32(np.inf), 0)
-    state, metrics = machine.train_step(0, state, jax.device_put(batch, batch_sharding(session.mesh)))
-    assert isinstance(state, TrainState) and int(state.step) == 1 and int(metrics["skipped_steps"]) == 1
+    for step in range(2):
+        state, metrics = machine.train_step(step, state, jax.device_put(batch, batch_sharding(session.mesh)))
+    assert isinstance(state, TrainState) and int(state.step) == int(metrics["skipped_steps"]) == 2
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.params))
+    rate = learning_rate(session.cfg.optim, session.cfg.train.steps)
+    assert float(metrics["lr"]) == float(rate(0)) != float(rate(1)), "the schedule waits for a step that updates"
 
 
 @pytest.mark.parametrize("start, ramp, expected", [(0, 0, [1, 1, 1]), (2, 0, [0, 0, 1, 1]), (1, 3, [0, .25, .5, .75, 1, 1])])

@@ -34,7 +34,8 @@ def test_the_files_are_those_of_an_export_from_memory(trained, session, tmp_path
     quant = dataclasses.replace(cfg.quant, grid="none" if form == "bf16" else "int4")
     rows = np.arange(64, dtype=np.int32).reshape(2, 32) % cfg.model.vocab_size
     export_model(InMemory(params), session.specs, cfg.model, quant, tmp_path / "memory", tokenizer=_TokenizerFiles(session),
-                 report=_measured(trained, step), probe=Probe.of(rows, np.zeros((2, 32, cfg.model.vocab_size), np.float32)))
+                 report=_measured(trained, step, quant),
+                 probe=Probe.of(rows, np.zeros((2, 32, cfg.model.vocab_size), np.float32)))
     export_run(str(trained.path), tmp_path / "disk", form)
     files = sorted(p.name for p in (tmp_path / "memory").iterdir())
     assert files == sorted(p.name for p in (tmp_path / "disk").iterdir()) and len(files) > 6

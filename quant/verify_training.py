@@ -1,0 +1,71 @@
+"""Every weight of a directory against the one that the training forward used."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs.param_spec import Specs
+from quant.findings import Report
+from quant.layout import all_slots
+from quant.packed import Packed
+from quant.served import Serving, as_served
+from quant.source import LastBlock, WeightSource
+from quant.tensor_file import Checkpoint
+
+
+@dataclass(frozen=True)
+class Training:
+    """The masters of a step, and how its forward pass saw them: `amount` is the share of the grid (quant/served.py). Nothing
+    of it comes from the directory that is judged."""
+
+    weights: WeightSource
+    specs: Specs
+    serving: Serving
+    amount: float = 1.0
+
+
+def compare_to_training(checkpoint: Checkpoint, packed: dict[str, Packed], training: Training, report: Report) -> None:
+    """Every weight in the files against `as_served` of its master under jit; counts the differences per tensor."""
+    _check_grid({projection.group for projection in packed.values()}, training, report)
+    source, specs, serving = LastBlock(training.weights), training.specs, training.serving
+    amount = jnp.float32(training.amount)
+    served = jax.jit(lambda block, path: as_served(block, specs[path], serving, amount), static_argnums=1)
+    compared, wrong = 0, Counter()
+    for slot in all_slots(specs):
+        stem = slot.name.removesuffix(".weight")
+        if stem in packed:
+            stored = packed[stem].values(checkpoint)
+        elif slot.name in checkpoint:
+            stored = checkpoint.read(slot.name).astype(np.float32)
+        else:
+            report.error("reference", f"{slot.name} is not in the files")
+            continue
+        trained = slot.to_hf(np.asarray(served(source.read(slot.path, slot.block), slot.path)))
+        if stored.shape != trained.shape:
+            report.error("reference", f"{slot.name} has shape {stored.shape}, the training weights {trained.shape}")
+            continue
+        compared += trained.size
+        wrong[slot.name] += int((stored != trained).sum())
+    for name, count in wrong.items():
+        if count:
+            report.error("reference", f"{name}: {count:,} weights differ from those the training forward used")
+    report.note("reference", f"{compared:,} weights compared with the training forward, {sum(wrong.values()):,} differ")
+
+
+def _check_grid(groups: set[int], training: Training, report: Report) -> None:
+    """Says why weights will differ, where files and run do not mean the same grid."""
+    serving = training.serving
+    if groups and (serving.grid == "none" or training.amount < 1):
+        report.error("reference", "the files hold experts on the INT4 grid, on which the training forward of this step did not "
+                                  "have them: they were rounded afterwards")
+    elif not groups and serving.grid != "none" and training.amount > 0:
+        report.error("reference", f"the files hold experts off the grid, and the training forward of this step had them on "
+                                  f"{serving.grid.upper()}")
+    elif groups and groups != {serving.group_size}:
+        report.error("reference", f"the files hold groups of {', '.join(map(str, sorted(groups)))}, the training forward had "
+                                  f"groups of {serving.group_size}")
