@@ -355,12 +355,16 @@ def _keys(q, k, v, g, lse, delta, seen: Intervals, scale: float) -> tuple[Float[
                     slot = lax.rem(j - span[0], jnp.int32(stages))
                     plgpu.barrier_wait(filled.at[slot])
                     shape = (ROWS, queries)
-                    s = _logits(k_own.at[group], q_ring.at[slot])
+                    # This is `group`, but the compiler must not know that nothing here depends on j: before the loop it would
+                    # form all addresses in k_own and v_own, 40 registers. dk, dv and two tiles of logits leave fewer of 240:
+                    # at 192 and 128 ptxas then spills, and makes every product wait for the one before (its C7512).
+                    own = jnp.minimum(group, j + GROUPS)
+                    s = _logits(k_own.at[own], q_ring.at[slot])
                     p = jnp.exp2(s * (scale * LOG2E) - _cols(lse_ring[slot] * LOG2E, shape))
                     if masked:
                         key = lax.broadcasted_iota(jnp.int32, shape, 0) + (i * TILE + group * ROWS)
                         p = jnp.where((key >= _cols(low_ring[slot], shape)) & (key <= _cols(high_ring[slot], shape)), p, 0.0)
-                    dp = _logits(v_own.at[group], g_ring.at[slot])
+                    dp = _logits(v_own.at[own], g_ring.at[slot])
                     ds = (p * (dp - _cols(delta_ring[slot], shape))).astype(dtype)
                     multiply(dv_total, p.astype(dtype), g_ring.at[slot])
                     multiply(dk_total, ds, q_ring.at[slot])
