@@ -318,7 +318,7 @@ def _dashed(arguments: list[str]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    from train.stop import EXIT_USAGE
+    from train.stop import EXIT_INTERRUPTED, EXIT_USAGE
 
     verbs = sorted(VERBS)
     if not argv or argv[0] in ("-h", "--help"):
@@ -342,6 +342,9 @@ def main(argv: list[str]) -> int:
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except KeyboardInterrupt:
+        print(f"{verb} was stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

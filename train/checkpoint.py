@@ -10,7 +10,12 @@ On disk the state is a flat dict of arrays, `params/moe.attn.q_a`, `optimizer/..
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +85,15 @@ def storage_options(path: Any, x: Any):
     return options(shard_axes=tuple(axes)) if axes else options(chunk_byte_size=MOST_CHUNK) if x.nbytes > MOST_CHUNK else None
 
 
+NO_ROOM = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+"""What the system says where nothing more can be written. Python, Orbax and TensorStore raise it as different types."""
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """What fails in one of its threads they all log, each with a traceback, and it is raised here as well."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
 @dataclass
 class Restored:
     """A restored state, the step it is from, and a sentence for each newer checkpoint that was damaged."""
@@ -114,6 +128,7 @@ class Checkpoints:
     def _open(self):
         if self._checkpointer is None:
             ocp = orbax()
+            logging.getLogger("absl").addFilter(_not_of_orbax)
             policies = ocp.training.preservation_policies
             self._checkpointer = ocp.training.Checkpointer(
                 self.directory, preservation_policy=policies.AnyPreservationPolicy(
@@ -126,7 +141,7 @@ class Checkpoints:
         """Finished checkpoints, oldest first."""
         if not self.directory.is_dir():
             return []
-        return sorted(int(p.name) for p in self.directory.iterdir() if p.is_dir() and p.name.isdigit())
+        return sorted(int(p.name) for p in self.directory.iterdir() if p.is_dir() and p.name.isdecimal())
 
     def save(self, step: int, state: Any) -> None:
         """Start writing `state`; returns as soon as the device arrays may be reused."""
@@ -158,8 +173,7 @@ class Checkpoints:
                 return load(candidate), candidate, damaged
             except CheckpointError as error:
                 damaged.append(str(error))
-        raise CheckpointError("no sound checkpoint is left: " + "; ".join(damaged)
-                              + "; delete the folder to start again, or restore it from a copy")
+        raise CheckpointError("no sound checkpoint is left: " + "; ".join(damaged) + "; restore one from a copy")
 
     def _load(self, step: int, like: Any) -> Any:
         wanted, trouble = flat(like), None
@@ -191,10 +205,26 @@ class Checkpoints:
                                   f"arrays differ from what was saved, the first is {bad[0]}")
 
     def set_aside(self, newer_than: int) -> None:
-        """Rename checkpoints newer than a step to `damaged-STEP`: training goes on before them, nothing is deleted."""
+        """Rename checkpoints newer than a step to `damaged-STEP`, or `damaged-STEP-2` and so on where that was damaged before:
+        training goes on before them, nothing is deleted."""
         for step in self.steps():
             if step > newer_than:
-                (self.directory / str(step)).rename(self.directory / f"damaged-{step}")
+                names = itertools.chain([f"damaged-{step}"], (f"damaged-{step}-{n}" for n in itertools.count(2)))
+                free = next(path for path in map(self.directory.joinpath, names) if not path.exists())
+                (self.directory / str(step)).rename(free)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A CheckpointError where the disk is full, now or at an earlier `save`."""
+        try:
+            yield
+        except Exception as error:
+            said = next((words for words in NO_ROOM if words in str(error)), None)
+            if said is None:
+                raise
+            on = f": it goes on from step {self.steps()[-1]}" if self.steps() else ""
+            raise CheckpointError(f"{self.directory} cannot be written ({said}); free some space and run the same command "
+                                  f"again{on}") from error
 
     def close(self) -> None:
         """Wait until everything that was started is on disk."""

@@ -76,6 +76,14 @@ def held_out_rows(data: Data, batches: int) -> list[Batch]:
     return rows
 
 
+def require_same_ids(session: Session, weights) -> None:
+    """ConfigError if an train.weights.Weights reads the ids of a run's data as other text."""
+    same = weights.tokenizer is session.tokenizer or weights.tokenizer.fingerprint() == session.tokenizer.fingerprint()
+    if not same or weights.model.vocab_size != session.cfg.model.vocab_size:
+        raise ConfigError(f"{weights.name} has another {'vocabulary' if same else 'tokenizer'} than the run's data; evaluate it "
+                          "with a run of its own (weights without a tokenizer file count as bytes)")
+
+
 class Evaluator:
     """The held-out rows of a run."""
 
@@ -89,8 +97,7 @@ class Evaluator:
 
     def of_served(self, weights) -> dict[str, float]:
         """Loss of an train.weights.Weights."""
-        if weights.model.vocab_size != self.session.cfg.model.vocab_size:
-            raise ConfigError(f"{weights.name} has another vocabulary than the run's data")
+        require_same_ids(self.session, weights)
         return self._evaluate(weights.params, 0.0, SERVED, self.session.cfg.train.eval_batches, weights.model)
 
     def _setting(self, serving: Serving, model: ModelConfig) -> Setting:
@@ -114,6 +121,6 @@ class Evaluator:
             source_bytes += self.data.source_bytes(batch)
         nll, weight = totals.tolist()
         out = {"held_out_loss": nll / weight}
-        if not session.cfg.data.paths:
+        if not session.cfg.data.paths or not source_bytes:  # of rows that train special tokens only
             return out
         return out | {"bits_per_byte": nll / math.log(2) / source_bytes}

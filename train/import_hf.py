@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -104,7 +105,8 @@ def _import(directory: Path, named: str, base: RunConfig, preset: str, run: RunD
     cfg = dataclasses.replace(base, model=found.model, quant=found.quant, train=dataclasses.replace(base.train, seq_len=rows),
                               data=dataclasses.replace(base.data, tokenizer=tokenizer, **template_settings(directory))).checked()
     session = open_session(cfg)
-    files = Imported(directory, session.specs, prefix=found.prefix, for_training=found.quant.grid != "none")
+    files = Imported(directory, session.specs, prefix=found.prefix,
+                     trained_groups=found.quant.group_size if found.quant.grid != "none" else None)
     shardings = param_shardings(session.specs, session.mesh)
     params = _place(files, session.specs, shardings, jnp.dtype(cfg.optim.master_dtype), named)
     left_out = (f"left out, {reason}: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
@@ -112,13 +114,20 @@ def _import(directory: Path, named: str, base: RunConfig, preset: str, run: RunD
     for note in (*found.notes, *left_out):
         console.print(note, markup=False)
     processes.meet("before anything is written")
-    if processes.first():
-        run.write_config(cfg, {"compute_dtype": session.compute_dtype, "imported_from": named, "versions": interpreter()})
-    processes.require_all(run.appears(), f"see {run.path}; on several hosts it must be a directory that all of them share")
     checkpoints = Checkpoints(run.checkpoints, cfg.train.keep)
-    checkpoints.save(0, {"params": params})
-    checkpoints.close()
-    console.print(f"imported {human(sum(s.size for s in session.specs.values()))} weights into {run.path} "
-                  f"({'INT4 grid' if found.quant.grid != 'none' else found.model.dtype}); train on with: "
-                  f"python launch.py train --preset {preset} --run {run.path}-tuned --train.init-from {run.path}")
+    with processes.alone(run, new=True), checkpoints.writing():
+        if processes.first():
+            if beside:  # the run outlives the directory that it came from
+                copy = run.tokenizer.absolute() / Path(beside).name
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(beside, copy)
+                cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, tokenizer=str(copy)))
+            run.write_config(cfg, {"compute_dtype": session.compute_dtype, "imported_from": named, "versions": interpreter()})
+        processes.require_all(run.appears(), f"see {run.path}; on several hosts it must be a directory that all of them share")
+        checkpoints.save(0, {"params": params})
+        checkpoints.close()
+    held = "INT4 grid" if found.quant.grid != "none" else found.model.dtype
+    console.print(f"imported {human(sum(s.size for s in session.specs.values()))} weights into {run.path} ({held}, kept in "
+                  f"{cfg.optim.master_dtype}); train on with: python launch.py train --preset {preset} --run {run.path}-tuned "
+                  f"--train.init-from {run.path}")
     return 0

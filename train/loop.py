@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,8 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
     """
     started, compiling = time.monotonic(), compile_seconds()
     facts = run.load_facts() if run.exists() else {}
+    if not facts and Checkpoints(run.checkpoints).steps():
+        raise ConfigError(f"{run.path} holds checkpoints but no config.json; restore it, or name a new directory with --run")
     if facts.get("imported_from"):
         raise ConfigError(f"{run.path} holds imported weights; name a new directory with --run and start there with "
                           f"--train.init-from {run.path}")
@@ -109,23 +112,30 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
     machine = build(session)
     landmarks = (cfg.quant.start_step,) if cfg.quant.grid != "none" and cfg.quant.start_step else ()
     checkpoints = Checkpoints(run.checkpoints, cfg.train.keep, landmarks)
-    state, step = starting_state(session, machine.optimizer, checkpoints, run, machine.compile_first)
-    if known.data.mixture != cfg.data.mixture:
-        mixtures.append((step, known.data.mixture))
-        data = open_data(cfg, session.tokenizer, mixtures)
-        console.print(f"mixture {known.data.mixture} until step {step}, {cfg.data.mixture} from there on")
-    _announce(run, session, data, mixtures, step)
-    if step >= cfg.train.steps:
-        console.print(f"already trained to step {step}; raise --train.steps to go on")
-        return EXIT_DONE
-    try:
-        with StopSignal() as stop:
-            state, step = run_steps(machine, data, state, step, checkpoints, run, stop, started, compiling)
-    except Exception as error:
-        if not processes.lost_another(error):  # all of them finish what they were saving, or none can
+    with ExitStack() as held:
+        if facts:  # a restart may put damaged checkpoints aside; nothing of a new run is there before it is announced
+            held.enter_context(processes.alone(run))
+        state, step = starting_state(session, machine.optimizer, checkpoints, run, machine.compile_first)
+        # A late process must not find the files of an early one.
+        processes.require_same("the run's settings, data and step", config_hash(cfg), data.plan_hash, step)
+        if step >= cfg.train.steps:
+            console.print(f"already trained to step {step}; raise --train.steps to go on")
+            return EXIT_DONE
+        if known.data.mixture != cfg.data.mixture:
+            mixtures.append((step, known.data.mixture))
+            data = open_data(cfg, session.tokenizer, mixtures)
+            console.print(f"mixture {known.data.mixture} until step {step}, {cfg.data.mixture} from there on")
+        if not facts:
+            held.enter_context(processes.alone(run, new=True))
+        _announce(run, session, data, mixtures, step)
+        with checkpoints.writing(), StopSignal() as stop:  # what is being saved at the end is waited for under it too
+            try:
+                state, step = run_steps(machine, data, state, step, checkpoints, run, stop, started, compiling)
+            except Exception as error:
+                if not processes.lost_another(error):  # all of them finish what they were saving, or none can
+                    checkpoints.close()
+                raise
             checkpoints.close()
-        raise
-    checkpoints.close()
     if stop.requested:
         console.print(f"stopped by {stop.requested} after step {step}, saved; the same command goes on from there")
         return EXIT_STOPPED
@@ -136,8 +146,6 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
 def _announce(run: RunDir, session: Session, data: Data, mixtures: Table, step: int) -> None:
     """Write what the run is into its directory, and print what will be trained on what."""
     cfg = session.cfg
-    # A late process must not find the files of an early one.
-    processes.require_same("the run's settings, data and step", config_hash(cfg), data.plan_hash, step)
     if processes.first():
         run.write_config(cfg, {"compute_dtype": session.compute_dtype, "plan_hash": data.plan_hash,
                                "plan_version": PLAN_VERSION, "mixtures": mixtures,
@@ -156,6 +164,9 @@ def _announce(run: RunDir, session: Session, data: Data, mixtures: Table, step: 
                   + ", ".join(f"{k} {v}" for k, v in data.describe().items()))
     if cfg.quant.grid != "none":
         console.print(str(coverage(session.specs, cfg.quant)), markup=False)
+        if cfg.quant.start_step >= cfg.train.steps:
+            console.print(f"[yellow]no step trains the experts on the grid[/]: it begins at step {cfg.quant.start_step} and the "
+                          f"run ends at {cfg.train.steps}; set --quant.start-step lower")
     console.print(f"{human(sum(s.size for s in session.specs.values()))} parameters on {jax.device_count()} x "
                   f"{jax.devices()[0].device_kind}, compute in {session.compute_dtype}, {cfg.train.steps - step} steps of "
                   f"{human(cfg.train.batch_size * cfg.train.seq_len)} tokens to do")
@@ -193,6 +204,7 @@ def run_steps(machine: Machine, data: Data, state: TrainState, step: int, checkp
             if reported:
                 recorder.report(codes.report(state.params))
             if last or stopping or step in checkpoints.landmarks or step % cfg.train.checkpoint_every == 0:
+                recorder.catch_up()
                 with recorder.apart():
                     checkpoints.save(step, state)
             if data.holds_out and (last or (cfg.train.eval_every and step % cfg.train.eval_every == 0)):

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.schema import ConfigError
+from train.run_dir import RunDir
 from train.stop import EXIT_FAILED, EXIT_LOST, EXIT_USAGE
 
 COORDINATOR, COUNT, INDEX = "ABRUZZI_COORDINATOR", "ABRUZZI_PROCESSES", "ABRUZZI_PROCESS"
@@ -94,6 +96,21 @@ def require_all(fine: bool, what: str) -> None:
 def agree(number: int) -> int:
     """The first process's number, in all of them."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if several() else number
+
+
+@contextmanager
+def alone(run: RunDir, new: bool = False) -> Iterator[None]:
+    """The run belongs to these processes for the length of the block; ConfigError in all of them where it is another's, or was
+    begun by another since it was found to be `new`. The first one holds the lock. Waits for all."""
+    held = run.lock() if first() else None
+    try:
+        if failing(not first() or (held is not None and not (new and run.exists()))) is not None:
+            raise ConfigError(f"{run.path} is being trained by another process; wait until that has ended, or name another "
+                              "directory with --run")
+        yield
+    finally:
+        if held:
+            held.close()
 
 
 OWN_FAILURES = re.compile("RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED|[Cc]ompil")

@@ -85,6 +85,10 @@ class Recorder:
         self._write()
         self.pending = (step, metrics)
 
+    def catch_up(self) -> None:
+        """Write the step that was just started, before something is saved that holds it."""
+        self._write()
+
     def measure_optimizer(self, time_update: Callable[[TrainState], float], state: TrainState) -> None:
         """Time the update by itself."""
         with self.apart():

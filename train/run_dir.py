@@ -1,14 +1,16 @@
-"""A run is a directory: config.json, metrics.jsonl, checkpoints/, export/, report.md."""
+"""A run is a directory: config.json, metrics.jsonl, checkpoints/, tokenizer/ of an import, export/, report.md."""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from configs.schema import (
     ConfigError,
@@ -30,6 +32,9 @@ MAY_CHANGE = {"mesh", "profile", "train.log_every", "train.eval_every", "train.e
               "train.init_from", "train.fork_from"}
 """What a resumed run may set anew: where and how it runs, how long, what it prints. The rest would change what is trained."""
 
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+"""What file systems say that know no locks."""
+
 
 def to_dict(cfg: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(cfg)))
@@ -49,7 +54,11 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
 
 def config_hash(cfg: RunConfig) -> str:
     """12 hex digits over the whole resolved config."""
-    return hashlib.sha256(json.dumps(to_dict(cfg), sort_keys=True).encode()).hexdigest()[:12]
+    return _hash(to_dict(cfg))
+
+
+def _hash(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
@@ -91,12 +100,31 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def tokenizer(self) -> Path:
+        """A copy of the tokenizer that came with imported weights."""
+        return self.path / "tokenizer"
+
+    @property
     def left_out(self) -> Path:
         """Rows of the data that are not trained on, and why."""
         return self.path / "left_out.txt"
 
     def exists(self) -> bool:
         return (self.path / "config.json").exists()
+
+    def lock(self) -> TextIO | None:
+        """Holds the run for whoever writes it, until the file is closed or the process dies; None where another one does."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = open(self.path / ".lock", "a")  # noqa: SIM115  (open is what locks; some file systems want it writable)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                file.close()
+                if not isinstance(error, BlockingIOError):
+                    raise
+                return None
+        return file
 
     def load_facts(self) -> dict[str, Any]:
         """What config.json says: the config, its hash, and where and on what the run was started."""
@@ -105,20 +133,28 @@ class RunDir:
             raise ConfigError(f"{self.path} is not a run directory: it has no config.json; train there first, "
                               f"or name another with --run")
         try:
-            return json.loads(file.read_text())
-        except json.JSONDecodeError as error:
+            facts = json.loads(file.read_text())
+        except ValueError as error:  # no JSON, or no UTF-8
             raise ConfigError(f"{file} is not JSON ({error}); restore it from a copy") from error
+        if not isinstance(facts, dict):
+            raise ConfigError(f"{file} holds no JSON object; restore it from a copy")
+        return facts
 
     def load_config(self) -> RunConfig:
-        """The config the run was started with."""
+        """The config the run was started with; a tokenizer that lies in the directory is found wherever that was moved."""
         facts = self.load_facts()
         if "model_type" in facts:
             raise ConfigError(f"{self.path} is a Hugging Face directory, not a run; import it first: python launch.py import "
                               f"{self.path} --run runs/NEW")
         try:
-            return from_dict(facts["config"])
-        except (KeyError, TypeError) as error:
+            if _hash(facts["config"]) != facts["hash"]:
+                raise ConfigError(f"{self.path / 'config.json'} was damaged or edited, its settings have another hash than it "
+                                  "says; restore it from a copy, and change settings by flags")
+            cfg = from_dict(facts["config"])
+            own = self.tokenizer.absolute() / Path(cfg.data.tokenizer).name
+        except (AttributeError, KeyError, TypeError) as error:
             raise ConfigError(f"{self.path / 'config.json'} is not a run's config ({error}); restore it from a copy") from error
+        return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, tokenizer=str(own))) if own.is_file() else cfg
 
     def step_before_grid(self) -> int:
         """The checkpoint at quant.start_step: the last state that no grid has touched."""
@@ -136,24 +172,37 @@ class RunDir:
         os.replace(temporary, self.path / "config.json")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Every step's record; a step that was run again after a restart counts once, the last time."""
+        """Every step's record; a step that was run again after a restart counts once, the last time. Lines that a kill cut in
+        half or the disk damaged are left out."""
         if not self.metrics.exists():
             return []
         rows: dict[tuple, dict] = {}
-        for line in self.metrics.read_text().splitlines():
+        for line in self.metrics.read_text(errors="replace").splitlines():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line a kill cut in half
-            rows[(row.get("kind", "step"), row["step"])] = row
+            except ValueError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("kind"), str) and isinstance(row.get("step"), int):
+                rows[row["kind"], row["step"]] = row
         return sorted(rows.values(), key=lambda r: r["step"])
+
+
+def split_source(source: str) -> tuple[RunDir, str]:
+    """The run of RUN[@STEP], and STEP or "". A run's own name may have an @, and what is there decides: `x@5` is the run of that
+    name, not step 5 of `x`, where only the first is a run."""
+    path, at, step = source.rpartition("@")
+    stepped = bool(at) and (step == "grid" or step.isdecimal())
+    if not at or (RunDir(source).exists() and not (stepped and RunDir(path).exists())):
+        return RunDir(source), ""
+    return RunDir(path), step
 
 
 def with_network_of(base: RunConfig, run: str | None, source: str) -> RunConfig:
     """`base` with the model and the tokenizer of the run RUN[@STEP] whose weights are gone on from, or of `run` itself once it
     is there: weights come with their network, and their ids with a tokenizer."""
-    known = next((found for found in map(RunDir, filter(None, (run, source.partition("@")[0]))) if found.exists()), None)
-    if known is None:
+    here = RunDir(run) if run else None
+    known = here if here and here.exists() else split_source(source)[0]
+    if not known.exists():
         return base
     theirs = known.load_config()
     data = dataclasses.replace(base.data, tokenizer=theirs.data.tokenizer)

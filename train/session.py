@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from train import processes
 from train.checkpoint import Checkpoints, Restored
 from train.console import console
 from train.mesh import check_mesh, make_mesh, param_shardings, platform
-from train.run_dir import RunDir
+from train.run_dir import RunDir, split_source
 
 
 def fastest_dtype() -> str:
@@ -78,11 +77,10 @@ def open_to_look(run: RunDir, compute_dtype: str | None = None) -> Session:
 
 def parse_source(source: str) -> tuple[RunDir, int | None]:
     """RUN, RUN@STEP, or RUN@grid for the last step before the experts met the grid."""
-    path, _, step = source.partition("@")
-    run = RunDir(Path(path))
+    run, step = split_source(source)
     if step == "grid":
         return run, run.step_before_grid()
-    if step and not step.isdigit():
+    if step and not step.isdecimal():
         raise ConfigError(f"{source} should be a run directory, RUN@STEP with a whole number, or RUN@grid")
     return run, int(step) if step else None
 

@@ -15,6 +15,8 @@ EXIT_USAGE = 2
 """A wrong command, config or file; nothing was changed."""
 EXIT_STOPPED = 75
 """Stopped by a signal after saving: the same command goes on. (EX_TEMPFAIL; schedulers may requeue on it.)"""
+EXIT_INTERRUPTED = 130
+"""Ctrl-C where there was nothing to save: shells' number for it."""
 EXIT_LOST = 76
 """One of several processes ended without being asked; the others were ended too. The same command goes on from the newest
 checkpoint."""

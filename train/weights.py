@@ -64,6 +64,8 @@ def load_weights(source: str, dtype: str | None = None) -> Weights:
     Of a directory int4 keeps the experts packed in memory, bf16 unpacks them; see `load_export` for the default.
     """
     match = re.fullmatch(rf"(.+?)(?::({'|'.join(KINDS)}))?", source)
+    if match is None:
+        raise ConfigError(f"{source!r} names no weights; give a run directory or an exported one")
     where, kind = match[1], match[2]
     directory = Path(where.partition("@")[0])
     if (directory / "checkpoints").is_dir():
@@ -75,9 +77,16 @@ def load_weights(source: str, dtype: str | None = None) -> Weights:
     raise ConfigError(f"{where} is neither a run directory (no checkpoints/) nor an exported one (no safetensors file)")
 
 
-def load_arms(arms: Sequence[str]) -> list[tuple[str, Weights]]:
-    """Weights by name: each arm is NAME=WEIGHTS, or WEIGHTS, which then are the name as well."""
+def load_arms(arms: Sequence[str], taken: Sequence[str] = ()) -> list[tuple[str, Weights]]:
+    """Weights by name: each arm is NAME=WEIGHTS, or WEIGHTS, which then are the name as well. ConfigError if two have one name,
+    or one has a name that is `taken`."""
     named = [tuple(arm.split("=", 1)) if "=" in arm else (arm, arm) for arm in arms]
+    names = [*taken, *(name for name, _ in named)]
+    for arm, (name, source) in zip(arms, named):
+        if not name:
+            raise ConfigError(f"the arm {arm!r} has no name; write NAME=WEIGHTS")
+        if names.count(name) > 1:
+            raise ConfigError(f"two arms are named {name}, and one would take the other's place; write NEW={source}")
     return [(name, load_weights(source)) for name, source in named]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import launch
+from configs.presets import preset
 from configs.schema import MeshConfig, ModelConfig, QuantConfig
 from data.tokenizer import load_tokenizer
 from model.transformer import param_specs
@@ -16,7 +17,7 @@ from quant.export import export_model
 from quant.importer import Imported
 from quant.source import InMemory
 from train.mesh import make_mesh, param_shardings
-from train.run_dir import RunDir
+from train.run_dir import RunDir, with_network_of
 from train.stop import EXIT_DONE, EXIT_USAGE
 from train.weights import load_weights
 
@@ -73,6 +74,24 @@ def test_system_message_and_mode_travel_with_the_weights(checkpoint, tmp_path):
                                  (told, "Be brief.", "preserved"), (run, "Be brief.", "preserved")):
         weights = load_weights(f"{source}:bf16", dtype="float32")
         assert (weights.system, weights.mode) == (system, mode)
+
+
+def test_an_import_needs_its_source_no_longer(checkpoint, tmp_path, capsys):
+    """The tokenizer is the run's own, wherever that is moved, and comes with the weights to a run that starts from it. What is
+    kept of the weights is said."""
+    source, run, blob = shutil.copytree(checkpoint, tmp_path / "source"), tmp_path / "run", tmp_path / "0a1b2c"
+    load_tokenizer("bytes").save(source)
+    read = load_tokenizer(str(source)).fingerprint()
+    (source / "tokenizer.json").rename(blob)
+    (source / "tokenizer.json").symlink_to(blob)  # as a cache of Hugging Face's keeps files
+    assert launch.main(["import", str(source), "--run", str(run), *SMALL, "--optim.master-dtype", "bfloat16"]) == EXIT_DONE
+    assert f"weights into {run} (float32, kept in bfloat16)" in capsys.readouterr().out
+    shutil.rmtree(source)
+    blob.unlink()
+    assert RunDir(run).load_config().data.tokenizer == str(run / "tokenizer" / "tokenizer.json")
+    moved = run.rename(tmp_path / "moved")
+    assert load_weights(str(moved)).tokenizer.fingerprint() == read
+    assert with_network_of(preset("tiny"), None, f"{moved}@0").data.tokenizer == str(moved / "tokenizer" / "tokenizer.json")
 
 
 def test_a_mesh_gets_its_parts_one_by_one(checkpoint, weights, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The command line as a user meets it: every verb on a small run, and what wrong commands say."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,7 +10,9 @@ import pytest
 from jax.profiler import ProfileData
 
 import launch
-from train.run_dir import RunDir
+from configs.presets import preset
+from train.run_dir import RunDir, with_network_of
+from train.session import parse_source
 from train.stop import EXIT_DONE, EXIT_USAGE
 
 WRONG = {
@@ -23,6 +26,7 @@ WRONG = {
     "odd width in a plan": (["plan", "--model.hidden-size", "100"], "model.hidden_size=100 is not divisible by"),
     "rows without end": (["data", "--train.seq-len", "8192"], "more than model.max_position_embeddings=4096"),
     "odd step": (["export", "runs/x@last"], "should be a run directory, RUN@STEP"),
+    "odd digit": (["export", "runs/x@²"], "should be a run directory, RUN@STEP"),
 }
 
 
@@ -50,6 +54,24 @@ def test_a_wrong_field_names_the_right_one(arguments, sentence, capsys, tmp_path
     assert stop.value.code == EXIT_USAGE
     assert sentence in "".join(capsys.readouterr())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_name_with_an_at(tmp_path, monkeypatch):
+    """What is there decides; where a run and a step of another are meant by one word, the step is."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "a@5", "me@home", "b@7"):
+        RunDir(name).write_config(preset("tiny"), {})
+    for source, path, step in (("a@20", "a", 20), ("a@5", "a", 5), ("a@5@20", "a@5", 20), ("me@home", "me@home", None),
+                               ("me@home@20", "me@home", 20), ("b@7", "b@7", None), ("b@7@9", "b@7", 9), ("a", "a", None),
+                               ("a@grid", "a", preset("tiny").quant.start_step), ("new@3", "new", 3), ("7", "7", None)):
+        run, found = parse_source(source)
+        assert (str(run.path), found) == (path, step), source
+    other = dataclasses.replace(preset("tiny"), model=dataclasses.replace(preset("tiny").model, hidden_size=96))
+    RunDir("me@home").write_config(other, {})
+    for source in ("me@home", "me@home@20"):
+        assert with_network_of(preset("tiny"), None, source).model == other.model
+    assert with_network_of(preset("tiny"), "a", "gone@grid") == preset("tiny")
+    assert with_network_of(other, "new", "gone@last") == other
 
 
 def test_both_spellings_of_a_field():
