@@ -86,7 +86,9 @@ def transpose(ref):
 def run(tiles: Tiles, tables: tuple[Array, ...], operands: tuple[Array, ...], out: jax.ShapeDtypeStruct, *, flops: int,
         moved: int, cores: int = CORES) -> Array:
     """The kernel on `operands` (16-bit floats, last axes multiples of 64) with int32 `tables` in global memory. Reading
-    past an operand gives zeros, writing past the output does nothing. flops, bytes moved: see `stated`."""
+    past an operand gives zeros and writing past the output does nothing, but not by columns where it has only 64 of 16 bits
+    (32 of 32): jax drops an axis of a single tile from the copy, index and all, and the part past the edge lands inside.
+    flops, bytes moved: see `stated`."""
     dtype = operands[0].dtype
     chunk = 128 // out.dtype.itemsize
     ring = sum(rows * columns for rows, columns in tiles.boxes) * dtype.itemsize

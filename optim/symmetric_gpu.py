@@ -22,8 +22,9 @@ HEIGHT, WIDTH, STEP = 128, 256, 64
 
 
 def takes(m: int, k: int) -> bool:
-    """Whether the kernel can multiply [m, k] 16-bit floats: squares of 64 x 64 are mirrored, k is read in whole swizzles."""
-    return AVAILABLE and m % 64 == 0 and k % STEP == 0
+    """Whether the kernel can multiply [m, k] 16-bit floats: squares of 64 x 64 are mirrored, k is read in whole swizzles. A
+    tile may hang over the edge of an output of several squares, not of one (see `hopper.run`)."""
+    return AVAILABLE and m > 64 and m % 64 == 0 and k % STEP == 0
 
 
 def symmetric(x: Float[Array, "*B m k"], y: Float[Array, "*B m k"], cores: int = hopper.CORES) -> Float[Array, "*B m m"]:

@@ -31,9 +31,10 @@ BLOCKS = (64, 128)
 
 
 def takes(dtype, block: int, *widths: int) -> bool:
-    """Whether the kernels can multiply this: WGMMA wants 16-bit floats, TMA whole swizzles."""
+    """Whether the kernels can multiply this: WGMMA wants 16-bit floats, TMA whole swizzles. In blocks of 64 rows the two
+    workers share a tile's columns, and where the output has 64 the second one's may not hang over (see `hopper.run`)."""
     return (block in BLOCKS and dtype in (jnp.bfloat16, jnp.float16)
-            and all(width % STEP == 0 for width in widths))
+            and all(width % STEP == 0 for width in widths) and (block > STEP or min(widths) > STEP))
 
 
 def tile_width(width: int, multiple: int = 64) -> int:

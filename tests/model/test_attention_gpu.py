@@ -1,6 +1,8 @@
 """Attention for Hopper: which tiles it visits, and the kernels in Pallas' interpreter, which also reports data races. It
-runs where jax has one (0.12). That the code compiles: tests/plan/test_attention_compile.py; on a device: tests/gpu."""
+runs where jax has one (0.12). That the code compiles: tests/plan/test_attention_compile.py; what it then does:
+tests/plan/test_ptx.py; on a device: tests/gpu."""
 
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +14,8 @@ from kernels import hopper
 from model import attention
 from model.kernels import attention_gpu
 from model.kernels.intervals import Intervals
-from tests.model.interpret_gpu import PRESENT, interpreted
+from tests.model import interpret_gpu
+from tests.model.interpret_gpu import PRESENT, interpreted_attention, sabotaged
 from tests.model.test_attention import inputs, packed
 
 
@@ -79,8 +82,23 @@ def test_interpreted(S, H, d, v, kind, chunks, monkeypatch):
         at = jnp.asarray(np.r_[S // 4:S // 2, 3 * S // 4:S])
         for x in (args, exact):
             x[0], x[3] = x[0][:, at], x[3][:, at]
-    with interpreted(monkeypatch):
+    with interpreted_attention(monkeypatch):
         compare(attention_gpu.attend, args, exact, segments, at, 0.1308609)
+
+
+@pytest.mark.skipif(not PRESENT, reason="this jax has no GPU interpreter")
+@pytest.mark.parametrize("product, release", [
+    ("                s = _logits(own, k_ring.at[slot], take_turns)\n",
+     "                plgpu.barrier_arrive(k_freed.at[slot])\n"),
+    ("                part = pl.run_scoped(values, plgpu.ACC((ROWS, dv), jnp.float32))\n",
+     "                plgpu.barrier_arrive(v_freed.at[slot])\n")], ids=["k", "v"])
+def test_a_tile_handed_back_too_early_is_a_race(product, release, monkeypatch):
+    """Before it is multiplied: the detector is told what WGMMA reads."""
+    copy = sabotaged(attention_gpu, (product + release, release + product))
+    for module in (interpret_gpu, sys.modules[__name__]):
+        monkeypatch.setattr(module, "attention_gpu", copy)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RACE DETECTED"):
+        test_interpreted(300, 1, 64, 64, "whole", False, monkeypatch)
 
 
 def test_what_the_kernels_do_not_take(monkeypatch):

@@ -1,6 +1,6 @@
 """The Hopper kernels in Pallas' interpreter, threads, barriers and copies included; it reports data races. It runs where
-jax has one (0.12). What it cannot show: WGMMA and TMA as the chip does them (tests/gpu), and that ptxas accepts the code
-(tests/plan/test_kernels_compile.py)."""
+jax has one (0.12). What it cannot show: TMA as jax lowers it and products that go on for a while (tests/plan/test_ptx.py),
+that ptxas accepts the code (tests/plan/test_kernels_compile.py), and the chip (tests/gpu)."""
 
 import importlib
 import sys
@@ -14,15 +14,11 @@ from kernels import hopper
 from model import grouped_matmul
 from model.kernels import grouped_matmul_decode, grouped_matmul_gpu
 from quant.resident import Int4Weight, to_int4
+from tests.model.interpret_gpu import PRESENT, interpreted, sabotaged
 
-interpreted = pytest.mark.skipif(not hasattr(hopper.plgpu, "InterpretGPUParams"), reason="this jax has no GPU interpreter")
+needs_interpreter = pytest.mark.skipif(not PRESENT, reason="this jax has no GPU interpreter")
 BLOCK_EXPERT, E = [0, 0, 2, 4], 4
 """Experts 1 and 3 have no rows, the last block is nobody's."""
-
-
-def here():
-    return hopper.plgpu.force_gpu_interpret_mode(hopper.plgpu.InterpretGPUParams(
-        num_cores_or_threads=3, detect_races=True, out_of_bounds_reads="uninitialized"))
 
 
 def inputs(block, *shapes):
@@ -34,13 +30,13 @@ def inputs(block, *shapes):
     return [draw if len(s) > 1 else jnp.where(owned, draw, 0) for draw, s in zip(draws, shapes, strict=True)]
 
 
-@interpreted
+@needs_interpreter
 @pytest.mark.parametrize("block, transposed, I, O", [(64, False, 128, 192), (128, True, 192, 320)])
-def test_rows(block, transposed, I, O):
+def test_rows(block, transposed, I, O, monkeypatch):
     """Two cores share the tiles; 192 and 320 columns hang over the last tile's edge; three steps on a ring of a few buffers."""
     x, w = inputs(block, (I,), (E, O, I) if transposed else (E, I, O))
     expert = jnp.array(BLOCK_EXPERT)
-    with here():
+    with interpreted(monkeypatch, out_of_bounds_reads="uninitialized"):
         mine = grouped_matmul_gpu.rows(x, w, expert, transposed, cores=2)
     x64, w64 = np.asarray(x, np.float64).reshape(4, block, I), np.asarray(w, np.float64)
     w64 = np.concatenate([w64, np.zeros((1, *w.shape[1:]))])[BLOCK_EXPERT]
@@ -49,12 +45,23 @@ def test_rows(block, transposed, I, O):
     assert np.abs(np.asarray(mine, np.float64) - want).max() <= 4e-3 * np.abs(want).max()  # one rounding to bfloat16
 
 
-@interpreted
-def test_weights():
+@needs_interpreter
+def test_a_buffer_handed_back_too_early_is_a_race(monkeypatch):
+    """Before it is multiplied: the detector is told what WGMMA reads."""
+    monkeypatch.setattr(grouped_matmul_gpu, "hopper", sabotaged(hopper, (
+        "tiles.multiply(acc, warpgroup, *(buffer", "release(step)\n                    tiles.multiply(acc, warpgroup, *(buffer"),
+        ("                        release(step - 1)", "                        pass"),
+        ("                    release(steps - 1)", "                    pass")))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RACE DETECTED"):
+        test_rows(128, True, 192, 320, monkeypatch)
+
+
+@needs_interpreter
+def test_weights(monkeypatch):
     """Sums over an expert's blocks; zeros, not what memory held, for experts without rows."""
     D, F, block = 192, 320, 64
     x, y = inputs(block, (D,), (F,))
-    with here():
+    with interpreted(monkeypatch, out_of_bounds_reads="uninitialized"):
         mine = np.asarray(grouped_matmul_gpu.weights(x, y, jnp.array(BLOCK_EXPERT), E, jnp.float32, cores=2), np.float64)
     x64, y64 = (np.asarray(a, np.float64).reshape(4, block, -1) for a in (x, y))
     want = np.zeros((E + 1, D, F))
@@ -95,8 +102,9 @@ def test_tiles_hang_over_little(width, tile):
 
 
 @pytest.mark.parametrize("dtype, block, widths, taken", [
-    (jnp.bfloat16, 64, (64, 1408), True), (jnp.float16, 128, (7168, 4096), True), (jnp.bfloat16, 8, (64, 64), False),
-    (jnp.float32, 64, (64, 64), False), (jnp.bfloat16, 64, (64, 72), False)])
+    (jnp.bfloat16, 64, (128, 1408), True), (jnp.float16, 128, (7168, 4096), True), (jnp.bfloat16, 8, (128, 128), False),
+    (jnp.float32, 64, (128, 128), False), (jnp.bfloat16, 64, (128, 72), False),
+    (jnp.bfloat16, 128, (64, 64), True), (jnp.bfloat16, 64, (64, 1408), False), (jnp.bfloat16, 64, (1408, 64), False)])
 def test_what_the_kernels_take(dtype, block, widths, taken):
     """The rest is batched: test_three_products walks the registry with blocks of 8."""
     assert grouped_matmul_gpu.takes(dtype, block, *widths) == taken

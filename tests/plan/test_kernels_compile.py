@@ -39,7 +39,7 @@ def kernels(program):
 
 
 @pytest.mark.parametrize("block", grouped_matmul_gpu.BLOCKS)
-@pytest.mark.parametrize("D, F", [(2048, 2816), (1408, 2048), (7168, 4096), (128, 64)])
+@pytest.mark.parametrize("D, F", [(2048, 2816), (1408, 2048), (7168, 4096), (128, 192)])
 def test_grouped_matmul(D, F, block):
     """Forward, gradient of the rows, gradient of the weights at Moonlight's, K2's and tiny widths: one kernel each, which
     states its FLOPs, and no temporary array worth the name: least of all one as large as gathered weights."""
