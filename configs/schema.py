@@ -265,8 +265,9 @@ class DataConfig:
 
     def __post_init__(self):
         require(0 <= self.validation_fraction < 1, "data.validation_fraction must lie in [0, 1)")
-        require(not self.mixture or len(self.mixture) == len(self.paths) and min(self.mixture) > 0,
-                f"data.mixture needs one weight above 0 for each of the {len(self.paths)} data.paths, not {self.mixture}")
+        require(not self.mixture or len(self.mixture) == len(self.paths) and all(weight > 0 for weight in self.mixture)
+                and math.isfinite(sum(self.mixture)),
+                f"data.mixture needs one finite weight above 0 for each of the {len(self.paths)} data.paths, not {self.mixture}")
         lo, hi = self.task_length
         require(1 <= lo <= hi, f"data.task_length must be two counts, the first at most the second, not {lo} {hi}")
 
@@ -316,6 +317,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "batch_size", "seq_len", "accumulate", "log_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
+        require(-2**63 <= self.seed < 2**63, f"train.seed has 64 bits, with its sign; {self.seed} needs more")
         require(self.keep >= 2, "train.keep must be at least 2: a damaged newest checkpoint needs one to fall back to")
         _not_negative("train", self, "z_loss balance_loss eval_every eval_batches")
         require(not (self.init_from and self.fork_from), "train.init_from and train.fork_from exclude each other")
@@ -380,6 +382,8 @@ class RunConfig:
                 f"train.seq_len={self.train.seq_len} is more than model.max_position_embeddings="
                 f"{self.model.max_position_embeddings}, which the exported config promises; raise that too, and "
                 "model.yarn_factor to extend a trained context")
+        require(self.data.system is None or not any("\ud800" <= character <= "\udfff" for character in self.data.system),
+                "data.system holds half a character, which no file can: what a shell hands over has to be UTF-8")
         if self.quant.grid != "none":
             for name in ("hidden_size", "moe_intermediate_size"):
                 width = getattr(self.model, name)

@@ -35,7 +35,7 @@ class Account:
     """Tokens rendered, and tokens if only the longest row of each conversation were: the cost of a row per segment."""
     files: int = 0
     skipped_files: int = 0
-    """Files of folders that hold nothing that can be read."""
+    """What is passed over in folders: files that cannot be read, links to folders, run directories."""
     rejected: list[str] = field(default_factory=list)
     """WHERE: why, for every conversation, row or file that was left out."""
     remarks: list[str] = field(default_factory=list)

@@ -15,10 +15,10 @@ from data.arrays import Mapped, Part, TokenRow
 
 TEXT, CHAT, IDS = range(3)
 """Kinds of documents. Those of a source are ordered by kind."""
-COLUMNS = SOURCE, KIND, HELD, BUFFER, START, LENGTH, WEIGHTS, TRAINED, SIZE = range(9)
-"""Of the table: source and kind, 1 if held out (while its file is read, the number of the item that the document comes
-from), which array of ids and where in it, number of ids, where the weights stand (-1: all 1), ids that are trained, bytes
-of text."""
+COLUMNS = SOURCE, KIND, ITEM, HELD, BUFFER, START, LENGTH, WEIGHTS, TRAINED, SIZE = range(10)
+"""Of the table: source and kind, number of the item in its file that the document comes from, 1 if held out (known once the
+file is read), which array of ids and where in it, number of ids, where the weights stand (-1: all 1), ids that are trained,
+bytes of text."""
 CHUNK = 1 << 22
 """Ids that are hashed at once."""
 
@@ -55,7 +55,7 @@ class Shelf:
             self._weights += weights.astype(self._weight).tobytes()
         start = len(self._ids) // self._small.itemsize
         self._ids += np.asarray(ids, self._small).tobytes()
-        self._table.extend((source, kind, item, 0, start, len(ids), at, trained, size))
+        self._table.extend((source, kind, item, 0, 0, start, len(ids), at, trained, size))
 
     def add_mapped(self, source: int, item: int, part: Part) -> int:
         """Documents that stay where they are, each an item from number `item` on; returns the number of the next one."""
@@ -63,14 +63,14 @@ class Shelf:
         rows = np.zeros((len(part.offsets) - 1, len(COLUMNS)), np.int64)
         rows[:, [SOURCE, KIND, BUFFER, WEIGHTS]] = source, IDS, len(self._maps), -1
         rows[:, START], rows[:, LENGTH] = part.offsets[:-1], np.diff(part.offsets)
-        rows[:, TRAINED], rows[:, HELD] = rows[:, LENGTH] - 1, np.arange(item, item + len(rows))
+        rows[:, TRAINED], rows[:, ITEM] = rows[:, LENGTH] - 1, np.arange(item, item + len(rows))
         self._table.frombytes(rows.tobytes())
         return item + len(rows)
 
     def hold_out(self, first: int, cut: int) -> None:
         """Hold out what comes from items `cut` and up, among document `first` and all behind it."""
-        held = self.table[first:, HELD]
-        held[:] = held >= cut
+        rows = self.table[first:]
+        rows[:, HELD] = rows[:, ITEM] >= cut
 
     @property
     def table(self) -> np.ndarray:

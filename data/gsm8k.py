@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import ConfigError
+from data.arrays import Unreadable
 from data.messages import RowError, conversation
 from data.problem import Problem, Reply, call_arguments, messages_of, thought_lines
-from data.sources import json_object
+from data.sources import decoded, json_object
 from data.tools import Toolbox, calculator, call, exact
 
 MARK = re.compile(r"<<(?P<expression>[^<>]+)=(?P<result>[^<>=]+)>>")
@@ -85,18 +86,20 @@ def solves(problem: Problem, reply: Reply) -> bool:
 
 
 def convert(source: Path, target: Path) -> tuple[int, list[int]]:
-    """Write a chat row for every problem of a GSM8K file. ConfigError names the line that cannot be converted; blank ones
-    are passed over.
+    """Write a chat row for every problem of a GSM8K file. ConfigError names the line that cannot be converted, and a target
+    that is there already; blank lines are passed over.
 
     Returns the number of rows, and the lines whose solution never states the answer (data to look at, or to leave out).
     """
+    if target.exists():
+        raise ConfigError(f"{target} exists; remove it or choose another name")
     rows, doubtful = [], []
-    for line, text in enumerate(source.read_text(encoding="utf-8").split("\n"), start=1):  # U+2028 is no end of a row
+    for line, text in enumerate(source.read_bytes().split(b"\n"), start=1):  # U+2028 is no end of a row
         if not text.strip():
             continue
         try:
-            made = problem(json_object(text))
-        except RowError as error:
+            made = problem(json_object(decoded(text)))
+        except (RowError, Unreadable) as error:
             raise ConfigError(f"{source} line {line} {error}") from None
         rows.append({"messages": made.messages, "tools": made.tools})
         if not states_answer(made):

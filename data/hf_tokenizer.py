@@ -33,12 +33,13 @@ class FileTokenizer(Tokenizer):
         self.spec = _with_specials(spec)
         added = {token["content"]: token["id"] for token in self.spec["added_tokens"]}
         self.special = {name: added[name] for name in SPECIAL_NAMES}
-        self._added = {i: name for name, i in added.items() if not _is_text(self.spec, name)}
+        text = _text_names(self.spec)
+        self._added = {i: name for name, i in added.items() if name not in text}
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(_without_added(self.spec)))
         vocabulary = _vocabulary(self.spec["model"]) | added
         self._pieces = {i: piece for piece, i in vocabulary.items() if i not in self._added}
         self.vocab_size = max([*vocabulary.values(), *self._added]) + 1
-        self._byte_level = "ByteLevel" in json.dumps(self.spec.get("decoder"))
+        self._byte_level = _byte_level(self.spec)
         self._byte_of = {char: byte for byte, char in enumerate(byte_characters())}
         self.byte_lengths = np.zeros(self.vocab_size, np.int32)
         for i, piece in self._pieces.items():
@@ -77,14 +78,16 @@ class FileTokenizer(Tokenizer):
 def load(path: Path) -> FileTokenizer:
     """Read a tokenizer.json or a tiktoken file. ConfigError if it is neither."""
     raw = path.read_bytes()
-    if raw.lstrip()[:1] == b"{":
-        try:
-            spec = json.loads(raw)
-            tokenizers.Tokenizer.from_str(raw.decode())
-        except Exception as error:  # noqa: BLE001  the library raises bare Exception for every malformed file
-            raise ConfigError(f"data.tokenizer: {path} is not a Hugging Face tokenizer.json: {error}") from None
+    if raw.lstrip()[:1] != b"{":
+        return FileTokenizer(tiktoken_spec(read_ranks(raw, path)))
+    try:
+        spec = json.loads(raw)
+        tokenizers.Tokenizer.from_str(raw.decode())
         return FileTokenizer(spec)
-    return FileTokenizer(tiktoken_spec(read_ranks(raw, path)))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001  the library raises bare Exception, and panics, which are not even that
+        raise ConfigError(f"data.tokenizer: {path} is not a Hugging Face tokenizer.json that can be used here: {error}") from None
 
 
 def _valid(text: str) -> str:
@@ -112,9 +115,16 @@ def _with_specials(spec: dict) -> dict:
     return spec
 
 
-def _is_text(spec: dict, name: str) -> bool:
-    """Whether an added token stands for text: runs of spaces and tabs, which GPT-NeoX, CodeGen and Phi have behind the rest."""
-    return name.isspace() and any(token["content"] == name and not token["special"] for token in spec["added_tokens"])
+def _byte_level(spec: dict) -> bool:
+    return "ByteLevel" in json.dumps(spec.get("decoder"))
+
+
+def _text_names(spec: dict) -> set[str]:
+    """The added tokens that stand for text: runs of spaces and tabs, which GPT-NeoX, CodeGen and Phi have behind the rest, and
+    Gemma among its pieces, where a space is written as U+2581."""
+    space = " " if _byte_level(spec) else "\u2581"
+    return {token["content"] for token in spec["added_tokens"]
+            if not token["special"] and token["content"].replace(space, " ").isspace()}
 
 
 def _without_added(spec: dict) -> dict:
@@ -122,17 +132,21 @@ def _without_added(spec: dict) -> dict:
     behind control tokens, so none begins the text: what a file puts before the text's first word only stays away. Readers
     number added tokens as they come, so beside a list of pieces the hidden ones keep their places."""
     spec = _prefixed_nowhere(copy.deepcopy(spec))
-    text = [token for token in spec["added_tokens"] if _is_text(spec, token["content"])]
-    control = [token for token in spec["added_tokens"] if token not in text]
-    names, model = {token["content"] for token in control} - {spec["model"].get("unk_token")}, spec["model"]
+    kept, model = _text_names(spec), spec["model"]
+    names = {token["content"] for token in spec["added_tokens"]} - kept - {model.get("unk_token")}
     spec["post_processor"] = None
     if isinstance(model["vocab"], dict):
-        spec["added_tokens"] = text
+        spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in kept]
         model["vocab"] = {piece: i for piece, i in model["vocab"].items() if piece not in names}
-        model["vocab"] |= {token["content"]: token["id"] for token in text}
+        model["vocab"] |= {token["content"]: token["id"] for token in spec["added_tokens"]}
+        if "merges" in model:  # of a piece that is no more nothing is made, and it is made of nothing
+            skip = len(model.get("continuing_subword_prefix") or "")
+            pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+            model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b[skip:]} & names]
     else:
-        spec["added_tokens"] = [token | {"content": HIDDEN + token["content"], "normalized": False} if token in control
-                                else token for token in spec["added_tokens"]]
+        spec["added_tokens"] = [token if token["content"] in kept else
+                                token | {"content": HIDDEN + token["content"], "normalized": False}
+                                for token in spec["added_tokens"]]
         model["vocab"] = [[HIDDEN + piece if piece in names else piece, score] for piece, score in model["vocab"]]
     return spec
 

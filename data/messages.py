@@ -45,7 +45,7 @@ class Conversation:
 
 def conversation(row: dict[str, Any]) -> Conversation:
     """Canonical form of a row with `messages` (OpenAI) or `conversations` (ShareGPT). RowError says what is wrong."""
-    given = row.get("messages", row.get("conversations"))
+    given = row["conversations"] if row.get("messages") is None and "conversations" in row else row.get("messages")
     if not isinstance(given, list) or not given:
         raise RowError("has no messages")
     reader = _Reader()
@@ -100,9 +100,18 @@ def _tools(given: str | list | None) -> list[dict]:
         raise RowError("tools must be a list of objects")
     tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in given]
     for number, tool in enumerate(tools, start=1):
-        if not isinstance(tool["function"], dict) or not isinstance(tool["function"].get("name"), str):
+        if not isinstance(tool["function"], dict) or not isinstance(tool["function"].get("name"), str) \
+                or not tool["function"]["name"].strip():
             raise RowError(f"tool {number} has no name")
+    _json_text(tools, "tools hold")
     return tools
+
+
+def _json_text(value: Any, what: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise RowError(f"{what} a number that JSON has no word for (NaN or infinity)") from None
 
 
 class _Reader:
@@ -131,6 +140,8 @@ class _Reader:
         if role != "tool" and self.waiting and not joins:
             raise RowError(f"comes before the result of call {next(iter(self.waiting))!r}")
         if role == "tool" and (several := _tagged(message, RESPONSE_TAG)):
+            if RESPONSE_TAG.sub("", message["value"]).strip():
+                raise RowError("has text outside of <tool_response>, which belongs to no call")
             for response in several:
                 self._result(message, response)
             return
@@ -171,6 +182,9 @@ class _Reader:
             raise RowError(f"tool_calls is {type(given).__name__}, not a list")
         calls = [self._call(call) for call in given]
         if joins:
+            if thoughts:
+                raise RowError("has thoughts, but goes on with the turn of the message before it; give that one all thoughts of "
+                               "the turn")
             self.messages[-1].setdefault("tool_calls", []).extend(calls)
             if _switched_off(body):
                 self.messages[-1]["train"] = False
@@ -187,7 +201,7 @@ class _Reader:
             raise RowError("a tool call has no function name")
         if function["name"].split() != [function["name"]]:
             raise RowError(f"the name {function['name']!r} of a called function holds white space")
-        given = next((function[field] for field in ARGUMENT_FIELDS if function.get(field)), {})
+        given = next((function[field] for field in ARGUMENT_FIELDS if function.get(field) not in (None, "")), {})
         try:
             parsed = _read_json(given) if isinstance(given, str) else given
             text = arguments_text(parsed)
@@ -254,7 +268,7 @@ def _as_text(body: Message) -> str:
                                               and isinstance(part.get("text"), str) for part in content)
     if content is None or parts or isinstance(content, str):
         return text_of(content)
-    return json.dumps(content, ensure_ascii=False)
+    return _json_text(content, "holds")
 
 
 CALL_TAG = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
@@ -301,6 +315,9 @@ def _thoughts(body: Message, content: str) -> tuple[str, str]:
     if not isinstance(given, str):
         raise RowError(f"thoughts are {type(given).__name__}, not text")
     if not content.lstrip().startswith(THINK):
+        before, closed, _ = content.partition(THINK_END)
+        if closed and THINK not in before:
+            raise RowError(f"closes {THINK_END} and does not open it: its thoughts would be trained as the answer")
         return given, content
     thoughts, closed, rest = content.lstrip()[len(THINK):].partition(THINK_END)
     if not closed:

@@ -62,14 +62,6 @@ def assemble(rows: list[list[Piece]], seq_len: int, pad_id: int) -> Batch:
     return batch
 
 
-def batch_hash(batch: Batch, previous: str = "") -> str:
-    """Hash of a batch chained to the hash of what came before: equal values mean equal histories."""
-    digest = hashlib.sha256(previous.encode())
-    for name in sorted(batch):
-        digest.update(np.ascontiguousarray(batch[name]).tobytes())
-    return digest.hexdigest()[:16]
-
-
 class Data:
     """The batches of a run; see `open_data`."""
 
@@ -168,6 +160,8 @@ def write_index(cfg: RunConfig, tokenizer: Tokenizer, path: str | Path) -> int:
         raise ConfigError("data.paths is empty: the built-in tasks need no index")
     if Path(path).exists():
         raise ConfigError(f"{path} exists; remove it or choose another name")
+    if not Path(path).parent.is_dir():
+        raise ConfigError(f"{path}: there is no folder {Path(path).parent}; make it first")
     everything = replace(cfg, data=replace(cfg.data, validation_fraction=0.0))
     documents = _trained(cfg, read_documents(everything, KimiRenderer(tokenizer, cfg.data.system), Account()))
     return write_array_record(Path(path), documents.rows(), tokenizer.fingerprint())

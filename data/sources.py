@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -40,6 +41,8 @@ CONVERT = {
 }
 """Endings of files that would be read as something that they are not, and what to do with them."""
 BOM = b"\xef\xbb\xbf"
+HEAD = 1 << 16
+"""Bytes in which something binary shows, before all of it is read."""
 
 
 class Contents(NamedTuple):
@@ -53,41 +56,70 @@ class Contents(NamedTuple):
 def read_source(given: str, cfg: DataConfig, tokenizer: Tokenizer, account: Account) -> Iterator[Contents]:
     """The files of a path. Of a text the last share of bytes is held out, of a file of rows the last rows.
 
-    Files of a folder that are neither text nor rows nor arrays are written to `account`. ConfigError for a missing path, a
-    file that is none of these, a folder without any, an empty file, and (unless data.bad_rows says drop, when they are
-    written to `account`) rows that cannot be used.
+    What of a folder is neither text nor rows nor arrays is written to `account`. ConfigError for a missing path, a file that
+    is none of these, a folder without any, an empty file, and (unless data.bad_rows says drop, when they are written to
+    `account`) rows that cannot be used.
     """
     passed_over: list[str] = []
-    paths = files_of(given)
-    for path in paths:
+
+    def pass_over(path: Path, why: object) -> None:
+        passed_over.append(f"{path} {why}")
+        account.reject(passed_over[-1])
+        account.skipped_files += 1
+
+    read = 0
+    for path, why_not in files_of(given):
+        if why_not:
+            pass_over(path, why_not)
+            continue
         try:
             file = read_file(path, cfg, tokenizer, account)
         except Unreadable as error:
             if path == Path(given):
                 raise ConfigError(f"data.paths: {path} {error}") from None
-            passed_over.append(f"{path} {error}")
-            account.reject(passed_over[-1])
-            account.skipped_files += 1
+            pass_over(path, error)
             continue
+        read += 1
         account.files += 1
         yield file
-    if len(passed_over) == len(paths):
+    if not read:
         raise ConfigError(f"data.paths: the folder {given} holds no file that can be read"
                           + (f"; {passed_over[0]}" if passed_over else ""))
 
 
-def files_of(given: str) -> list[Path]:
-    """The file itself, or all files below a folder in sorted order but hidden and empty ones."""
-    root = Path(given)
+def files_of(given: str) -> list[tuple[Path, str]]:
+    """The file itself, or all files below a folder in sorted order but hidden and empty ones; and what there is passed over,
+    with the reason: links to folders, which may lead in a circle, and run directories, which grow while they are trained."""
+    root, found = Path(given), []
+    if not given:
+        raise ConfigError("data.paths: a path is empty; name a file or a folder, the working directory as .")
     if root.is_file():
         if root.stat().st_size == 0:
             raise ConfigError(f"data.paths: {root} is empty")
-        return [root]
+        return [(root, "")]
     if not root.is_dir():
         raise ConfigError(f"data.paths: no file or folder {root}")
-    shown = [path for path in sorted(root.rglob("*"))
-             if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    return [path for path in shown if path.is_file() and path.stat().st_size]
+    if _is_run(root):
+        raise ConfigError(f"data.paths: {root} is a run directory, which holds what training wrote; name the data in it")
+    for folder, names, files in os.walk(root):
+        below = [Path(folder, name) for name in names if not name.startswith(".")]
+        reasons = {path: LINK if path.is_symlink() else RUN if _is_run(path) else "" for path in below}
+        names[:] = [path.name for path in below if not reasons[path]]
+        found += [(path, why) for path, why in reasons.items() if why]
+        for path in (Path(folder, name) for name in files if not name.startswith(".")):
+            if path.is_file() and path.stat().st_size:
+                found.append((path, ""))
+            elif path.is_symlink() and not path.exists():
+                found.append((path, "is a link to nothing"))
+    return sorted(found)
+
+
+LINK = "is a link to a folder, which is not followed; name in data.paths what it points to"
+RUN = "is a run directory"
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and ((folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file())
 
 
 def read_file(path: Path, cfg: DataConfig, tokenizer: Tokenizer, account: Account) -> Contents:
@@ -100,6 +132,8 @@ def read_file(path: Path, cfg: DataConfig, tokenizer: Tokenizer, account: Accoun
         raise Unreadable("is gzipped; unpack it, token arrays are read in place")
     if ending not in ARRAYS + ROWS:
         with opened(path, packed) as file:
+            _no_zeros(file.read(HEAD))
+            file.seek(0)
             train, heldout = cut_text(file.read().removeprefix(BOM), cfg.validation_fraction)
         return Contents(train + heldout, lambda count: len(train))
     if ending == ".npy":
@@ -139,12 +173,16 @@ def opened(path: Path, packed: bool) -> Iterator[IO[bytes]]:
 
 def decoded(raw: bytes, first: int = 0) -> str:
     """Text of a file or a line, or of a part of it from byte `first` on."""
-    if b"\0" in raw:
-        raise Unreadable("holds zero bytes, so it is binary or UTF-16; convert it to UTF-8 if it is text")
+    _no_zeros(raw)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise Unreadable(f"is not UTF-8 text (byte {first + error.start}); convert it first") from None
+
+
+def _no_zeros(raw: bytes) -> None:
+    if b"\0" in raw:
+        raise Unreadable("holds zero bytes, so it is binary or UTF-16; convert it to UTF-8 if it is text")
 
 
 def numbered_lines(path: Path, packed: bool) -> Iterator[tuple[str, bytes]]:
@@ -175,7 +213,7 @@ def json_object(line: str) -> dict[str, Any]:
 def row_item(line: bytes, where: str, cfg: DataConfig, tokenizer: Tokenizer) -> Item:
     """What a line holds. RowError or Unreadable if it cannot be used."""
     row, text_field = json_object(decoded(line)), cfg.text_field
-    if "messages" in row or "conversations" in row:
+    if row.get("messages") is not None or row.get("conversations") is not None:  # tables of several kinds of rows have nulls
         return Talk(where, conversation(row))
     if text_field in row:
         text = row[text_field]
@@ -201,7 +239,9 @@ def heldout_start(count: int, share: float) -> int:
     """Index of the first held-out item; at least one is held out if any share is asked for and one remains."""
     if share == 0 or count < 2:
         return count
-    return min(count - 1, int(count * (1 - share)))
+    kept = count * (1 - share)
+    # 5 * (1 - 0.8) is less than 1 in floating point. Only the first item is given back so: other splits stay what they were.
+    return min(count - 1, max(int(kept), int(kept + 1e-9 >= 1)))
 
 
 def cut_text(raw: bytes, share: float) -> tuple[list[str], list[str]]:

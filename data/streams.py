@@ -17,10 +17,12 @@ from data.chat import fits, shortened
 from data.documents import Documents, Piece
 from data.problem import Draw, Problem
 from data.render import KimiRenderer, Rendered
-from data.tasks import Split, make_problem
+from data.tasks import Split, longest_problem, make_problem
 
 WINDOW_TOKENS = 1 << 17
 """Tokens of task problems that are drawn and packed together."""
+FEW_FIT = 16
+"""With data.too_long=drop, more rows than this are left out for each that is taken: the settings are a mistake."""
 
 
 class RowStream(Protocol):
@@ -92,53 +94,71 @@ class DocumentStream:
 
 
 class TaskStream:
-    """Fresh problems of a built-in task for ever. Windows of a fixed number of rows are drawn and packed on demand."""
+    """Fresh problems of a built-in task for ever. Windows of a fixed number of rows are drawn and packed on demand.
+
+    What does not fit is an error only before anything is trained, for the longest problem that there can be, and for what
+    the first window holds. Under tokenizers whose pieces have several characters a later one may still be longer: it is left
+    out, as data.too_long=drop does with every one, and another is drawn.
+    """
 
     def __init__(self, data: DataConfig, seq_len: int, renderer: KimiRenderer, split: Split):
         self.data, self.seq_len, self.renderer, self.split = data, seq_len, renderer, split
         self.window_rows = max(8, WINDOW_TOKENS // seq_len)
         self._window = Memo(self._draw)
+        if data.too_long != "drop":
+            self._rows(longest_problem(data.task, data.task_length[1]), must_fit=True)
 
-    def _rendered(self, window: int, number: int) -> list[Rendered]:
+    def _problem(self, window: int, number: int) -> Problem:
         data = self.data
         length = Draw("length", self.split, data.seed, window, number).between(*data.task_length)
-        problem = make_problem(data.task, data.seed, window << 32 | number, length, self.split)
-        return [self._fitting(row, problem) for row in self.renderer.rows(problem.messages, problem.tools, data.mode)]
+        return make_problem(data.task, data.seed, window << 32 | number, length, self.split)
 
-    def _fitting(self, row: Rendered, problem: Problem) -> Rendered:
-        if fits(row, self.seq_len):
-            return row
-        short = self.data.too_long == "shorten" and shortened(problem.messages[:row.end], problem.tools, self.renderer,
-                                                              self.data.mode, self.seq_len)
-        if not short:
-            raise ConfigError(f"a {self.data.task} problem of {len(problem.steps)} steps takes {len(row.ids) - 1} tokens; "
-                              f"raise train.seq_len={self.seq_len} or lower data.task_length")
-        return short
+    def _rows(self, problem: Problem, must_fit: bool) -> list[Rendered | None]:
+        """The training rows of a problem, None in the place of one that does not fit. ConfigError instead if it must."""
+        data, rows = self.data, self.renderer.rows(problem.messages, problem.tools, self.data.mode)
+        for at, row in enumerate(rows):
+            if fits(row, self.seq_len):
+                continue
+            rows[at] = None
+            if data.too_long == "shorten":
+                rows[at] = shortened(problem.messages[:row.end], problem.tools, self.renderer, data.mode, self.seq_len)
+            if must_fit and rows[at] is None:
+                raise ConfigError(f"a {data.task} problem of up to {data.task_length[1]} steps can take {len(row.ids) - 1} "
+                                  f"tokens; raise train.seq_len={self.seq_len}, lower data.task_length, or have another one "
+                                  "drawn instead with data.too_long=drop")
+        return rows
 
-    def _draw(self, window: int) -> list[list[Piece]]:
+    def _draw(self, window: int) -> tuple[list[list[Piece]], float]:
+        """The rows of a window, and the share of its problems' rows that were left out."""
         drawn: list[Rendered] = []
-        number = total = 0
+        number = total = left_out = 0
         while total < self.window_rows * self.seq_len:
-            rows = self._rendered(window, number)
-            drawn += rows
-            total += sum(len(row.ids) - 1 for row in rows)
+            rows = self._rows(self._problem(window, number), must_fit=window == 0 and self.data.too_long != "drop")
+            taken = [row for row in rows if row is not None]
+            left_out += len(rows) - len(taken)
+            if window == 0 and left_out > FEW_FIT * (len(drawn) + FEW_FIT):
+                raise ConfigError(f"hardly a {self.data.task} problem fits train.seq_len={self.seq_len}: {left_out} rows are "
+                                  f"too long and {len(drawn)} are not; raise it or lower data.task_length")
+            drawn += taken
+            total += sum(len(row.ids) - 1 for row in taken)
             number += 1
         counts = np.array([len(row.ids) - 1 for row in drawn])
         packed = packing.pack(counts, self.seq_len, self.window_rows)
         pieces = [Piece(np.array(row.ids, np.int32), np.array(row.weights[1:], np.float32)) for row in drawn]
-        return [[pieces[i] for i in packed[row]] for row in plan.shuffled(len(packed), self.data.seed, window)]
+        rows = [[pieces[i] for i in packed[row]] for row in plan.shuffled(len(packed), self.data.seed, window)]
+        return rows, left_out / (left_out + len(drawn))
 
     def row(self, number: int) -> list[Piece]:
-        return self._window(number // self.window_rows)[number % self.window_rows]
+        return self._window(number // self.window_rows)[0][number % self.window_rows]
 
     def fingerprint(self) -> str:
         first = self.row(0)
         return hashlib.sha256(b"".join(p.ids.tobytes() + p.weights.tobytes() for p in first)).hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
-        window = self._window(0)
+        window, left_out = self._window(0)
         counts = np.array([len(piece.weights) for row in window for piece in row])
         return {"task": self.data.task, "steps": self.data.task_length,
                 "padding": 1 - counts.sum() / (len(window) * self.seq_len),
                 "least_padding": packing.least_padding(counts, self.seq_len),
-                "problems_per_row": sum(map(len, window)) / len(window)}
+                "problems_per_row": sum(map(len, window)) / len(window)} | ({"left_out": left_out} if left_out else {})

@@ -17,9 +17,9 @@ from typing import Literal
 
 from configs.schema import ConfigError
 from data.problem import Draw, Message, Problem, addresses, answers, check, right_steps, solved
-from data.tool_tasks import ledger, pointer_chase
+from data.tool_tasks import ledger, longest_ledger, pointer_chase
 
-__all__ = ["TASKS", "Problem", "check", "make_problem", "right_steps"]
+__all__ = ["TASKS", "Problem", "check", "longest_problem", "make_problem", "right_steps"]
 
 Split = Literal["train", "heldout"]
 
@@ -45,6 +45,8 @@ def chain(draw: Draw, length: int) -> Problem:
 
 LETTERS = ascii_lowercase + digits
 """Of what `copy` copies: what keys, numbers and results of tool calls are made of."""
+WORD = 8
+"""Letters of its longest word."""
 
 
 def copy(draw: Draw, length: int) -> Problem:
@@ -53,7 +55,11 @@ def copy(draw: Draw, length: int) -> Problem:
     What every tool task is made of. Words are random and of different lengths, so that a letter can only be found by the
     letters before it, neither by its place nor by its neighbour alone.
     """
-    words = ["".join(LETTERS[draw.below(len(LETTERS))] for _ in range(draw.between(1, 8))) for _ in range(length)]
+    words = ["".join(LETTERS[draw.below(len(LETTERS))] for _ in range(draw.between(1, WORD))) for _ in range(length)]
+    return _copied(words)
+
+
+def _copied(words: list[str]) -> Problem:
     return solved(" ".join(words), words, " ".join(words))
 
 
@@ -110,6 +116,8 @@ TASKS: dict[str, tuple[Callable[[Draw, int], Problem], int]] = {
     "pointer_chase": (pointer_chase, 10_000), "ledger": (ledger, 26**2),
 }
 """Name -> (the generator, its longest problem in steps)."""
+LONGEST: dict[str, Callable[[int], Problem]] = {"copy": lambda length: _copied(["0" * WORD] * length), "ledger": longest_ledger}
+"""Of the tasks whose problems of one number of steps differ in length: one that is as long as any."""
 
 
 def make_problem(task: str, seed: int, index: int, length: int, split: Split = "heldout") -> Problem:
@@ -127,6 +135,13 @@ def make_problem(task: str, seed: int, index: int, length: int, split: Split = "
         problem = generator(Draw(task, split, seed, index, length, *([again] if again else ())), length)
         if _is_held_out(problem) == (split == "heldout"):
             return problem
+
+
+def longest_problem(task: str, length: int) -> Problem:
+    """A problem that takes as many characters as any other of so many steps, and more than any with fewer. ConfigError as
+    `make_problem`."""
+    problem = make_problem(task, 0, 0, length)
+    return LONGEST[task](length) if task in LONGEST else problem
 
 
 def _is_held_out(problem: Problem) -> bool:

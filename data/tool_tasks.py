@@ -90,28 +90,47 @@ class _Accounts:
         return self.balances[account]
 
 
+ACCOUNTS = "ABC"
+Order = tuple[str, tuple[str, dict]]
+"""How an order is written, and the call that carries it out."""
+
+
 def ledger(draw: Draw, length: int) -> Problem:
     """`A5B3 kA>B2 l+A1 ... ?` -> one call per order, all balances in one parallel call -> answer `A4B5`.
 
     Orders that overdraw come back as errors and change nothing. The balances add up to the openings plus the deposits,
     as the tests check.
     """
-    names = "ABC"
-    opening = {name: draw.between(2, 9) for name in names}
-    script = _Script("", lambda: _Accounts(dict(opening)).tools())
+    opening = {name: draw.between(2, 9) for name in ACCOUNTS}
     orders = []
     for address in addresses(draw, length):
         amount = draw.between(1, 9)
         if draw.below(4) == 0:
-            account = names[draw.below(3)]
-            order = f"{address}+{account}{amount}"
-            made = "deposit", {"account": account, "amount": amount}
+            orders.append(_deposit(address, ACCOUNTS[draw.below(3)], amount))
         else:
-            source, target = draw.sample(names, 2)
-            order = f"{address}{source}>{target}{amount}"
-            made = "move", {"source": source, "target": target, "amount": amount}
-        orders.append(order)
-        script.call(order, made)
-    script.messages[0]["content"] = " ".join(["".join(f"{n}{v}" for n, v in opening.items()), *orders, "?"])
-    balances = script.call("?", *[("balance", {"account": name}) for name in names])
-    return script.answer(" ".join(balances), "".join(f"{n}{v}" for n, v in zip(names, balances)))
+            orders.append(_move(address, *draw.sample(ACCOUNTS, 2), amount))
+    return _carried_out(opening, orders)
+
+
+def longest_ledger(length: int) -> Problem:
+    """Every order moves more than there is: no other order and result are as long, and a balance that gains a digit, which is
+    written three times, takes an order that is shorter by more than that."""
+    labels = addresses(Draw(), length)
+    return _carried_out(dict.fromkeys(ACCOUNTS, 2), [_move(label, "A", "B", 9) for label in labels])
+
+
+def _deposit(label: str, account: str, amount: int) -> Order:
+    return f"{label}+{account}{amount}", ("deposit", {"account": account, "amount": amount})
+
+
+def _move(label: str, source: str, target: str, amount: int) -> Order:
+    return f"{label}{source}>{target}{amount}", ("move", {"source": source, "target": target, "amount": amount})
+
+
+def _carried_out(opening: dict[str, int], orders: list[Order]) -> Problem:
+    script = _Script("", lambda: _Accounts(dict(opening)).tools())
+    for written, made in orders:
+        script.call(written, made)
+    script.messages[0]["content"] = " ".join(["".join(f"{n}{v}" for n, v in opening.items()), *(o for o, _ in orders), "?"])
+    balances = script.call("?", *[("balance", {"account": name}) for name in ACCOUNTS])
+    return script.answer(" ".join(balances), "".join(f"{n}{v}" for n, v in zip(ACCOUNTS, balances)))

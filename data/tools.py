@@ -73,8 +73,8 @@ def tools_from_file(path: str | Path) -> list[Tool]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001  the file is the user's code
-        raise ConfigError(f"tools file {path}: {error}") from None
+    except (Exception, SystemExit) as error:  # noqa: BLE001  the file is the user's code, and may be a program
+        raise ConfigError(f"tools file {path}: {_reason(error)}") from None
     found = [tool(value) for name, value in vars(module).items()
              if inspect.isfunction(value) and value.__module__ == spec.name and not name.startswith("_")]
     if not found:
@@ -88,11 +88,15 @@ def tool_from_module(module: str, function: str) -> Tool:
         sys.path.append(str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), function)
-    except Exception as error:  # noqa: BLE001  the module is the user's code
-        raise ConfigError(f"--tools {module}:{function}: {error}") from None
+    except (Exception, SystemExit) as error:  # noqa: BLE001  the module is the user's code, and may be a program
+        raise ConfigError(f"--tools {module}:{function}: {_reason(error)}") from None
     if not callable(found):
         raise ConfigError(f"--tools {module}:{function} is {type(found).__name__}, not a function")
     return tool(found)
+
+
+def _reason(error: BaseException) -> str:
+    return "it ends the program (sys.exit)" if isinstance(error, SystemExit) else str(error)
 
 
 def tools_by_name(names: Sequence[str]) -> list[Tool]:
@@ -175,9 +179,9 @@ class Toolbox:
             return f"error: {reason}"
         try:
             return str(called.run(**arguments))
-        except Exception as error:  # noqa: BLE001  a tool is the user's code: the model is told, the loop goes on
+        except (Exception, SystemExit) as error:  # noqa: BLE001  a tool is the user's code: the model is told, the loop goes on
             self.counts.failed += 1
-            return f"error: {error}"
+            return f"error: {_reason(error)}"
 
 
 def call(number: int, name: str, **arguments: object) -> dict[str, Any]:

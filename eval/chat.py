@@ -12,7 +12,7 @@ from data.problem import Problem
 from data.render import KimiRenderer
 from data.tasks import check, make_problem
 from data.tools import Toolbox, tools_by_name
-from eval.screen import Screen
+from eval.screen import Screen, say
 from model.decode.generate import Decoder, Stats, tokens_per_s
 from model.decode.sampling import UNLIMITED, Budget, Sampling
 from train.console import console
@@ -35,6 +35,7 @@ class Limits:
 
     def __post_init__(self):
         require(self.reply >= 1, f"--max-new-tokens must be at least 1, not {self.reply}")
+        require(self.replies >= 1, f"--max-replies must be at least 1, not {self.replies}")
         require(self.thinking is None or self.thinking >= 0, f"--think-budget cannot be {self.thinking}")
         require(self.context is None or self.context > self.reply,
                 f"--context {self.context} leaves no room beside replies of --max-new-tokens {self.reply}")
@@ -68,7 +69,7 @@ def _continue(weights: Weights, decoder: Decoder, text: str, limit: int) -> int:
     prompt = [weights.tokenizer.bos_id, *weights.tokenizer.encode(text)]
     screen, stats = Screen(console, weights.tokenizer), Stats()
     _note_length(weights, len(prompt) + limit)
-    console.print(text, end="", style="bold", markup=False)
+    say(console, text, "bold")
     for token in decoder.stream(prompt, limit, stats=stats):
         screen.token(token)
     screen.end_of_reply()
@@ -94,6 +95,9 @@ def _converse(weights: Weights, decoder: Decoder, episode: Episode, limits: Limi
     def reply(prompts: dict[int, list[int]]) -> dict[int, list[int]]:
         budget, stats, ids = UNLIMITED, Stats(), []
         _note_length(weights, len(prompts[0]) + limits.reply)
+        if context is not None and len(prompts[0]) > context:  # the oldest tool exchanges are left out already
+            console.print(f"note: this prompt has {len(prompts[0])} tokens, and nothing of it can be left out; --context "
+                          f"{limits.context} has room for {context} beside a reply", style="yellow")
         if limits.thinking is not None:
             left = max(0, limits.thinking - episode.bill.thinking)
             budget = Budget(special[tok.THINK], special[tok.THINK_END], special[tok.CALLS_BEGIN], left)
@@ -110,7 +114,7 @@ def _converse(weights: Weights, decoder: Decoder, episode: Episode, limits: Limi
     run_episodes(reply, KimiRenderer(weights.tokenizer, weights.system), [episode], limits.replies, weights.mode, context,
                  screen.message)
     for failure in episode.failures:
-        console.print(f"stopped: {failure}", style="red", markup=False)
+        say(console, f"stopped: {failure}\n", "red")
     if episode.stopped == "limit":
         console.print(f"stopped after {limits.replies} replies", style="red")
     console.print(bill(episode.bill, replies), style="dim", markup=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,16 +9,17 @@ import jax
 from jaxtyping import Array
 from rich.box import SIMPLE
 from rich.table import Table
+from rich.text import Text
 
 from configs.schema import ConfigError
+from eval.results import write_result
 from quant.distortion import Distortion, ExpertWeights, kl_by_position, measure
 from train.baselines import BASELINES, BLOCK, baseline, calibration_of, served_plain
 from train.console import Bar, console
 from train.expert_inputs import expert_inputs
-from train.held_out import Evaluator, held_out_rows
+from train.held_out import Evaluator, held_out_rows, require_same_ids
 from train.metrics import finite
 from train.run_data import data_of
-from train.run_dir import RunDir
 from train.session import Session, load_params, open_to_look, parse_source
 from train.weights import Weights, load_arms
 
@@ -29,17 +29,19 @@ COLUMNS = {"held_out_loss": "loss", "kl": "KL", "kl_per_decade_of_position": "sl
 
 
 def distortion_report(source: str, others: tuple[str, ...] = (), calibration_batches: int = 8) -> int:
-    """Print a table and write `RUN/distortion.json`.
+    """Write `RUN/distortion.json` and print a table.
 
     source                RUN or RUN@STEP; its masters in bf16 are the reference, and are what the baselines quantise
-    others                further arms, NAME=WEIGHTS as in eval (a QAT run, an exported directory)
+    others                further arms, NAME=WEIGHTS as in eval (a QAT run, an exported directory), with names of their own
     calibration_batches   training batches that the calibrated baselines see
     """
     run, step = parse_source(source)
     session = open_to_look(run)
     if calibration_batches < 1:
         raise ConfigError(f"--calibration-batches must be at least 1, not {calibration_batches}")
-    extra = load_arms(others)
+    extra = load_arms(others, taken=("bf16", *BASELINES))
+    for _, weights in extra:
+        require_same_ids(session, weights)
     masters, step = load_params(session, run, step)
     data = data_of(session, run)
     report = _Report(session, data, masters, calibration_batches)
@@ -48,11 +50,13 @@ def distortion_report(source: str, others: tuple[str, ...] = (), calibration_bat
         for name, params, effective, notes in report.arms(extra):
             rows[name] = report.row(params, effective) | {"notes": notes}
             bar.advance(1)
+    path = Path(run.path) / "distortion.json"  # an expert nobody visited and a position no text reaches have no error: nan
+    write_result(path, {"step": step, "jax": jax.__version__, "arms": finite(rows)})
     console.print(_table(rows))
     for name, row in rows.items():
         for note in row["notes"]:
-            console.print(f"{name}: {note}")
-    _write(run, step, rows)
+            console.print(f"{name}: {note}", markup=False)
+    console.print(f"every layer and expert: {path}", markup=False)
     return 0
 
 
@@ -107,13 +111,6 @@ def _table(rows: dict[str, dict]) -> Table:
     for name, row in rows.items():
         values = {**row["summary"], **row}
         table.add_row(
-            name, *(f"{values[key]:.4f}" if key == "held_out_loss" else f"{values[key]:.2g}" for key in COLUMNS)
+            Text(name), *(f"{values[key]:.4f}" if key == "held_out_loss" else f"{values[key]:.2g}" for key in COLUMNS)
         )
     return table
-
-
-def _write(run: RunDir, step: int, rows: dict[str, dict]) -> None:
-    """An expert nobody visited and a position no text reaches have no error: nan."""
-    path = Path(run.path) / "distortion.json"
-    path.write_text(json.dumps({"step": step, "jax": jax.__version__, "arms": finite(rows)}) + "\n")
-    console.print(f"every layer and expert: {path}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 from rich.box import SIMPLE
 from rich.table import Table
+from rich.text import Text
 
 from configs.schema import ConfigError, RunConfig
 from data.pipeline import Data
@@ -18,6 +18,7 @@ from data.render import KimiRenderer
 from data.tasks import TASKS, Problem, make_problem
 from eval.divergence import kl_by_octave
 from eval.play import OutOfTime, Played, Settings, play
+from eval.results import write_result
 from eval.statistics import MEASURES, bounds, divergence, interval, success
 from train.compat import compile_seconds
 from train.console import Bar, clock, console
@@ -49,7 +50,7 @@ class Arm:
 
 def horizon(run: RunDir, cfg: RunConfig, data: Data, loaded: list[tuple[str, Weights]], lengths: tuple[int, ...],
             asked: int, minutes: float) -> None:
-    """Play all arms, print tables, write RUN/horizon.json. The first arm is the one that others are compared with.
+    """Play all arms, write RUN/horizon.json, print tables. The first arm is the one that others are compared with.
 
     Lengths are played in ascending order, each by all arms; one that cannot be finished in `minutes` is left out for all
     arms, and so are the longer ones. ConfigError if the run's task is no built-in one or has no chains of such a length.
@@ -66,12 +67,12 @@ def horizon(run: RunDir, cfg: RunConfig, data: Data, loaded: list[tuple[str, Wei
     result = {"task": cfg.data.task, "trained_lengths": list(cfg.data.task_length), "context": settings.context,
               "problems": {n: len(plays) for n, plays in arms[0].plays.items()}, "left_out": left_out,
               "arms": [_summary(arm, arms[0], batches) for arm in arms]}
+    write_result(run.path / "horizon.json", result)
     for table in tables(result):
         console.print(table)
     if left_out:
         console.print(f"left out for want of time: n = {', '.join(map(str, left_out))}; see --minutes")
-    (run.path / "horizon.json").write_text(json.dumps(result) + "\n")
-    console.print(f"wrote {run.path / 'horizon.json'}; `launch.py report {run.path}` draws it")
+    console.print(f"wrote {run.path / 'horizon.json'}; `launch.py report {run.path}` draws it", markup=False)
 
 
 def _playable(asked: tuple[int, ...], task: str) -> tuple[int, ...]:
@@ -152,7 +153,7 @@ def cells(result: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
     for arm in result["arms"]:
         by = {str(n): v for n, v in arm["by_length"].items()}
         curve.append([arm["arm"], *(percent(by[str(n)]["success"], by[str(n)]["interval"]) for n in lengths)])
-        kl = list(arm["kl_by_octave"].values())
+        kl = list(map(float, arm["kl_by_octave"].values()))
         first = arm["median_first_difference"]
         steps = "{:.3%} ({:.3%}–{:.3%})".format(*steps_right(arm)).replace("%", " %")
         more.append([arm["arm"], steps, *(_measure(name, arm[name], longest) for name in list(ROWS)[1:]),
@@ -183,7 +184,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     made = [Table(title=f"{result['task']}: right answers by chain length", box=SIMPLE), Table(box=SIMPLE)]
     for table, rows in zip(made, (curve, list(zip(*more)))):
         for number, name in enumerate(rows[0]):
-            table.add_column(name, justify="right" if number else "left", no_wrap=True)
+            table.add_column(Text(name), justify="right" if number else "left", no_wrap=True)
         for row in rows[1:]:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
     return made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import matplotlib
 
 from configs.schema import ConfigError
 from eval.horizon import cells, steps_right
+from eval.results import read_result, read_rows
 from eval.statistics import interval
 from train.console import clock, console, human
 from train.metrics import number
@@ -36,7 +36,7 @@ def write_report(path: Path) -> int:
     if any("exact" in e for e in evals):
         pictures["accuracy"] = _accuracy(evals)
     chains = run.path / "horizon.json"
-    played = json.loads(chains.read_text()) if chains.exists() else None
+    played = read_result(chains)
     if played:
         pictures |= {"horizon": _horizon(played), "kl_by_position": _kl_by_position(played)}
     folder = run.path / "plots"
@@ -46,18 +46,15 @@ def write_report(path: Path) -> int:
         figure.savefig(folder / f"{name}.png", dpi=110)
         plt.close(figure)
     (run.path / "report.md").write_text(_page(run, facts, steps, rows, evals, list(pictures), played))
-    console.print(f"wrote {run.path / 'report.md'} and {len(pictures)} plots")
+    if chains.exists() and not played:
+        console.print(f"{chains} is cut off and left out; play the chains again: eval --suite horizon", markup=False)
+    console.print(f"wrote {run.path / 'report.md'} and {len(pictures)} plots", markup=False)
     return 0
 
 
 def _last_evals(run: RunDir) -> list[dict[str, Any]]:
     """The newest line of every arm, in the order in which the arms first came."""
-    file = run.path / "evals.jsonl"
-    newest: dict[str, dict] = {}
-    for line in file.read_text().splitlines() if file.exists() else []:
-        row = json.loads(line)
-        newest[row["arm"]] = row
-    return list(newest.values())
+    return list({row["arm"]: row for row in read_rows(run.path / "evals.jsonl") if "arm" in row}.values())
 
 
 def _axes(xlabel: str, ylabel: str, title: str):
@@ -115,7 +112,7 @@ def _grid(steps):
 def _accuracy(evals):
     figure, axes = _axes("chain length n", "exact answers (%)", "Exact answers by chain length, 95 % intervals")
     arms = [e for e in evals if "exact" in e]
-    for arm, (row, colour) in enumerate(zip(arms, INK)):
+    for arm, (row, colour) in enumerate(zip(arms, itertools.cycle(INK))):
         lengths = [int(n) for n in row["exact"]]
         shares = list(row["exact"].values())
         bounds = [interval(s, row["problems"]) for s in shares]
@@ -171,9 +168,10 @@ def _horizon(played):
 def _kl_by_position(played):
     first, *others = played["arms"]
     figure, axes = _axes("position in the row", f"KL from {first['arm']} (nats per token)", "Drift on the same text")
-    for row, colour in zip(others, INK[1:]):
+    for row, colour in zip(others, itertools.cycle(INK[1:])):
         octaves = row["kl_by_octave"]
-        axes.plot([int(k) for k in octaves], list(octaves.values()), "o-", color=colour, linewidth=1, label=row["arm"])
+        axes.plot([int(k) for k in octaves], list(map(float, octaves.values())), "o-", color=colour, linewidth=1,
+                  label=row["arm"])
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     if others:
@@ -230,12 +228,16 @@ def _page(run: RunDir, facts: dict, steps: list[dict], rows: list[dict], evals: 
 def _results(evals: list[dict]) -> list[str]:
     if not evals:
         return []
-    lengths = list(next((e["exact"] for e in evals if "exact" in e), {}))
-    extra = ["bits per byte"] if "bits_per_byte" in evals[0] else []
-    head = ["weights", "held-out loss", *extra, *(f"n={n}" for n in lengths)]
+    lengths = sorted({n for e in evals for n in e.get("exact", ())}, key=int)  # arms may come from different calls
+    extra = ["bits per byte"] if any("bits_per_byte" in e for e in evals) else []
+    head = ["weights", "held-out loss", *extra, *(["problems per length"] if lengths else []), *(f"n={n}" for n in lengths)]
     lines = ["## Weights side by side", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in evals:
-        cells = [row["arm"], f"{row['held_out_loss']:.4f}", *([f"{row['bits_per_byte']:.4f}"] if extra else [])]
+        cells = [row["arm"], f"{row['held_out_loss']:.4f}"]
+        if extra:
+            cells.append(f"{row['bits_per_byte']:.4f}" if "bits_per_byte" in row else "")
+        if lengths:
+            cells.append(str(row.get("problems", "")))
         for n in lengths:
             share = row.get("exact", {}).get(n)
             if share is None:
@@ -244,5 +246,5 @@ def _results(evals: list[dict]) -> list[str]:
             lo, hi = interval(share, row["problems"])
             cells.append(f"{100 * share:.1f} % ({100 * lo:.0f}–{100 * hi:.0f})")
         lines.append("| " + " | ".join(cells) + " |")
-    note = [f"Exact answers on {evals[0]['problems']} held-out problems per length, 95 % Wilson intervals."] if lengths else []
+    note = ["Exact answers on held-out problems, 95 % Wilson intervals."] if lengths else []
     return [*lines, "", *note, ""]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from configs.schema import ConfigError, DataConfig
 from data.render import KimiRenderer
 from data.tasks import make_problem
 from eval.horizon import horizon
 from eval.play import Settings, play
+from eval.results import append_rows
 from train.console import Bar, console
-from train.held_out import Evaluator
+from train.held_out import Evaluator, require_same_ids
 from train.run_data import data_of
 from train.run_dir import RunDir
 from train.session import open_to_look
@@ -27,8 +29,8 @@ Suite = Literal["loss", "horizon"]
 
 def evaluate_arms(run_path: Path, arms: tuple[str, ...], lengths: tuple[int, ...], problems: int, suite: Suite = "loss",
                   minutes: float = 10.0) -> int:
-    """Evaluate `NAME=WEIGHTS` arms. Suite loss prints held-out loss and answers and appends a line per arm to the run's
-    evals.jsonl; suite horizon is eval/horizon.py."""
+    """Evaluate `NAME=WEIGHTS` arms. Suite loss appends a line per arm to the run's evals.jsonl and prints held-out loss and
+    answers; suite horizon is eval/horizon.py."""
     run = RunDir(run_path)
     cfg = run.load_config()
     session = open_to_look(run)
@@ -36,6 +38,8 @@ def evaluate_arms(run_path: Path, arms: tuple[str, ...], lengths: tuple[int, ...
         raise ConfigError(f"--problems must be at least 1, not {problems}")
     data = data_of(session, run)
     loaded = load_arms(arms or (f"bf16={run_path}:bf16", f"int4={run_path}:int4"))
+    for _, weights in loaded:
+        require_same_ids(session, weights)
     if suite == "horizon":
         horizon(run, cfg, data, loaded, lengths, problems, minutes)
         return 0
@@ -49,10 +53,8 @@ def evaluate_arms(run_path: Path, arms: tuple[str, ...], lengths: tuple[int, ...
         if not cfg.data.paths:
             row |= task_results(weights, cfg.data, settings, lengths, problems, name)
         rows.append(row)
+    append_rows(run.path / "evals.jsonl", rows)
     console.print(_table(rows, lengths if not cfg.data.paths else ()))
-    with open(run.path / "evals.jsonl", "a") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")
     return 0
 
 
@@ -62,7 +64,7 @@ def task_results(weights: Weights, data: DataConfig, settings: Settings, lengths
     conversation with its tools or its user; and the generated tokens of an answer."""
     renderer = KimiRenderer(weights.tokenizer, data.system)
     exact, steps, tokens = {}, {}, {}
-    with Bar(f"evaluating {name}", len(lengths) * problems, "problem") as bar:
+    with Bar(f"evaluating {escape(name)}", len(lengths) * problems, "problem") as bar:
         for length in lengths:
             every = []
             for at in range(0, problems, BATCH):
@@ -84,7 +86,7 @@ def _table(rows: list[dict], lengths: tuple[int, ...]) -> Table:
     for length in lengths:
         table.add_column(f"n={length}", justify="right")
     for row in rows:
-        cells = [row["arm"], f"{row['held_out_loss']:.4f}"]
+        cells = [Text(row["arm"]), f"{row['held_out_loss']:.4f}"]
         if "bits_per_byte" in row:
             cells.append(f"{row['bits_per_byte']:.4f}")
         table.add_row(*cells, *(f"{100 * row['exact'][n]:.1f} %" for n in lengths))

@@ -28,6 +28,7 @@ from quant.served import Serving
 from train.baselines import BASELINES, baseline
 from train.console import console
 from train.run_data import data_of
+from train.run_dir import split_source
 from train.session import fastest_dtype, load_params, open_to_look, parse_source
 
 KINDS = ("bf16", "int4", *BASELINES)
@@ -67,7 +68,7 @@ def load_weights(source: str, dtype: str | None = None) -> Weights:
     if match is None:
         raise ConfigError(f"{source!r} names no weights; give a run directory or an exported one")
     where, kind = match[1], match[2]
-    directory = Path(where.partition("@")[0])
+    directory = split_source(where)[0].path
     if (directory / "checkpoints").is_dir():
         return _from_run(source, where, kind, dtype)
     if any(directory.glob("*.safetensors")):

@@ -27,6 +27,7 @@ class Sampling:
         require(self.temperature >= 0, f"temperature must be at least 0, not {self.temperature}")
         require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
         require(0 <= self.min_p <= 1, f"min_p must lie in [0, 1], not {self.min_p}")
+        require(-2**31 <= self.seed < 2**31, f"seed must lie in [-2^31, 2^31), not {self.seed}")
         return self
 
 
@@ -35,7 +36,8 @@ GREEDY = Sampling()
 
 def kept(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """Logits over the temperature, -inf where top-p or min-p excludes a token. The best token always stays."""
-    logits = logits_BV / sampling.temperature
+    best_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)  # at 0 no temperature makes an infinity of it, which is no probability
+    logits = (logits_BV - best_B1) / jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny)
     order = jnp.argsort(logits, axis=-1, descending=True)
     probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
     keep = (jnp.cumsum(probs, axis=-1) - probs < sampling.top_p) & (probs >= sampling.min_p * probs[:, :1])

@@ -99,6 +99,8 @@ def test_index_of_text_and_chat(tmp_path):
     assert all((held[0][0][k] == held[1][0][k]).all() for k in held[0][0]) and len(held[0]) == len(held[1])
     with pytest.raises(ConfigError, match="exists"):
         write_index(config("a.jsonl"), tokenizer, tmp_path / "a.array_record")
+    with pytest.raises(ConfigError, match="d.array_record: there is no folder .*nowhere; make it first"):
+        write_index(config("not read yet"), tokenizer, tmp_path / "nowhere/d.array_record")
     with pytest.raises(ConfigError, match="need no index"):
         write_index(config(), tokenizer, tmp_path / "c.array_record")
 

@@ -164,6 +164,12 @@ def test_arguments_are_written_as_engines_write_them(given, text):
     assert conversation(row).messages[1]["tool_calls"][0]["function"]["arguments"] == text
 
 
+@pytest.mark.parametrize("content", ["tags are <think> and </think>", "<think>hm</think>it ends with </think>"])
+def test_marks_of_thought_may_be_spoken_of(content):
+    made = conversation(openai({"role": "assistant", "content": content})).messages[1]
+    assert made["content"] == content.removeprefix("<think>hm</think>")
+
+
 @pytest.mark.parametrize("nothing", ["", None, {}])
 def test_calls_without_arguments(nothing):
     talk = conversation(openai({"role": "assistant", "tool_calls": [called(arguments=nothing)]}))
@@ -208,6 +214,21 @@ ANSWER = {"role": "assistant", "content": "a"}
     (openai({"role": "assistant", "content": "<think>b</think>", "reasoning_content": "a"}), "thoughts in a field and other"),
     (openai({"role": "assistant", "content": "<think>a", "reasoning_content": "a"}), "opens <think> and does not close"),
     ({"conversations": [{"from": "function_call", "value": "add(1)"}]}, "function_call is not JSON"),
+    (openai({"role": "assistant", "content": "hm\n</think>\n\na"}), "message 2: closes </think> and does not open it"),
+    (openai({"role": "assistant", "content": "hm</think>a<think>b</think>", "reasoning": "hm"}), "closes </think> and does not"),
+    *((openai({"role": "assistant", "tool_calls": [called(arguments=given)]}), "arguments of add are not a JSON object")
+      for given in ([], False, 0)),
+    ({"conversations": [
+        {"from": "gpt", "value": "let me"}, {"from": "function_call", "value": {"name": "add"}, "reasoning_content": "hm"}]},
+     "message 2: has thoughts, but goes on with the turn"),
+    ({"conversations": [
+        {"from": "function_call", "value": {"name": "add"}}, {"from": "tool", "value": "so <tool_response>1</tool_response>"}]},
+     "message 2: has text outside of <tool_response>"),
+    (openai({"role": "assistant", "tool_calls": [called()]},
+            {"role": "tool", "tool_call_id": "call_x", "content": {"a": [float("nan")]}}), "message 3: holds a number that JSON"),
+    (openai(ANSWER) | {"tools": [{"name": "a"}, {"name": " "}]}, "tool 2 has no name"),
+    (openai(ANSWER) | {"functions": [{"name": "a", "parameters": {"maximum": float("inf")}}]}, "tools hold a number that JSON"),
+    (openai(ANSWER) | {"tools": '[{"name": "a", "maximum": 1e999}]'}, "tools hold a number that JSON"),
     (openai(ANSWER) | {"tools": "{"}, "tools are not JSON"),
     (openai(ANSWER) | {"tools": "[" * 10**5}, "tools are not JSON: brackets are nested too deeply"),
     (openai(ANSWER) | {"tools": {"a": 1}}, "tools must be a list"),

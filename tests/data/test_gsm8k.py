@@ -65,7 +65,15 @@ def test_the_converter_at_the_command_line(tmp_path, monkeypatch, capsys):
     for text, words in (("\n{", "rows.jsonl line 2 is not JSON"), ("[1]", "line 1 is not a JSON object but list")):
         source.write_text(text)
         with pytest.raises(SystemExit, match=f"^error: .*{words}"):
-            run(source, target)
+            run(source, tmp_path / "new.jsonl")
+    source.write_bytes(b"\ncaf\xe9")
+    with pytest.raises(SystemExit, match="^error: .*rows.jsonl line 2 is not UTF-8 text .byte 3"):
+        run(source, tmp_path / "new.jsonl")
+    for there in (source, target):
+        before = there.read_bytes()
+        with pytest.raises(SystemExit, match="^error: .*jsonl exists; remove it or choose another name"):
+            run(source, there)
+        assert there.read_bytes() == before
     with pytest.raises(SystemExit, match="^usage: python -m data.gsm8k IN.jsonl OUT.jsonl$"):
         run(source)
 

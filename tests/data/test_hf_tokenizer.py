@@ -171,6 +171,38 @@ def test_prefixes_as_the_saved_file_has_them(scheme, tmp_path):
         assert ours.decode(ours.encode(" the fox")) == " the fox"
 
 
+def spaces_as_pieces(path, **model):
+    """As Gemma has it: runs of spaces, spelled U+2581, and marks are added tokens and results of merges too."""
+    pieces = ["\u2581", *"abc<>t", "\u2581" * 2, "\u2581" * 4, "ab", "<t", "<t>", "a<t>"]
+    merges = [["\u2581"] * 2, ["\u2581" * 2] * 2, ["a", "b"], ["<", "t"], ["<t", ">"], ["a", "<t>"]]
+    added = [{"id": pieces.index(name), "content": name, "single_word": False, "lstrip": False, "rstrip": False,
+              "normalized": False, "special": False} for name in ("\u2581" * 2, "\u2581" * 4, "<t>")]
+    path.write_text(json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}, "pre_tokenizer": None,
+        "post_processor": None, "decoder": {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+        "model": {"type": "BPE", "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": merges} | model}))
+    return {piece: i for i, piece in enumerate(pieces)}
+
+
+@pytest.mark.parametrize("model", [{}, {"merges": ["\u2581 \u2581", "\u2581\u2581 \u2581\u2581", "a b", "< t", "<t >", "a <t>"]}])
+def test_added_tokens_may_be_merged(tmp_path, model):
+    """Runs of spaces stay text; of a mark, and of what is made of it, nothing is left."""
+    known = spaces_as_pieces(tmp_path / "tokenizer.json", **model)
+    tok, theirs = load_tokenizer(str(tmp_path)), tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("a  b", "    ab   c", " "):
+        assert tok.encode(text) == theirs.encode(text).ids and tok.decode(tok.encode(text)) == text
+        assert tok.byte_lengths[tok.encode(text)].sum() == len(text)
+    assert known["\u2581" * 2] in tok.encode("a  b") and known["\u2581" * 2] not in tok.names
+    assert [tok._pieces[i] for i in tok.encode("a<t>b")] == ["a", "<t", ">", "b"] and known["<t>"] in tok.names
+
+
+def test_a_library_that_panics_is_one_sentence(tmp_path):
+    spaces_as_pieces(tmp_path / "tokenizer.json", continuing_subword_prefix="#" * 6)
+    with pytest.raises(ConfigError, match="tokenizer.json is not a Hugging Face tokenizer.json that can be used here: "):
+        load_tokenizer(str(tmp_path))
+
+
 def merge_by_rank(piece, ranks):
     """The definition of tiktoken's merging, written out: join the neighbours of lowest joint rank, leftmost first."""
     parts = [piece[i:i + 1] for i in range(len(piece))]

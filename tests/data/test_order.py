@@ -9,8 +9,9 @@ import pytest
 
 from configs.schema import ConfigError, DataConfig, RunConfig, TrainConfig
 from data.mixture import PERIOD, MixedStream, quotas
-from data.pipeline import batch_hash, open_data
+from data.pipeline import open_data
 from data.tokenizer import load_tokenizer
+from tests.data.histories import batch_hash
 
 BATCH = 8
 
@@ -148,7 +149,8 @@ def test_what_a_row_of_each_source_holds(tmp_path):
     assert text["filled_per_row"] == text["trained_per_row"] > 110 and text["share"] == chat["share"] == 0.5
 
 
-@pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.0), (1.0, 2.0, 3.0)])
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.0), (1.0, 2.0, 3.0), (1.0, np.nan), (np.nan, 1.0), (1.0, np.inf),
+                                     (1e308, 1e308)])
 def test_weights_that_do_not_fit(tmp_path, weights):
     with pytest.raises(ConfigError, match="data.mixture"):
         config(tmp_path, "mixture", weights)

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from configs.schema import ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig
-from data import plan
-from data.pipeline import batch_hash, open_data
+from data import plan, streams
+from data.pipeline import open_data
+from data.tasks import make_problem
 from data.tokenizer import load_tokenizer
+from tests.data.histories import batch_hash
 
 
 def config(batch_size=4, seq_len=128, model=None, **data):
@@ -141,7 +143,39 @@ def test_order_is_the_one_written_down():
     ({"model": ModelConfig(vocab_size=300)}, "does not fit the tokenizer bytes; set model.vocab_size=320"),
     ({"model": ModelConfig(eos_token_id=1)}, "set model.eos_token_id=258"),
     ({"seq_len": 40}, "raise train.seq_len=40"),
+    ({"task": "copy", "task_length": (1, 8), "seq_len": 198}, "problem of up to 8 steps can take 233 tokens; .*too_long=drop"),
+    ({"task": "ledger", "task_length": (1, 2), "too_long": "shorten", "seq_len": 256}, "a ledger problem of up to 2 steps can"),
+    ({"task_length": (8, 8), "too_long": "drop", "seq_len": 64}, "hardly a chain problem fits train.seq_len=64"),
 ])
 def test_unusable_settings(change, words):
     with pytest.raises(ConfigError, match=words):
         open_bytes(config(**change))
+
+
+def test_the_longest_problem_that_is_drawn_fits():
+    """A row of exactly the longest problem is long enough, one place less is not."""
+    fits = {"task": "copy", "task_length": (1, 8)}
+    assert open_bytes(config(seq_len=233, **fits)).batch(9)["segments"].any(axis=1).all()
+    with pytest.raises(ConfigError, match="can take 233 tokens"):
+        open_bytes(config(seq_len=232, **fits))
+
+
+@pytest.mark.parametrize("too_long", ["drop", "error"])
+def test_problems_that_are_too_long_are_drawn_again(too_long, monkeypatch):
+    """With data.too_long=drop always; else where a tokenizer makes one long that could not be foreseen."""
+    monkeypatch.setattr(streams, "WINDOW_TOKENS", 1 << 12)
+    monkeypatch.setattr(streams, "longest_problem", lambda task, length: make_problem(task, 0, 0, 1))
+    seq_len = 96 if too_long == "drop" else 190
+    data = open_bytes(config(seq_len=seq_len, task="copy", task_length=(1, 8), too_long=too_long))
+    left_out = [data._train._window(window)[1] for window in range(60)]
+    assert max(left_out) > 0 and (left_out[0] > 0.3 if too_long == "drop" else left_out[0] == 0)
+    assert data.describe().get("left_out", 0) == left_out[0]
+    filled = [(batch["segments"] > 0).sum(1) for batch in map(data.batch, range(60 * data._train.window_rows // 4))]
+    assert np.min(filled) > 0 and np.max(filled) <= seq_len
+
+
+def test_settings_that_no_file_can_hold():
+    with pytest.raises(ConfigError, match="data.system holds half a character"):
+        config(system="a\udcffb").checked()
+    with pytest.raises(ConfigError, match="train.seed has 64 bits"):
+        TrainConfig(seed=1 << 63)

@@ -8,7 +8,7 @@ import pytest
 
 from configs.schema import ConfigError, DataConfig
 from data.chat import Account
-from data.sources import read_source
+from data.sources import heldout_start, read_source
 from data.tokenizer import load_tokenizer
 
 packed = partial(gzip.compress, mtime=0)
@@ -95,6 +95,70 @@ def test_last_tenth_is_held_out(tmp_path):
     rows = "\n".join(f'{{"text": "{i}"}}' for i in range(20))
     assert read(write(tmp_path, "c.jsonl", rows), 0.1) == ([str(i) for i in range(18)], ["18", "19"])
     assert read(write(tmp_path, "d.jsonl", '{"text": "a"}\n{"text": "b"}'), 0.1) == (["a"], ["b"])
+
+
+@pytest.mark.parametrize("count, share, start", [
+    (5, 0.8, 1), (10, 0.9, 1),  # one item less for floating point would leave nothing to train on
+    (15, 0.8, 2), (10, 0.7, 3), (4, 0.8, 0), (2, 0.9, 0), (20, 0.1, 18), (20, 0.0, 20), (1, 0.5, 1), (3, 0.01, 2)])
+def test_where_held_out_items_begin(count, share, start):
+    assert heldout_start(count, share) == start
+
+
+@pytest.mark.parametrize("there", ["metrics.jsonl", "checkpoints/0/x"])
+def test_a_run_among_its_data_is_no_data(tmp_path, there, monkeypatch):
+    """What is read is the same before the run is there and after."""
+    write(tmp_path, "a.txt", "11111")
+    write(tmp_path, "runs/config.json", "{}")  # as of a dataset: no run
+    write(tmp_path, "runs/b.txt", "22222")
+    expected = ["11111", "22222"], []
+    monkeypatch.chdir(tmp_path)
+    assert read(".", 0.0) == expected
+    for name in ("config.json", "left_out.txt", there):
+        write(tmp_path, f"runs/one/{name}", "{}")
+    assert read(".", 0.0, account := Account()) == expected
+    assert account.rejected == ["runs/config.json " + account.rejected[0].partition(" ")[2], "runs/one is a run directory"]
+    with pytest.raises(ConfigError, match="runs/one is a run directory, .* name the data in it"):
+        read("runs/one", 0.0)
+
+
+def test_links_are_read_or_named(tmp_path):
+    """Those to files are read; folders may lead in a circle."""
+    data = tmp_path / "data"
+    write(tmp_path, "elsewhere/b.txt", "22222")
+    write(data, "a.txt", "11111")
+    (data / "circle").symlink_to(data)
+    (data / "file.txt").symlink_to(tmp_path / "elsewhere/b.txt")
+    (data / "folder").symlink_to(tmp_path / "elsewhere")
+    (data / "gone").symlink_to(tmp_path / "nowhere")
+    assert read(str(data), 0.0, account := Account()) == (["11111", "22222"], [])
+    assert [line.removeprefix(f"{data}/")[:27] for line in account.rejected] == [
+        "circle is a link to a folde", "folder is a link to a folde", "gone is a link to nothing"]
+    assert read(str(data / "folder"), 0.0) == (["22222"], []), "what is named is read"
+
+
+def test_an_empty_path_is_not_the_working_directory():
+    with pytest.raises(ConfigError, match="data.paths: a path is empty"):
+        read("")
+
+
+def test_what_is_binary_is_not_read_to_its_end(tmp_path):
+    """The end of this file is damaged, and nobody comes so far."""
+    with pytest.raises(ConfigError, match="a.bin.gz holds zero bytes"):
+        read(write(tmp_path, "a.bin.gz", packed(b"\0" + bytes(range(256)) * 4096)[:-9]))
+    text = "x" * (1 << 16) + "y"
+    assert read(write(tmp_path, "a.txt.gz", packed(text.encode())), 0.0) == ([text], [])
+    with pytest.raises(ConfigError, match="b.txt holds zero bytes"):
+        read(write(tmp_path, "b.txt", text + "\0"))
+
+
+def test_null_is_as_good_as_absent(tmp_path):
+    """Tables of several kinds of rows have every column in every row."""
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": None, "text": "x"}, {"messages": None, "conversations": talk, "text": None},
+            {"conversations": None, "messages": talk}]
+    path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
+    (text, *talks), _ = read(path, 0.0)
+    assert text == "x" and [given.conversation.messages for given in talks] == [talk, talk]
 
 
 @pytest.mark.parametrize("name, content, words", [

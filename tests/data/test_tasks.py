@@ -6,7 +6,9 @@ import re
 import pytest
 
 from configs.schema import ConfigError
-from data.tasks import TASKS, check, make_problem, right_steps
+from data.render import KimiRenderer
+from data.tasks import TASKS, check, longest_problem, make_problem, right_steps
+from data.tokenizer import load_tokenizer
 
 
 def test_chain_is_right_and_reproducible():
@@ -54,6 +56,22 @@ def test_copy():
         assert not check(problem, reply | {"content": problem.answer[:-1]})
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_no_problem_is_longer_than_the_longest(task):
+    """Nor is one of fewer steps; of `ledger` the longest is drawn, of `copy` one that is almost as long."""
+    renderer = KimiRenderer(load_tokenizer("bytes"))
+
+    def tokens(problem):
+        return max(len(row.ids) for row in renderer.rows(problem.messages, problem.tools))
+
+    shorter = 0
+    for length in (1, 2, 5, 26, 27):
+        longest, drawn = tokens(longest_problem(task, length)), max(tokens(make_problem(task, 0, i, length)) for i in range(60))
+        assert shorter < longest and drawn <= longest
+        assert drawn == longest if task not in ("copy", "ledger") or length == 1 else drawn > 0.7 * longest
+        shorter = longest
+
+
 def test_checks_of_generated_text():
     problem = make_problem("chain", 0, 0, 3)
     good = "<think>" + "\n".join(problem.steps) + "</think>5<|im_end|>"
@@ -66,5 +84,6 @@ def test_checks_of_generated_text():
 
 @pytest.mark.parametrize("task, length", [("chain", 0), ("chain", 677), ("nothing", 3)])
 def test_unknown(task, length):
-    with pytest.raises(ConfigError):
-        make_problem(task, 0, 0, length)
+    for made in (lambda: make_problem(task, 0, 0, length), lambda: longest_problem(task, length)):
+        with pytest.raises(ConfigError):
+            made()

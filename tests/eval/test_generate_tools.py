@@ -4,6 +4,8 @@ import io
 import random
 from types import SimpleNamespace
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tokenizers
 from rich.console import Console
@@ -12,9 +14,11 @@ from configs.schema import ConfigError, ModelConfig
 from data.render import KimiRenderer
 from data.tasks import make_problem
 from data.tokenizer import load_tokenizer
-from data.tools import tools_by_name
+from data.tools import Toolbox, call, tools_by_name
 from eval import chat
-from eval.screen import Screen
+from eval.screen import Screen, say
+from model.decode.sampling import Sampling, choose, kept
+from train.weights import load_weights
 
 TOKENIZER = load_tokenizer("bytes")
 
@@ -92,6 +96,15 @@ def test_a_conversation_longer_than_the_model_is_meant_for_is_noted(monkeypatch,
     assert "positions, and the model is meant for 500" in screen.getvalue()
 
 
+@pytest.mark.parametrize("context, notes", [(None, 0), (300, 4), (1000, 0)])
+def test_a_prompt_that_cannot_be_shortened_is_noted(monkeypatch, screen, context, notes):
+    """The tool's declaration alone takes more than 44 tokens."""
+    if notes:
+        monkeypatch.setattr("data.episodes.shorter_versions", lambda messages: [])
+    talk(monkeypatch, make_problem("pointer_chase", 0, 0, 3), context=context)
+    assert screen.getvalue().count("--context 300 has room for 44 beside a reply") == notes
+
+
 def test_failures_and_limits_are_said(monkeypatch, screen):
     problem = make_problem("pointer_chase", 0, 0, 3)
     talk(monkeypatch, problem, replies=2)
@@ -131,7 +144,8 @@ def test_a_token_costs_the_same_at_any_length_and_the_text_is_that_of_all(tmp_pa
     def streamed(tokenizer, ids):
         """(what is printed, the most tokens decoded together)"""
         shown, asked, decode = [], [], tokenizer.decode
-        screen = Screen(SimpleNamespace(print=lambda text, **style: shown.append(text)), tokenizer)
+        screen = Screen(SimpleNamespace(is_terminal=False, print=lambda made, **_: shown.extend(s.text for s in made.segments)),
+                        tokenizer)
         with monkeypatch.context() as patch:
             patch.setattr(tokenizer, "decode", lambda some: asked.append(len(some)) or decode(some))
             for token in ids:
@@ -144,10 +158,42 @@ def test_a_token_costs_the_same_at_any_length_and_the_text_is_that_of_all(tmp_pa
         assert text == tokenizer.decode(ids).removesuffix("\n") and most <= 65
 
 
-def test_what_is_said_is_not_rewritten():
+WILD = ":smile: [b][/x]\ta\tb\r\n\x07\x1b[2J\x9b1m" + "long " * 30
+
+
+@pytest.mark.parametrize("terminal, shown", [
+    (False, WILD), (True, WILD.replace("\r", r"\r").replace("\x07", r"\x07").replace("\x1b", r"\x1b").replace("\x9b", r"\x9b"))])
+def test_what_is_said_is_not_rewritten(terminal, shown, monkeypatch):
+    """But a terminal gets no commands."""
     out = io.StringIO()
-    Screen(Console(file=out, width=80, highlight=False), TOKENIZER).message({"role": "user", "content": ":smile: [b]"})
-    assert out.getvalue() == "user  :smile: [b]\n"
+    console = Console(file=out, width=80, highlight=False, force_terminal=terminal, color_system=None)
+    screen = Screen(console, TOKENIZER)
+    screen.message({"role": "user", "content": WILD})
+    for token in TOKENIZER.encode(WILD):
+        screen.token(token)
+    screen.end_of_reply()
+    say(console, WILD)
+    assert out.getvalue() == f"user  {shown}\n{shown}\n{shown}"
+
+
+def test_a_text_is_gone_on_with_as_it_stands(monkeypatch):
+    """--raw: the prompt, too, is printed as it was given."""
+    out = io.StringIO()
+    monkeypatch.setattr(chat, "console", Console(file=out, width=80, highlight=False))
+    weights = SimpleNamespace(tokenizer=TOKENIZER, model=ModelConfig(), decoder=lambda rows, sampling: SimpleNamespace(
+        stream=lambda prompt, limit, stats: iter(TOKENIZER.encode("\t:ok:"))))
+    monkeypatch.setattr(chat, "load_weights", lambda source: weights)
+    chat.generate("W", ":smile:\tx", raw=True, task="", length=1, tools=(), limits=chat.Limits(), sampling=None)
+    assert out.getvalue().startswith(":smile:\tx\t:ok:\n")
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-30, 1.0])
+def test_the_best_token_has_a_logit_at_any_temperature(temperature):
+    logits, sampling = jnp.array([[1.0, 5.0, 9.0, 3.0]]), Sampling(temperature=temperature)
+    left = np.asarray(kept(logits, sampling))[0]
+    assert left[2] == 0 and not np.isnan(left).any()
+    if temperature < 1:
+        assert choose(logits, jnp.array([3]), sampling, False).tolist() == [2]
 
 
 def test_tools_by_name(tmp_path, monkeypatch):
@@ -163,6 +209,13 @@ def test_tools_by_name(tmp_path, monkeypatch):
             tools_by_name((name,))
     with pytest.raises(ConfigError, match="two tools named double"):
         tools_by_name(("mine_too.py", "mine_too:double"))
+    (tmp_path / "program_too.py").write_text("import sys\ndef f(x: int) -> int:\n    sys.exit(x)\nsys.exit(0)\n")
+    for name in ("program_too.py", "program_too:f"):
+        with pytest.raises(ConfigError, match="program_too.* it ends the program .sys.exit."):
+            tools_by_name((name,))
+    (tmp_path / "ends.py").write_text("import sys\ndef f(x: int) -> int:\n    sys.exit(x)\n")
+    (result,) = Toolbox(tools_by_name(("ends.py",))).results({"tool_calls": [call(0, "f", x=3)]})
+    assert result["content"] == "error: it ends the program (sys.exit)"
 
 
 def test_what_cannot_be_asked():
@@ -171,6 +224,12 @@ def test_what_cannot_be_asked():
                                 ("", {"length": 10**6}, "1 to 676 steps"), ("", {"task": "chase"}, "does not exist")):
         with pytest.raises(ConfigError, match=words):
             chat.generate("W", text, **common | change)
-    for limits, words in ((dict(thinking=-1), "--think-budget"), (dict(context=200), "no room")):
+    for limits, words in ((dict(thinking=-1), "--think-budget"), (dict(context=200), "no room"),
+                          (dict(replies=0), "--max-replies must be at least 1, not 0")):
         with pytest.raises(ConfigError, match=words):
             chat.Limits(**limits)
+    for seed in (3_000_000_000, -2**31 - 1):
+        with pytest.raises(ConfigError, match="seed must lie in"):
+            Sampling(seed=seed).check()
+    with pytest.raises(ConfigError, match="'' names no weights; give a run directory"):
+        load_weights("")
