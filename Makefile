@@ -83,6 +83,7 @@ test-gpu: $(READY)
 
 lint: $(READY)
 	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
 
 clean-demo:
 	rm -rf $(RUN) $(RUN)-bf16 $(TOOLS) $(TOOLS)-base $(TOOLS)-bf16

@@ -38,6 +38,7 @@ class Train:
     def here(self, cfg: RunConfig) -> int:
         from train.loop import train
         from train.run_dir import RunDir
+
         return train(cfg, RunDir(self.run or f"runs/{self.preset}"), self.remix)
 
 
@@ -62,6 +63,7 @@ class Eval:
 
     def __call__(self) -> int:
         from eval.run import evaluate_arms
+
         return evaluate_arms(self.run, self.arms, self.lengths, self.problems, self.suite, self.minutes)
 
 
@@ -101,9 +103,18 @@ class Generate:
     def __call__(self) -> int:
         from eval.chat import Limits, generate
         from model.decode.sampling import Sampling
+
         limits = Limits(self.max_new_tokens, self.max_replies, self.think_budget, self.context)
-        return generate(self.weights, self.prompt, raw=self.raw, task=self.task, length=self.length, tools=self.tools,
-                        limits=limits, sampling=Sampling(self.temperature, self.top_p, self.min_p, self.seed))
+        return generate(
+            self.weights,
+            self.prompt,
+            raw=self.raw,
+            task=self.task,
+            length=self.length,
+            tools=self.tools,
+            limits=limits,
+            sampling=Sampling(self.temperature, self.top_p, self.min_p, self.seed),
+        )
 
 
 @dataclass(frozen=True)
@@ -122,6 +133,7 @@ class Export:
 
     def __call__(self) -> int:
         from train.export import export_gguf, export_run
+
         if self.format == "gguf":
             return export_gguf(self.run, self.out, self.pre_tokenizer)
         return export_run(self.run, self.out, self.format)
@@ -138,6 +150,7 @@ class Verify:
 
     def __call__(self) -> int:
         from train.export import verify_directory
+
         return verify_directory(self.directory, self.run)
 
 
@@ -154,6 +167,7 @@ class Distort:
 
     def __call__(self) -> int:
         from eval.distortion import distortion_report
+
         return distortion_report(self.source, self.arms, self.calibration_batches)
 
 
@@ -166,6 +180,7 @@ class Report:
 
     def __call__(self) -> int:
         from eval.report import write_report
+
         return write_report(self.run)
 
 
@@ -192,6 +207,7 @@ class Import:
     def here(self, cfg: RunConfig) -> int:
         from train.import_hf import import_checkpoint
         from train.run_dir import RunDir
+
         first = self.sources[0].resolve()
         run = self.run or f"runs/{first.name if len(self.sources) < 2 else first.parent.name}"
         return import_checkpoint(list(self.sources), cfg, self.preset, RunDir(run))
@@ -200,10 +216,12 @@ class Import:
 def _on(where: str, command: list[str], cfg: RunConfig, work: Callable[[], int]) -> int:
     """`work` here, as one of several processes if `where` says so; or `command` in processes of its own."""
     from train import local, processes
+
     if where not in ("local", "cluster") and not processes.joined_by_launcher():
         return local.run(command, *local.parse(where, cfg.mesh))
     processes.join(cluster=where == "cluster")
     from train.console import console
+
     console.quiet = not processes.first()
     with processes.ending_together():
         return work()
@@ -227,9 +245,12 @@ class LookAtData:
         from data.preview import show
         from data.tokenizer import load_tokenizer
         from train.console import console
+
         if self.index is not None:
-            require(self.index.endswith(".array_record"),
-                    f"--index {self.index}: give it the ending .array_record, by which it will be known")
+            require(
+                self.index.endswith(".array_record"),
+                f"--index {self.index}: give it the ending .array_record, by which it will be known",
+            )
             documents = write_index(cfg, load_tokenizer(cfg.data.tokenizer), self.index)
             console.print(f"wrote {documents} documents to {self.index}")
         show(open_data(cfg, load_tokenizer(cfg.data.tokenizer)), console, rows=self.rows)
@@ -256,21 +277,30 @@ class Plan:
         require(self.sweep >= 0, f"--sweep must be at least 0, not {self.sweep}")
         if machine := MACHINES.get(self.preset, "") if self.topology is None else self.topology:
             from train.plan.on_topology import show_topology, sweep
+
             if self.sweep:
                 return sweep(self.preset, cfg, machine, self.sweep, self.json)
             return show_topology(self.preset, cfg, machine, self.json)
         if self.sweep or self.json:
-            raise ConfigError(f"{'--sweep' if self.sweep else '--json'} needs a machine; name it with --topology, such as "
-                              "v5p:8x8x8")
+            raise ConfigError(
+                f"{'--sweep' if self.sweep else '--json'} needs a machine; name it with --topology, such as v5p:8x8x8"
+            )
         from train.plan.summary import show_plan
+
         return show_plan(self.preset, cfg)
 
 
 WITH_CONFIG = {"train": Train, "plan": Plan, "data": LookAtData, "import": Import}
 """Verbs that take every field of the run config beside their own flags."""
 
-VERBS = WITH_CONFIG | {"eval": Eval, "generate": Generate, "export": Export, "verify": Verify, "distort": Distort,
-                       "report": Report}
+VERBS = WITH_CONFIG | {
+    "eval": Eval,
+    "generate": Generate,
+    "export": Export,
+    "verify": Verify,
+    "distort": Distort,
+    "report": Report,
+}
 
 
 def _with_config(verb: str, arguments: list[str]) -> Callable[[], int]:
@@ -278,17 +308,24 @@ def _with_config(verb: str, arguments: list[str]) -> Callable[[], int]:
     another's weights with its network and tokenizer."""
     kind, dashed = VERBS[verb], _dashed(arguments)
     known, _ = tyro.cli(kind, args=dashed, return_unknown_args=True, add_help=False)
-    both = make_dataclass(verb, [("own", Annotated[kind, tyro.conf.arg(name="")]),
-                                 ("cfg", Annotated[RunConfig, tyro.conf.arg(name="")])])
+    both = make_dataclass(
+        verb, [("own", Annotated[kind, tyro.conf.arg(name="")]), ("cfg", Annotated[RunConfig, tyro.conf.arg(name="")])]
+    )
 
     def parse(base: RunConfig):
-        return tyro.cli(both, args=dashed, default=both(kind(), base), prog=f"launch.py {verb}",
-                        description=f"{inspect.getdoc(kind)}\n\nEvery field of the preset can be set as --section.field value.")
+        return tyro.cli(
+            both,
+            args=dashed,
+            default=both(kind(), base),
+            prog=f"launch.py {verb}",
+            description=f"{inspect.getdoc(kind)}\n\nEvery field of the preset can be set as --section.field value.",
+        )
 
     base = preset(known.preset)
     found = parse(base)
     for source in filter(None, (found.cfg.train.init_from, found.cfg.train.fork_from)):
         from train.run_dir import with_network_of
+
         base = with_network_of(base, known.run if verb == "train" else None, source)
         found = parse(base)
     return partial(found.own, found.cfg, arguments)
@@ -306,8 +343,13 @@ def _dashed(arguments: list[str]) -> list[str]:
     out = []
     for word in arguments:
         name, equals, value = word.partition("=")
-        if equals and "." in name and name.lstrip("-").replace(".", "").replace("_", "").replace("-", "").isalnum() \
-                and "/" not in name and name.lstrip("-").split(".")[0] in RunConfig.__dataclass_fields__:
+        if (
+            equals
+            and "." in name
+            and name.lstrip("-").replace(".", "").replace("_", "").replace("-", "").isalnum()
+            and "/" not in name
+            and name.lstrip("-").split(".")[0] in RunConfig.__dataclass_fields__
+        ):
             out += ["--" + name.lstrip("-").replace("_", "-"), value]
         elif word.startswith("--") and "." in name and not equals:
             out.append(word.replace("_", "-"))
@@ -330,10 +372,12 @@ def main(argv: list[str]) -> int:
     try:
         if verb not in verbs:
             import difflib
+
             nearest = difflib.get_close_matches(verb, verbs, 1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(verbs)}"
             raise ConfigError(f"there is no verb {verb!r}; {hint}")
         from train.compat import start_jax
+
         start_jax("cpu" if verb == "plan" else None)  # a plan is compiled for chips that are not here
         if verb in WITH_CONFIG:
             return _with_config(verb, arguments)()

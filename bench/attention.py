@@ -17,8 +17,14 @@ from configs.platforms import platform_of
 from model.attention import CHUNK, IMPLEMENTATIONS, implementation
 from model.kernels import attention_gpu
 
-SHAPES = {"tiny": (32, 256, 4, 48, 32), "laptop": (8, 512, 4, 96, 64), "2048": (1, 2048, 4, 96, 64),
-          "moonlight 4096": (2, 4096, 16, 192, 128), "K2 4096": (1, 4096, 64, 192, 128), "K2 32768": (1, 32768, 8, 192, 128)}
+SHAPES = {
+    "tiny": (32, 256, 4, 48, 32),
+    "laptop": (8, 512, 4, 96, 64),
+    "2048": (1, 2048, 4, 96, 64),
+    "moonlight 4096": (2, 4096, 16, 192, 128),
+    "K2 4096": (1, 4096, 64, 192, 128),
+    "K2 32768": (1, 32768, 8, 192, 128),
+}
 """Rows, positions, heads, query width, value width."""
 
 ON_A_CPU = ("tiny", "laptop", "2048")
@@ -55,13 +61,30 @@ def row(name: str, dtype, limit: float) -> dict:
     times = {"forward": measure.in_turns(forward), "backward": measure.in_turns(backward)}
     clock = "cpu_ms" if platform == "cpu" else "wall_ms"
     useful = B * H * S * (S + 1) * (d + v)  # a query and a key: 2 (d + v) FLOPs forward; both passes of vjp: 3 times as many
-    share = {f"{kind} {part}": round(flops / (t[kind]["wall_ms"] * 1e-3) / limit, 3)
-             for (part, t), flops in zip(times.items(), (useful, 3 * useful)) for kind in t}
-    ratio = {f"{kind} {part}": round(t[kind][clock] / t["reference"][clock], 2)
-             for part, t in times.items() for kind in t if kind != "reference" and "reference" in t}
-    return {"shape": name, "B": B, "S": S, "H": H, "widths": [d, v], "dtype": jnp.dtype(dtype).name, "chunk": chunk,
-            "chosen": implementation(platform, S), f"{clock} over reference": ratio, "share of the limit": share,
-            "times": times}
+    share = {
+        f"{kind} {part}": round(flops / (t[kind]["wall_ms"] * 1e-3) / limit, 3)
+        for (part, t), flops in zip(times.items(), (useful, 3 * useful))
+        for kind in t
+    }
+    ratio = {
+        f"{kind} {part}": round(t[kind][clock] / t["reference"][clock], 2)
+        for part, t in times.items()
+        for kind in t
+        if kind != "reference" and "reference" in t
+    }
+    return {
+        "shape": name,
+        "B": B,
+        "S": S,
+        "H": H,
+        "widths": [d, v],
+        "dtype": jnp.dtype(dtype).name,
+        "chunk": chunk,
+        "chosen": implementation(platform, S),
+        f"{clock} over reference": ratio,
+        "share of the limit": share,
+        "times": times,
+    }
 
 
 def main() -> None:
@@ -72,8 +95,11 @@ def main() -> None:
             if (name in ON_A_CPU) == on_cpu:
                 rows.append(row(name, dtype, limit))
                 ratio = next(value for key, value in rows[-1].items() if key.endswith("over reference"))
-                print(f"{name:15} {rows[-1]['dtype']:8} time over the naive form: {ratio}; share of the limit: "
-                      f"{rows[-1]['share of the limit']}", flush=True)
+                print(
+                    f"{name:15} {rows[-1]['dtype']:8} time over the naive form: {ratio}; share of the limit: "
+                    f"{rows[-1]['share of the limit']}",
+                    flush=True,
+                )
     print(f"wrote {measure.write('attention', rows).name}")
 
 

@@ -25,14 +25,24 @@ def row(name: str, sizes: tuple[int, int, int], dtype, clock: str) -> dict:
     targets = jax.random.randint(keys[2], (N,), 0, V)
     runs, memory = {}, {}
     for kind, entropy in IMPLEMENTATIONS.items():
+
         def loss(h, w, entropy=entropy):
             return jnp.mean(entropy(h, w, targets, TILE)[0])
+
         compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(hidden, head).compile()
         runs[kind] = lambda compiled=compiled: compiled(hidden, head)
         memory[kind] = round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1)
     times = measure.in_turns(runs, rounds=3)
-    return {"shape": name, "tokens": N, "D": D, "V": V, "dtype": jnp.dtype(dtype).name, "times": times,
-            "temp_mb": memory, "ratio": round(times["tiled"][clock] / times["reference"][clock], 2)}
+    return {
+        "shape": name,
+        "tokens": N,
+        "D": D,
+        "V": V,
+        "dtype": jnp.dtype(dtype).name,
+        "times": times,
+        "temp_mb": memory,
+        "ratio": round(times["tiled"][clock] / times["reference"][clock], 2),
+    }
 
 
 def main() -> None:
@@ -40,8 +50,11 @@ def main() -> None:
     for name, sizes in (SMALL if on_cpu else LARGE).items():
         for dtype in (jnp.float32, jnp.bfloat16) if on_cpu else (jnp.bfloat16,):
             rows.append(row(name, sizes, dtype, "cpu_ms" if on_cpu else "wall_ms"))
-            print(f"{name:14} {rows[-1]['dtype']:8} time of tiled over reference {rows[-1]['ratio']}, "
-                  f"temporary MB {rows[-1]['temp_mb']}", flush=True)
+            print(
+                f"{name:14} {rows[-1]['dtype']:8} time of tiled over reference {rows[-1]['ratio']}, "
+                f"temporary MB {rows[-1]['temp_mb']}",
+                flush=True,
+            )
     print(f"wrote {measure.write('cross_entropy', rows).name}")
 
 

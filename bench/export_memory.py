@@ -54,8 +54,10 @@ def write_run(path: Path, model: ModelConfig) -> None:
     run = RunDir(path)
     run.write_config(replace(base, model=model), {"compute_dtype": "float32"})
     rng = np.random.default_rng(0)
-    params = {name: jax.device_put(rng.standard_normal(spec.shape, np.float32) * np.float32(0.02))
-              for name, spec in param_specs(model).items()}
+    params = {
+        name: jax.device_put(rng.standard_normal(spec.shape, np.float32) * np.float32(0.02))
+        for name, spec in param_specs(model).items()
+    }
     checkpoints = Checkpoints(run.checkpoints)
     checkpoints.save(1, {"params": params})
     checkpoints.close()
@@ -63,9 +65,21 @@ def write_run(path: Path, model: ModelConfig) -> None:
 
 def model_of(gigabytes: float) -> ModelConfig:
     """Moonlight's width and K2's vocabulary, with as many experts as fill the size."""
-    small = ModelConfig(vocab_size=163840, hidden_size=1024, num_hidden_layers=5, num_attention_heads=16,
-                        q_lora_rank=512, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-                        intermediate_size=4096, moe_intermediate_size=1024, n_routed_experts=8, num_experts_per_tok=8)
+    small = ModelConfig(
+        vocab_size=163840,
+        hidden_size=1024,
+        num_hidden_layers=5,
+        num_attention_heads=16,
+        q_lora_rank=512,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        intermediate_size=4096,
+        moe_intermediate_size=1024,
+        n_routed_experts=8,
+        num_experts_per_tok=8,
+    )
     per_expert = 4 * 3 * 1024 * 1024 * small.num_moe_layers
     rest = 4 * sum(s.size for s in param_specs(small).values()) - 8 * per_expert
     experts = max(8, round((gigabytes * 1e9 - rest) / per_expert))
@@ -84,8 +98,15 @@ def main(sizes: list[float]) -> None:
             writer.join()
             start, _ = peak_of("--help")
             peak, seconds = peak_of("export", str(run))
-        rows.append({"masters_GB": round(masters / 1e9, 2), "start_GB": round(start / 1e9, 3), "peak_GB": round(peak / 1e9, 3),
-                     "above_start_GB": round((peak - start) / 1e9, 3), "seconds": round(seconds, 1)})
+        rows.append(
+            {
+                "masters_GB": round(masters / 1e9, 2),
+                "start_GB": round(start / 1e9, 3),
+                "peak_GB": round(peak / 1e9, 3),
+                "above_start_GB": round((peak - start) / 1e9, 3),
+                "seconds": round(seconds, 1),
+            }
+        )
         print(rows[-1], flush=True)
         measure.write("export_memory", rows)
 

@@ -20,11 +20,17 @@ from model import dispatch
 from model.grouped_matmul import IMPLEMENTATIONS, block_rows, implementation
 
 SMALL = {  # tokens, D, F (gate and up together), E, K
-    "tiny gate_up": (8192, 128, 256, 16, 4), "tiny down": (8192, 128, 128, 16, 4),
-    "laptop gate_up": (8192, 256, 256, 32, 4), "64 experts": (2048, 256, 512, 64, 8)}
+    "tiny gate_up": (8192, 128, 256, 16, 4),
+    "tiny down": (8192, 128, 128, 16, 4),
+    "laptop gate_up": (8192, 256, 256, 32, 4),
+    "64 experts": (2048, 256, 512, 64, 8),
+}
 LARGE = {  # K2: the 48 experts of one device of eight, with the pairs that eight times 8,192 tokens send it
-    "Moonlight gate_up": (16384, 2048, 2816, 64, 6), "Moonlight down": (16384, 1408, 2048, 64, 6),
-    "K2 gate_up": (8192, 7168, 4096, 48, 8), "K2 down": (8192, 2048, 7168, 48, 8)}
+    "Moonlight gate_up": (16384, 2048, 2816, 64, 6),
+    "Moonlight down": (16384, 1408, 2048, 64, 6),
+    "K2 gate_up": (8192, 7168, 4096, 48, 8),
+    "K2 down": (8192, 2048, 7168, 48, 8),
+}
 
 ENTRIES = {"cpu": ("batched", "scanned"), "tpu": ("batched", "tpu"), "gpu": ("batched",), "hopper": ("batched", "hopper")}
 """What is measured on each platform: all entries that run there, without the reference, which is E times the work, and on
@@ -40,13 +46,18 @@ def choose(load: str, tokens: int, E: int, K: int, key: jax.Array) -> jax.Array:
 def products(name: str, block_expert: jax.Array, E: int) -> dict[str, Callable]:
     """The three products of an entry, of (x, w, g)."""
     entry = IMPLEMENTATIONS[name]
-    return {"forward": jax.jit(lambda x, w, g: entry.rows(x, w, block_expert, False)),
-            "rows": jax.jit(lambda x, w, g: entry.rows(g, w, block_expert, True)),
-            "weights": jax.jit(lambda x, w, g: entry.weights(x, g, block_expert, E, w.dtype))}
+    return {
+        "forward": jax.jit(lambda x, w, g: entry.rows(x, w, block_expert, False)),
+        "rows": jax.jit(lambda x, w, g: entry.rows(g, w, block_expert, True)),
+        "weights": jax.jit(lambda x, w, g: entry.weights(x, g, block_expert, E, w.dtype)),
+    }
 
 
-DENSE = {"forward": jax.jit(lambda x, w, g: x @ w), "rows": jax.jit(lambda x, w, g: g @ w.T),
-         "weights": jax.jit(lambda x, w, g: x.T @ g)}
+DENSE = {
+    "forward": jax.jit(lambda x, w, g: x @ w),
+    "rows": jax.jit(lambda x, w, g: g @ w.T),
+    "weights": jax.jit(lambda x, w, g: x.T @ g),
+}
 
 
 def row(shape: str, sizes: tuple[int, ...], dtype, load: str, platform: str) -> dict:
@@ -57,7 +68,7 @@ def row(shape: str, sizes: tuple[int, ...], dtype, load: str, platform: str) -> 
     w = jax.random.normal(keys[1], (E, D, F), dtype)
     x = jax.random.normal(keys[2], (len(to.token_of), D), dtype)
     g = jax.random.normal(keys[3], (len(to.token_of), F), dtype)
-    dense = x[:tokens * K], w[0], g[:tokens * K]
+    dense = x[: tokens * K], w[0], g[: tokens * K]
     flops, times, ratio = 2 * tokens * K * D * F, {}, {}
     entries = {name: products(name, to.block_expert, E) for name in ENTRIES[platform]}
     for part in DENSE:
@@ -71,8 +82,20 @@ def row(shape: str, sizes: tuple[int, ...], dtype, load: str, platform: str) -> 
             entry["TF/s"] = round(flops / entry["wall_ms"] / 1e9, 3)
             if name != "dense":
                 ratio[f"{name} {part}"] = round(entry["wall_ms"] / times[part]["dense"]["wall_ms"], 2)
-    return {"shape": shape, "tokens": tokens, "D": D, "F": F, "E": E, "K": K, "dtype": jnp.dtype(dtype).name, "load": load,
-            "block": to.block, "padding": round(len(to.token_of) / (tokens * K) - 1, 3), "ratio": ratio, "times": times}
+    return {
+        "shape": shape,
+        "tokens": tokens,
+        "D": D,
+        "F": F,
+        "E": E,
+        "K": K,
+        "dtype": jnp.dtype(dtype).name,
+        "load": load,
+        "block": to.block,
+        "padding": round(len(to.token_of) / (tokens * K) - 1, 3),
+        "ratio": ratio,
+        "times": times,
+    }
 
 
 def fits(call: Callable) -> bool:
@@ -94,8 +117,10 @@ def main() -> None:
             for load in ("balanced", "skewed"):
                 rows.append(row(shape, sizes, dtype, load, platform))
                 rate = {part: entries["dense"]["TF/s"] for part, entries in rows[-1]["times"].items()}
-                print(f"{shape:17} {rows[-1]['dtype']:8} {load:8} time over dense: {rows[-1]['ratio']}; dense TF/s: {rate}",
-                      flush=True)
+                print(
+                    f"{shape:17} {rows[-1]['dtype']:8} {load:8} time over dense: {rows[-1]['ratio']}; dense TF/s: {rate}",
+                    flush=True,
+                )
     path = measure.write("grouped_matmul", rows)
     print(f"{platform} uses {implementation(platform)!r}; wrote {path.name}")
 

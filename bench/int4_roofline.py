@@ -64,6 +64,7 @@ def sizes(model: ModelConfig, platform: str) -> tuple[int, int, int]:
 
 def program(chosen: jax.Array, gates: jax.Array, platform: str) -> Callable:
     """(x [tokens, D], weights of every layer) -> x behind all of them."""
+
     def through(x, layers):
         for weights in layers:
             x += experts.apply(x, chosen, gates, weights, platform)
@@ -93,9 +94,21 @@ def measured(model: ModelConfig, dtype: str) -> list[dict]:
         hit = len(set(chosen.ravel().tolist()))
         for name in held:
             ideal = bits[name] * weights * hit / E / 8
-            rows.append({"tokens": tokens, "layers": L, "experts": E, "experts_per_token": K, "experts_hit": hit, "held": name,
-                         "dtype": dtype, "bits_per_weight": bits[name], "bytes_to_read": ideal,
-                         "GB_per_s": round(ideal / times[name]["wall_ms"] / 1e6, 2), **times[name]})
+            rows.append(
+                {
+                    "tokens": tokens,
+                    "layers": L,
+                    "experts": E,
+                    "experts_per_token": K,
+                    "experts_hit": hit,
+                    "held": name,
+                    "dtype": dtype,
+                    "bits_per_weight": bits[name],
+                    "bytes_to_read": ideal,
+                    "GB_per_s": round(ideal / times[name]["wall_ms"] / 1e6, 2),
+                    **times[name],
+                }
+            )
     return rows
 
 
@@ -108,12 +121,19 @@ def main(name: str) -> None:
     table = Table("tokens", "experts hit", "dtype", "bits", "ms", "GB/s", "bytes ratio", "time ratio")
     for whole, packed in zip(rows[::2], rows[1::2]):
         both = [f"{whole[key]:.4g} / {packed[key]:.4g}" for key in ("bits_per_weight", "wall_ms", "GB_per_s")]
-        table.add_row(str(whole["tokens"]), f"{whole['experts_hit']} of {whole['experts']}", whole["dtype"], *both,
-                      f"{whole['bytes_to_read'] / packed['bytes_to_read']:.2f}",
-                      f"{whole['wall_ms'] / packed['wall_ms']:.2f}")
-    console.print(f"measured on {jax.default_backend()}, jax {jax.__version__}: one program through the experts of "
-                  f"{rows[0]['layers']} layer(s), {rows[0]['experts']} each, {rows[0]['experts_per_token']} per token, routing "
-                  f"known beforehand; whole / INT4")
+        table.add_row(
+            str(whole["tokens"]),
+            f"{whole['experts_hit']} of {whole['experts']}",
+            whole["dtype"],
+            *both,
+            f"{whole['bytes_to_read'] / packed['bytes_to_read']:.2f}",
+            f"{whole['wall_ms'] / packed['wall_ms']:.2f}",
+        )
+    console.print(
+        f"measured on {jax.default_backend()}, jax {jax.__version__}: one program through the experts of "
+        f"{rows[0]['layers']} layer(s), {rows[0]['experts']} each, {rows[0]['experts_per_token']} per token, routing "
+        f"known beforehand; whole / INT4"
+    )
     console.print(table)
     console.print(f"wrote {measure.write(f'int4_roofline-{name}', rows).name}")
 

@@ -30,8 +30,10 @@ def in_turns(candidates: dict[str, Callable[[], Any]], rounds: int = 5) -> dict[
     for _ in range(rounds):
         for name, call in candidates.items():
             wall, cpu = _seconds(call, calls[name])
-            best[name] = {"wall_ms": round(min(best[name]["wall_ms"], wall * 1e3), 3),
-                          "cpu_ms": round(min(best[name]["cpu_ms"], cpu * 1e3), 3)}
+            best[name] = {
+                "wall_ms": round(min(best[name]["wall_ms"], wall * 1e3), 3),
+                "cpu_ms": round(min(best[name]["cpu_ms"], cpu * 1e3), 3),
+            }
     return best
 
 
@@ -62,12 +64,27 @@ def product_flops(size: int, dtype) -> float:
 
 def machine() -> dict[str, Any]:
     """Date, hardware and versions."""
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), platform.processor()) if os.path.exists("/proc/cpuinfo") else ""
+    model = (
+        next(
+            (
+                line.split(":")[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            platform.processor(),
+        )
+        if os.path.exists("/proc/cpuinfo")
+        else ""
+    )
     device = jax.devices()[0]
-    return {"date": datetime.now(UTC).date().isoformat(), "jax": jax.__version__, "python": platform.python_version(),
-            "device": device.device_kind if device.platform != "cpu" else model, "cores": os.cpu_count(),
-            "load": round(os.getloadavg()[0], 1)}
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": device.device_kind if device.platform != "cpu" else model,
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+    }
 
 
 def write(name: str, rows: list[dict[str, Any]], question: tuple[str, ...] = ()) -> Path:
@@ -76,6 +93,7 @@ def write(name: str, rows: list[dict[str, Any]], question: tuple[str, ...] = ())
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}-{jax.default_backend()}-jax{jax.__version__}.json"
     if question:
+
         def of(row: dict[str, Any]) -> list:
             return [row.get(field) for field in question]
 

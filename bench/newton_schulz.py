@@ -39,8 +39,11 @@ IMPLEMENTATIONS |= {f"rows of {blocks}": by_rows(blocks) for blocks in (2, 8)}
 
 def products(m: int, n: int, platform: str) -> list[str]:
     """Of the registry, those that run here on an m x n matrix, m <= n."""
-    runs = {"full": True, "tpu": platform == "tpu" and m % symmetric_tpu.LANES == n % symmetric_tpu.LANES == 0,
-            "hopper": platform == "hopper" and symmetric_gpu.takes(m, n)}
+    runs = {
+        "full": True,
+        "tpu": platform == "tpu" and m % symmetric_tpu.LANES == n % symmetric_tpu.LANES == 0,
+        "hopper": platform == "hopper" and symmetric_gpu.takes(m, n),
+    }
     return [name for name in IMPLEMENTATIONS if runs.get(name, m % 8 == 0)]
 
 
@@ -71,8 +74,15 @@ def row(shape: str, platform: str) -> dict:
         rate = 2 * side**3 / times[f"limit {dtype}"][clock]
         of_limit = [round(count * f / times[name][clock] / rate, 3) for f in (standard_flops(m, n, 5), flops)]
         out[name] = {"dtype": dtype, "useful": of_limit[0], "multiplied": of_limit[1]}
-    return {"shape": shape, "matrices": count, "m": m, "n": n, "chosen": choose_form(m, n, COEFFS, platform).describe(),
-            "share of the limit": out, "times": times}
+    return {
+        "shape": shape,
+        "matrices": count,
+        "m": m,
+        "n": n,
+        "chosen": choose_form(m, n, COEFFS, platform).describe(),
+        "share of the limit": out,
+        "times": times,
+    }
 
 
 def main() -> None:
@@ -80,8 +90,10 @@ def main() -> None:
     for shape in SHAPES:
         rows.append(row(shape, platform))
         for name, share in rows[-1]["share of the limit"].items():
-            print(f"{shape:10} {name:16} {share['dtype']:9} useful {share['useful']:.2f}  multiplied {share['multiplied']:.2f}",
-                  flush=True)
+            print(
+                f"{shape:10} {name:16} {share['dtype']:9} useful {share['useful']:.2f}  multiplied {share['multiplied']:.2f}",
+                flush=True,
+            )
         print(f"{shape:10} chosen: {rows[-1]['chosen']}", flush=True)
     print(f"wrote {measure.write('newton_schulz', rows).name}")
 

@@ -31,9 +31,20 @@ def table(names: Collection[str]) -> str:
         if name in names and file.exists():
             r = json.loads(file.read_text())
             mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items() if size > 1)
-            lines.append([name, r["topology"], mesh, f"{r['bytes_per_device']['peak'] / 2**30:.1f}",
-                          f"{100 * r['spare']:.0f} %", f"{r['seconds']['seconds']:.1f}", f"{r['tokens_per_second_per_chip']:.0f}",
-                          f"{100 * r['mfu']:.1f} %", r["bound"], f"{r['seconds_to_lower'] + r['seconds_to_compile']:.0f}"])
+            lines.append(
+                [
+                    name,
+                    r["topology"],
+                    mesh,
+                    f"{r['bytes_per_device']['peak'] / 2**30:.1f}",
+                    f"{100 * r['spare']:.0f} %",
+                    f"{r['seconds']['seconds']:.1f}",
+                    f"{r['tokens_per_second_per_chip']:.0f}",
+                    f"{100 * r['mfu']:.1f} %",
+                    r["bound"],
+                    f"{r['seconds_to_lower'] + r['seconds_to_compile']:.0f}",
+                ]
+            )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -41,8 +52,11 @@ def compile_plan(name: str) -> bool:
     """Write a plan's result; False where there is none, and the old one, if any, stays."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "plan.json")
-        ran = subprocess.run([sys.executable, "launch.py", "plan", "--preset", name, "--json", str(file)],
-                             cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
+        ran = subprocess.run(
+            [sys.executable, "launch.py", "plan", "--preset", name, "--json", str(file)],
+            cwd=Path(__file__).parent.parent,
+            stdout=subprocess.DEVNULL,
+        )
         if ran.returncode not in (0, 1) or not file.exists():  # 1: it does not fit, or a traceback, which writes no file
             return False
         RESULTS.mkdir(parents=True, exist_ok=True)

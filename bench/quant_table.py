@@ -65,12 +65,17 @@ CALIBRATION_BATCHES = 8
 INT4, INT3 = "four bits", "three bits"
 FIRST, BEFORE = "fused with the cooldown", "bf16 at the fork"
 
-FORKS = {"QAT": QuantConfig("int4"), "QAT, distilled": QuantConfig("int4", distill_weight=0.5),
-         "QAT, 3 bits": QuantConfig("int3")}
+FORKS = {
+    "QAT": QuantConfig("int4"),
+    "QAT, distilled": QuantConfig("int4", distill_weight=0.5),
+    "QAT, 3 bits": QuantConfig("int3"),
+}
 """Arms that are trained besides the control; all switch to their grid at the fork at once."""
 
-BLOCKS = {INT4: ("rtn", "rtn75", "mse", "mse_signed", "hqq", "gptq", "awq", "QAT", "QAT, distilled"),
-          INT3: ("rtn3", "mse3", "gptq3", "awq3", "QAT, 3 bits")}
+BLOCKS = {
+    INT4: ("rtn", "rtn75", "mse", "mse_signed", "hqq", "gptq", "awq", "QAT", "QAT, distilled"),
+    INT3: ("rtn3", "mse3", "gptq3", "awq3", "QAT, 3 bits"),
+}
 """Rounding to nearest, whose loss over the control is the gap, and what competes with it in the same file format."""
 
 BF16 = QuantConfig("none")
@@ -82,12 +87,34 @@ def config(task: str, text: str, seed: int, stage: Stage, quant: QuantConfig = B
     data = DataConfig(paths=(text,), seed=seed) if task == "text" else replace(base.data, seed=seed)
     return replace(
         base,
-        model=replace(base.model, num_hidden_layers=2, hidden_size=64, intermediate_size=192, moe_intermediate_size=64,
-                      num_attention_heads=2, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8,
-                      v_head_dim=16, n_routed_experts=8),
-        optim=replace(base.optim, lr=stage.lr, decay_fraction=stage.decay_fraction), quant=quant, data=data,
-        train=replace(base.train, steps=stage.end, batch_size=16, seq_len=128, seed=seed, compute_dtype="float32",
-                      eval_batches=55, fork_from=f"{fork}@{stage.start}" if fork else None))
+        model=replace(
+            base.model,
+            num_hidden_layers=2,
+            hidden_size=64,
+            intermediate_size=192,
+            moe_intermediate_size=64,
+            num_attention_heads=2,
+            q_lora_rank=32,
+            kv_lora_rank=32,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=8,
+            v_head_dim=16,
+            n_routed_experts=8,
+        ),
+        optim=replace(base.optim, lr=stage.lr, decay_fraction=stage.decay_fraction),
+        quant=quant,
+        data=data,
+        train=replace(
+            base.train,
+            steps=stage.end,
+            batch_size=16,
+            seq_len=128,
+            seed=seed,
+            compute_dtype="float32",
+            eval_batches=55,
+            fork_from=f"{fork}@{stage.start}" if fork else None,
+        ),
+    )
 
 
 class Cell:
@@ -134,8 +161,12 @@ class Cell:
     def evaluate(self) -> None:
         """Held-out losses that are not in the file yet, all by the same forward pass on the same rows."""
         losses = self.losses()
-        arms = ["bf16", BEFORE, *(arm for block in BLOCKS.values() for arm in block),
-                *(f"{arm}, its masters in bf16" for arm in FORKS)]
+        arms = [
+            "bf16",
+            BEFORE,
+            *(arm for block in BLOCKS.values() for arm in block),
+            *(f"{arm}, its masters in bf16" for arm in FORKS),
+        ]
         todo = [arm for arm in arms if arm not in losses]
         if not todo:
             return
@@ -163,14 +194,15 @@ class Cell:
         else:
             opened = partial(open_data, session.cfg, session.tokenizer)
             values = baseline(session, params, name, opened, calibration).fake(params, session.specs)
-        return Weights(name, session.cfg.model, served_plain(session, values), session.tokenizer, session.compute_dtype,
-                       session.platform)
+        return Weights(
+            name, session.cfg.model, served_plain(session, values), session.tokenizer, session.compute_dtype, session.platform
+        )
 
 
 def interval(values: list[float]) -> list[float]:
     """Mean and its 95 % interval (Student's)."""
     n, mean = len(values), float(np.mean(values))
-    half = float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / n ** 0.5)
+    half = float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
     return [mean, mean - half, mean + half]
 
 
@@ -182,9 +214,14 @@ def summary(losses: list[dict[str, float]]) -> dict[str, dict]:
         gaps = {arm: [cell[arm] - cell["bf16"] for cell in losses] for arm in arms}
         rounded = gaps[arms[0]]
         measurable = interval(rounded)[1] > 0
-        out[block] = {arm: {"losses": [cell[arm] for cell in losses], "gap": interval(gaps[arm]),
-                            "recovered": interval([1 - g / r for g, r in zip(gaps[arm], rounded)]) if measurable else None}
-                      for arm in arms}
+        out[block] = {
+            arm: {
+                "losses": [cell[arm] for cell in losses],
+                "gap": interval(gaps[arm]),
+                "recovered": interval([1 - g / r for g, r in zip(gaps[arm], rounded)]) if measurable else None,
+            }
+            for arm in arms
+        }
     return out
 
 
@@ -205,11 +242,13 @@ def show(task: str, losses: list[dict[str, float]], blocks: dict[str, dict]) -> 
 def draw(results: dict[str, dict], path: Path) -> None:
     """Gaps to the control with their intervals, a panel per task and block."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(len(results), len(BLOCKS), figsize=(11, 3.2 * len(results)), squeeze=False,
-                                constrained_layout=True)
+    figure, axes = plt.subplots(
+        len(results), len(BLOCKS), figsize=(11, 3.2 * len(results)), squeeze=False, constrained_layout=True
+    )
     for row, (task, blocks) in zip(axes, results.items()):
         for panel, (block, arms) in zip(row, blocks.items()):
             for at, (arm, found) in enumerate(arms.items()):
@@ -254,11 +293,15 @@ def main() -> None:
                 console.print(show(name, losses, results[name]))
     if args.write:
         cfg = config("text", args.text, 0, STAGES[FIRST])
-        facts = {"machine": machine(), "text": f"{Path(args.text).name}, {Path(args.text).stat().st_size} bytes",
-                 "stages": {name: vars(stage) for name, stage in STAGES.items()},
-                 "tokens_per_step": cfg.train.batch_size * cfg.train.seq_len,
-                 "parameters": sum(spec.size for spec in param_specs(cfg.model).values()),
-                 "calibration_batches": CALIBRATION_BATCHES, "seeds": list(args.seeds)}
+        facts = {
+            "machine": machine(),
+            "text": f"{Path(args.text).name}, {Path(args.text).stat().st_size} bytes",
+            "stages": {name: vars(stage) for name, stage in STAGES.items()},
+            "tokens_per_step": cfg.train.batch_size * cfg.train.seq_len,
+            "parameters": sum(spec.size for spec in param_specs(cfg.model).values()),
+            "calibration_batches": CALIBRATION_BATCHES,
+            "seeds": list(args.seeds),
+        }
         (RESULTS / "quant_table.json").write_text(json.dumps(facts | {"results": results, "losses": every}, indent=1) + "\n")
         draw(results, RESULTS / "quant_table.png")
 

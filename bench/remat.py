@@ -32,6 +32,7 @@ from train.plan.topology import topology
 
 def compiled_memory(cfg: ModelConfig, rows: int, positions: int, policy: str, device: Any):
     """memory_analysis of value and gradients of the mean loss; bfloat16 activations, experts on the grid."""
+
     def array(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
@@ -39,8 +40,7 @@ def compiled_memory(cfg: ModelConfig, rows: int, positions: int, policy: str, de
         call = Call(at, segments, jnp.float32(1), Serving(grid="int4"), "bfloat16", platform_of(device), policy)
         network = bind(cfg, params)
         hidden, _, _ = network(tokens, call)
-        nll, _ = cross_entropy.chunked(hidden.reshape(-1, cfg.hidden_size), call.exact_weight(network.head),
-                                       targets.reshape(-1))
+        nll, _ = cross_entropy.chunked(hidden.reshape(-1, cfg.hidden_size), call.exact_weight(network.head), targets.reshape(-1))
         return jnp.mean(nll)
 
     params = {path: array(spec.shape, jnp.float32) for path, spec in param_specs(cfg).items()}
@@ -63,8 +63,14 @@ def main() -> None:
     print(f"{args.preset}, {args.rows} x {args.positions} tokens, one {device.device_kind}: temporary memory in MB")
     for policy in POLICIES:
         used = compiled_memory(cfg, args.rows, args.positions, policy, device)
-        rows.append(vars(args) | {"policy": policy, "temp_mb": round(used.temp_size_in_bytes / 1e6, 1),
-                                  "host_temp_mb": round(used.host_temp_size_in_bytes / 1e6, 1)})
+        rows.append(
+            vars(args)
+            | {
+                "policy": policy,
+                "temp_mb": round(used.temp_size_in_bytes / 1e6, 1),
+                "host_temp_mb": round(used.host_temp_size_in_bytes / 1e6, 1),
+            }
+        )
         print(f"{policy:8} {rows[-1]['temp_mb']:10.1f}   on the host {rows[-1]['host_temp_mb']:.1f}", flush=True)
     chip = args.topology.partition(":")[0].partition("-")[0]
     print(f"wrote {measure.write('-'.join(filter(None, ('remat', chip))), rows).name}")

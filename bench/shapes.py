@@ -14,10 +14,26 @@ from model.transformer import param_specs
 from train.counts import train_flops_per_token
 
 SHAPES = {
-    "25M, 32 experts": (dict(vocab_size=512, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, q_lora_rank=128,
-                             kv_lora_rank=64, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
-                             intermediate_size=1024, moe_intermediate_size=128, n_routed_experts=32,
-                             num_experts_per_tok=4, routed_scaling_factor=1.996), 8, 256),
+    "25M, 32 experts": (
+        dict(
+            vocab_size=512,
+            hidden_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            q_lora_rank=128,
+            kv_lora_rank=64,
+            qk_nope_head_dim=64,
+            qk_rope_head_dim=32,
+            v_head_dim=64,
+            intermediate_size=1024,
+            moe_intermediate_size=128,
+            n_routed_experts=32,
+            num_experts_per_tok=4,
+            routed_scaling_factor=1.996,
+        ),
+        8,
+        256,
+    ),
     "tiny": (dict(num_hidden_layers=3, num_experts_per_tok=2, routed_scaling_factor=1.412), 24, 96),
 }
 """Model fields, rows, tokens per row. The first is the shape on which other trainers were measured before."""
@@ -50,14 +66,23 @@ def config(shape: str, dtype: str) -> RunConfig:
     fields, rows, width = SHAPES[shape]
     tiny = preset("tiny")
     return dataclasses.replace(
-        tiny, model=ModelConfig(**fields), quant=dataclasses.replace(tiny.quant, start_step=0),
-        train=dataclasses.replace(tiny.train, batch_size=rows, seq_len=width, compute_dtype=dtype, balance_loss=1e-3,
-                                  layers="unroll"))
+        tiny,
+        model=ModelConfig(**fields),
+        quant=dataclasses.replace(tiny.quant, start_step=0),
+        train=dataclasses.replace(
+            tiny.train, batch_size=rows, seq_len=width, compute_dtype=dtype, balance_loss=1e-3, layers="unroll"
+        ),
+    )
 
 
 def random_batch(cfg: RunConfig) -> dict[str, np.ndarray]:
     """Unpadded rows of one document each."""
     shape = cfg.train.batch_size, cfg.train.seq_len
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (shape[0], shape[1] + 1)).astype(np.int32)
-    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones(shape, np.float32),
-            "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape), "segments": np.ones(shape, np.int32)}
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": np.ones(shape, np.float32),
+        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+        "segments": np.ones(shape, np.int32),
+    }

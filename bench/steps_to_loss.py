@@ -46,11 +46,22 @@ def config(text: str, rule: str, grid: str, lr: float, seed: int) -> RunConfig:
     base = preset("tiny")
     return replace(
         base,
-        model=replace(base.model, hidden_size=64, intermediate_size=192, moe_intermediate_size=64, q_lora_rank=32,
-                      kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16),
+        model=replace(
+            base.model,
+            hidden_size=64,
+            intermediate_size=192,
+            moe_intermediate_size=64,
+            q_lora_rank=32,
+            kv_lora_rank=32,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=8,
+            v_head_dim=16,
+        ),
         optim=replace(base.optim, matrices=rule, lr=lr, schedule="constant", warmup_steps=WARMUP),
-        quant=QuantConfig(grid=grid), data=DataConfig(paths=(text,), seed=seed),
-        train=replace(base.train, steps=STEPS, batch_size=16, seq_len=128, seed=seed))
+        quant=QuantConfig(grid=grid),
+        data=DataConfig(paths=(text,), seed=seed),
+        train=replace(base.train, steps=STEPS, batch_size=16, seq_len=128, seed=seed),
+    )
 
 
 def train_curves(text: str, rule: str, grid: str, lr: float, seeds: list[int]) -> dict[int, list[float]]:
@@ -114,8 +125,11 @@ class Study:
                 start = time.monotonic()
                 for seed, curve in train_curves(self.text, rule, grid, rate_of(power), seeds).items():
                     self._file(rule, grid, power, seed).write_text(json.dumps(curve))
-                    print(f"{rule} {grid} lr {rate_of(power):g} seed {seed}: {final(curve):.4f} "
-                          f"({time.monotonic() - start:.0f} s)", file=sys.stderr, flush=True)
+                    print(
+                        f"{rule} {grid} lr {rate_of(power):g} seed {seed}: {final(curve):.4f} ({time.monotonic() - start:.0f} s)",
+                        file=sys.stderr,
+                        flush=True,
+                    )
         return True
 
 
@@ -160,21 +174,32 @@ def compare(study: Study, grid: str) -> dict:
     best = {rule: best_power(done) for rule, done in arms.items()}
     at_best = {rule: [arms[rule][best[rule], seed] for seed in SEEDS] for rule in arms}
     targets = [final(curve) for curve in at_best["adamw"]]
-    steps = {rule: [steps_to(curve, target) for curve, target in zip(curves, targets, strict=True)]
-             for rule, curves in at_best.items()}
+    steps = {
+        rule: [steps_to(curve, target) for curve, target in zip(curves, targets, strict=True)] for rule, curves in at_best.items()
+    }
     ratios = np.log(np.array(steps["muon"]) / np.array(steps["adamw"]))
-    return {"grid": grid, "targets": [round(t, 4) for t in targets], "steps": steps,
-            "ratio": [round(float(np.exp(x)), 3) for x in interval(list(ratios))],
-            "rate": {rule: rate_of(power) for rule, power in best.items()},
-            "final": {rule: interval([final(c) for c in curves]) for rule, curves in at_best.items()},
-            "sweep": {rule: {f"{rate_of(p):g}": [round(final(c), 4) for (q, _), c in sorted(done.items()) if q == p]
-                             for p in sorted({p for p, _ in done})} for rule, done in arms.items()},
-            "curves": at_best}
+    return {
+        "grid": grid,
+        "targets": [round(t, 4) for t in targets],
+        "steps": steps,
+        "ratio": [round(float(np.exp(x)), 3) for x in interval(list(ratios))],
+        "rate": {rule: rate_of(power) for rule, power in best.items()},
+        "final": {rule: interval([final(c) for c in curves]) for rule, curves in at_best.items()},
+        "sweep": {
+            rule: {
+                f"{rate_of(p):g}": [round(final(c), 4) for (q, _), c in sorted(done.items()) if q == p]
+                for p in sorted({p for p, _ in done})
+            }
+            for rule, done in arms.items()
+        },
+        "curves": at_best,
+    }
 
 
 def draw(results: list[dict], path: Path) -> None:
     """Per grid: the sweep, the curves at the best rates, and steps to every loss, with 95 % intervals of three seeds."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import NullFormatter
@@ -200,12 +225,19 @@ def draw(results: list[dict], path: Path) -> None:
             row[2].plot(losses, steps.mean(1), color=colour, label=rule)
             row[2].fill_between(losses, steps.mean(1) - half, steps.mean(1) + half, color=colour, alpha=0.25)
         low = min(np.min(values) for sweep in result["sweep"].values() for values in sweep.values())
-        row[0].set(xscale="log", xlabel="learning rate", ylabel="final held-out loss", title=grid, ylim=(low - 0.03, low + 0.6),
-                   xlim=(8e-4, 4e-2))
+        row[0].set(
+            xscale="log",
+            xlabel="learning rate",
+            ylabel="final held-out loss",
+            title=grid,
+            ylim=(low - 0.03, low + 0.6),
+            xlim=(8e-4, 4e-2),
+        )
         row[0].xaxis.set_minor_formatter(NullFormatter())
         row[1].set(xlabel="step", ylabel="held-out loss", title="at the best rates", ylim=(None, 3))
-        row[2].set(xlabel="held-out loss", ylabel="steps to reach it", title="ratio {:.2f} ({:.2f} to {:.2f})".format(
-            *result["ratio"]))
+        row[2].set(
+            xlabel="held-out loss", ylabel="steps to reach it", title="ratio {:.2f} ({:.2f} to {:.2f})".format(*result["ratio"])
+        )
         row[2].invert_xaxis()
         for panel in row:
             panel.grid(alpha=0.3)
@@ -225,12 +257,20 @@ def main() -> None:
         sys.exit("not finished; the same command goes on")
     results = [compare(study, grid) for grid in ("none", "int4")]
     for result in results:
-        print("experts {}: to losses {} Muon takes {:.2f} ({:.2f} to {:.2f}) of AdamW's steps".format(
-            result["grid"], result["targets"], *result["ratio"]), json.dumps(result["final"]))
+        print(
+            "experts {}: to losses {} Muon takes {:.2f} ({:.2f} to {:.2f}) of AdamW's steps".format(
+                result["grid"], result["targets"], *result["ratio"]
+            ),
+            json.dumps(result["final"]),
+        )
     if args.write:
         file = Path(args.text)
-        facts = {"machine": machine(), "text": f"{file.name}, {file.stat().st_size} bytes", "steps": STEPS,
-                 "tokens_per_step": 2048}
+        facts = {
+            "machine": machine(),
+            "text": f"{file.name}, {file.stat().st_size} bytes",
+            "steps": STEPS,
+            "tokens_per_step": 2048,
+        }
         (RESULTS / "steps_to_loss.json").write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")
         draw(results, RESULTS / "steps_to_loss.png")
 

@@ -53,6 +53,7 @@ class ExpertMuon(torch.optim.Optimizer):
 
 def faster_dtype() -> torch.dtype:
     """bfloat16 or float32, by a batched product of this size: a CPU without bfloat16 instructions emulates them."""
+
     def seconds(dtype: torch.dtype) -> float:
         x = torch.ones(16, 128, 128, dtype=dtype)
         times = []
@@ -81,9 +82,12 @@ def build(cfg: ModelConfig, experts: str, precision: str, optimizer: str) -> tor
     """A model with its optimizers; precision: float32, autocast (bfloat16 over float32 weights), bfloat16 (weights too)."""
     torch.manual_seed(0)
     fields = write_config(cfg, QuantConfig(grid="none"))
-    twin = DeepseekV3ForCausalLM._from_config(DeepseekV3Config(**fields), attn_implementation="sdpa",
-                                              experts_implementation=experts,
-                                              dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32).train()
+    twin = DeepseekV3ForCausalLM._from_config(
+        DeepseekV3Config(**fields),
+        attn_implementation="sdpa",
+        experts_implementation=experts,
+        dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32,
+    ).train()
     flat, stacked, fused, rest = [], [], set(), []
     for name, p in twin.named_parameters():
         if p.ndim == 3 and optimizer == "muon":
@@ -100,8 +104,9 @@ def build(cfg: ModelConfig, experts: str, precision: str, optimizer: str) -> tor
     return twin, optimizers
 
 
-def programs(cfg: ModelConfig, batch: dict[str, np.ndarray], experts: str, precision: str, optimizer: str = "muon",
-             compiled: bool = False) -> tuple[Callable[[], float], Callable[[], float]]:
+def programs(
+    cfg: ModelConfig, batch: dict[str, np.ndarray], experts: str, precision: str, optimizer: str = "muon", compiled: bool = False
+) -> tuple[Callable[[], float], Callable[[], float]]:
     """(a whole training step, forward and backward alone) on one batch; each returns the loss. Unpadded rows of one
     document each, so no mask: torch's fastest case."""
     twin, optimizers = build(cfg, experts, precision, optimizer)
@@ -140,8 +145,13 @@ def main() -> None:
     cfg = config(shape, dtype)
     step, pull = programs(cfg.model, random_batch(cfg), experts, precision, compiled=how == "compiled")
     product = matmul(*MATMUL, dtype)
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
-                "threads": torch.get_num_threads(), "newton_schulz_of_experts": str(faster_dtype())}
+    versions = {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "newton_schulz_of_experts": str(faster_dtype()),
+    }
     serve(versions, {"step": step, "pull": pull, "matmul": limit(cfg, product)})
 
 

@@ -63,15 +63,22 @@ def ours(shape: str, dtype: str) -> None:
     def pull() -> float:
         return float(jax.block_until_ready(compiled(held["state"].params))[0])
 
-    serve({"python": sys.version.split()[0], "jax": jax.__version__, "threads": os.cpu_count()},
-          {"step": step, "pull": pull, "matmul": limit(cfg, lambda: jax.block_until_ready(product(x, y)))})
+    serve(
+        {"python": sys.version.split()[0], "jax": jax.__version__, "threads": os.cpu_count()},
+        {"step": step, "pull": pull, "matmul": limit(cfg, lambda: jax.block_until_ready(product(x, y)))},
+    )
 
 
 def compare(shape: str, dtype: str, rounds: int, peers: str, without: list[str]) -> dict:
     """One row: tokens per second of each contender and what they come to."""
     cfg = config(shape, dtype)
-    torch = [f"torch {experts} {precision} {how}" for precision in PRECISIONS[dtype] for experts in EXPERTS
-             for how in ("uncompiled", "compiled") if not {experts, precision, how} & set(without)]
+    torch = [
+        f"torch {experts} {precision} {how}"
+        for precision in PRECISIONS[dtype]
+        for experts in EXPERTS
+        for how in ("uncompiled", "compiled")
+        if not {experts, precision, how} & set(without)
+    ]
     sides = {"ours": Contender(sys.executable, "-m", "bench.train_cpu", "--serve", shape, dtype)}
     sides |= {name: Contender(peers, "-m", "bench.torch_peer", shape, dtype, *name.split()[1:]) for name in torch}
     steps, pulls, limits = fastest(sides, ("step", "pull", "matmul"), rounds)
@@ -79,28 +86,44 @@ def compare(shape: str, dtype: str, rounds: int, peers: str, without: list[str])
         side.close()
     tokens = cfg.train.batch_size * cfg.train.seq_len
     fastest_products, busy = (min(of_one) for of_one in zip(*limits.values()))
-    rows = {side: {"tokens_per_s": round(tokens / steps[side][0]), "step_ms": round(1e3 * steps[side][0], 1),
-                   "step_cpu_ms": round(1e3 * steps[side][1], 1), "forward_backward_ms": round(1e3 * pulls[side][0], 1),
-                   "forward_backward_cpu_ms": round(1e3 * pulls[side][1], 1)} for side in sides}
+    rows = {
+        side: {
+            "tokens_per_s": round(tokens / steps[side][0]),
+            "step_ms": round(1e3 * steps[side][0], 1),
+            "step_cpu_ms": round(1e3 * steps[side][1], 1),
+            "forward_backward_ms": round(1e3 * pulls[side][0], 1),
+            "forward_backward_cpu_ms": round(1e3 * pulls[side][1], 1),
+        }
+        for side in sides
+    }
     peer = max(torch, key=lambda side: rows[side]["tokens_per_s"])
     frugal = min(torch, key=lambda side: rows[side]["step_cpu_ms"])
-    return {"shape": shape, "dtype": dtype, "tokens": tokens, "flops": step_flops(cfg), "sides": rows, "best_peer": peer,
-            "ratio": round(rows["ours"]["tokens_per_s"] / rows[peer]["tokens_per_s"], 2),
-            "ratio_of_processor_time": round(rows[frugal]["step_cpu_ms"] / rows["ours"]["step_cpu_ms"], 2),
-            "matmul_gflops": round(step_flops(cfg) / fastest_products / 1e9),
-            "share_of_limit": round(fastest_products / pulls["ours"][0], 3),
-            "share_of_limit_in_processor_time": round(busy / pulls["ours"][1], 3),
-            "versions": {"ours": sides["ours"].versions, "peer": sides[peer].versions}}
+    return {
+        "shape": shape,
+        "dtype": dtype,
+        "tokens": tokens,
+        "flops": step_flops(cfg),
+        "sides": rows,
+        "best_peer": peer,
+        "ratio": round(rows["ours"]["tokens_per_s"] / rows[peer]["tokens_per_s"], 2),
+        "ratio_of_processor_time": round(rows[frugal]["step_cpu_ms"] / rows["ours"]["step_cpu_ms"], 2),
+        "matmul_gflops": round(step_flops(cfg) / fastest_products / 1e9),
+        "share_of_limit": round(fastest_products / pulls["ours"][0], 3),
+        "share_of_limit_in_processor_time": round(busy / pulls["ours"][1], 3),
+        "versions": {"ours": sides["ours"].versions, "peer": sides[peer].versions},
+    }
 
 
 def first_step() -> dict[str, float]:
     """Seconds from the command to the first line of a step of the tiny preset."""
     with tempfile.TemporaryDirectory() as folder:
+
         def once(name: str) -> float:
             command = [sys.executable, "launch.py", "train", "--preset", "tiny", "--run", f"{folder}/{name}"]
             start = time.perf_counter()
-            process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                                       stderr=subprocess.STDOUT, env=os.environ | {"HOME": folder})
+            process = subprocess.Popen(
+                command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"HOME": folder}
+            )
             for line in process.stdout:
                 if re.search(r"step +1/", line):
                     break
@@ -129,15 +152,23 @@ def main() -> None:
     rows = []
     if args.first_step:
         rows.append({"first_step": (start := first_step())})
-        print(f"first step of the tiny preset after {start['empty_cache_s']} s, with a filled compilation cache after "
-              f"{start['filled_cache_s']} s")
+        print(
+            f"first step of the tiny preset after {start['empty_cache_s']} s, with a filled compilation cache after "
+            f"{start['filled_cache_s']} s"
+        )
     for shape, dtype in [] if args.first_step else [(shape, dtype) for shape in args.shapes for dtype in args.dtypes]:
         rows.append(row := compare(shape, dtype, args.rounds, args.peers_python, args.without))
-        print(f"{shape}, {dtype}: {row['ratio']} x {row['best_peer']}, {row['ratio_of_processor_time']} x in processor time; "
-              f"forward and backward at {row['share_of_limit']:.0%} of {row['matmul_gflops']} GFLOP/s", flush=True)
+        print(
+            f"{shape}, {dtype}: {row['ratio']} x {row['best_peer']}, {row['ratio_of_processor_time']} x in processor time; "
+            f"forward and backward at {row['share_of_limit']:.0%} of {row['matmul_gflops']} GFLOP/s",
+            flush=True,
+        )
         for name, side in row["sides"].items():
-            print(f"  {name:36} {side['tokens_per_s']:>7} tokens/s   step {side['step_ms']:>8.1f} ms (processor "
-                  f"{side['step_cpu_ms']:>8.1f})   forward and backward {side['forward_backward_ms']:>8.1f} ms", flush=True)
+            print(
+                f"  {name:36} {side['tokens_per_s']:>7} tokens/s   step {side['step_ms']:>8.1f} ms (processor "
+                f"{side['step_cpu_ms']:>8.1f})   forward and backward {side['forward_backward_ms']:>8.1f} ms",
+                flush=True,
+            )
     if args.write:
         print(f"wrote {measure.write('train_cpu', rows, question=('shape', 'dtype')).name}")
 

@@ -127,6 +127,7 @@ def table(rows: list[dict]) -> str:
 def plot(file: str) -> None:
     """Stacked bars, one per written result: where the milliseconds of a step go."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -138,13 +139,22 @@ def plot(file: str) -> None:
         saved = {name.removeprefix("without "): max(ms["everything"] - ms[name], 0) for name in ms if name.startswith("without")}
         of_gradients = saved.pop("QAT")
         update = ms["everything"] - ms[GRADIENTS] - sum(saved.values())
-        parts = {"forward and backward": ms[GRADIENTS] - of_gradients, "QAT": of_gradients, **saved,
-                 "rest of the update": max(update, 0)}
+        parts = {
+            "forward and backward": ms[GRADIENTS] - of_gradients,
+            "QAT": of_gradients,
+            **saved,
+            "rest of the update": max(update, 0),
+        }
         start = 0.0
         for i, (name, value) in enumerate(parts.items()):
             share = value / ms["everything"]
-            axes.barh(f"{facts['preset']}\n{machine['device']}", share, left=start, color=f"C{i}",
-                      label=name if path == files[0] else None)
+            axes.barh(
+                f"{facts['preset']}\n{machine['device']}",
+                share,
+                left=start,
+                color=f"C{i}",
+                label=name if path == files[0] else None,
+            )
             start += share
     axes.set_xlabel("share of the step")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
@@ -175,17 +185,33 @@ def main() -> None:
     rows = []
     for name, times in seconds.items():
         middle = statistics.median(times)
-        rows.append({"variant": name, "ms": round(1e3 * middle, 2), "spread_ms": round(1e3 * (max(times) - min(times)), 2),
-                     "tokens_per_s": round(tokens / middle, 1), "tflops": round(flops / middle / 1e12, 4),
-                     "mfu": round(flops / middle / peak / jax.device_count(), 4) if peak else None,
-                     "cost": round(1 - middle / whole, 4) if name.startswith("without") else None})
-    facts = {"preset": args.preset, "overrides": fields, "tokens_per_step": tokens, "seq_len": cfg.train.seq_len,
-             "parameters": sum(spec.size for spec in session.specs.values()), "flops_per_step": flops,
-             "compute_dtype": session.compute_dtype, "versions": interpreter(),
-             "load_max_over_mean": round(float(np.max(measured["load_max_over_mean"])), 2),
-             "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")}
-    print(f"{args.preset}: {facts['parameters'] / 1e9:.2f} B parameters, {tokens} tokens a step in rows of {cfg.train.seq_len}, "
-          f"busiest expert at {facts['load_max_over_mean']} of the mean, {jax.devices()[0].device_kind}")
+        rows.append(
+            {
+                "variant": name,
+                "ms": round(1e3 * middle, 2),
+                "spread_ms": round(1e3 * (max(times) - min(times)), 2),
+                "tokens_per_s": round(tokens / middle, 1),
+                "tflops": round(flops / middle / 1e12, 4),
+                "mfu": round(flops / middle / peak / jax.device_count(), 4) if peak else None,
+                "cost": round(1 - middle / whole, 4) if name.startswith("without") else None,
+            }
+        )
+    facts = {
+        "preset": args.preset,
+        "overrides": fields,
+        "tokens_per_step": tokens,
+        "seq_len": cfg.train.seq_len,
+        "parameters": sum(spec.size for spec in session.specs.values()),
+        "flops_per_step": flops,
+        "compute_dtype": session.compute_dtype,
+        "versions": interpreter(),
+        "load_max_over_mean": round(float(np.max(measured["load_max_over_mean"])), 2),
+        "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+    }
+    print(
+        f"{args.preset}: {facts['parameters'] / 1e9:.2f} B parameters, {tokens} tokens a step in rows of {cfg.train.seq_len}, "
+        f"busiest expert at {facts['load_max_over_mean']} of the mean, {jax.devices()[0].device_kind}"
+    )
     print(table(rows))
     if args.write:
         print(f"wrote {measure.write(f'step-{args.preset}', [facts, *rows]).name}")

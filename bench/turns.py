@@ -32,8 +32,15 @@ class Contender:
     """The other side. `command`: of the process, after the interpreter."""
 
     def __init__(self, python: str, *command: str):
-        self.process = subprocess.Popen([python, *command], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        self.process = subprocess.Popen(
+            [python, *command],
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
         self.command = " ".join(command)
         self.versions = self._answer()
 

@@ -27,28 +27,48 @@ def moonlight_16b_h200_1() -> RunConfig:
     """Post-training of all 16 B parameters on one GPU: Muon, experts on the INT4 grid, QK-Clip. 6 bytes per parameter:
     weights, momentum and the gradients' sum in bf16, of which there is one copy each. Half a million tokens a step."""
     base = moonlight_16b()
-    return replace(base, quant=QuantConfig(grid="int4"), mesh=MeshConfig(data=1),
-                   optim=replace(base.optim, lr=2e-5, schedule="wsd", warmup_steps=50, decay_fraction=0.3, qk_clip_tau=100.0,
-                                 momentum_dtype="bfloat16", master_dtype="bfloat16"),
-                   train=replace(base.train, steps=1000, batch_size=64, accumulate=64))
+    return replace(
+        base,
+        quant=QuantConfig(grid="int4"),
+        mesh=MeshConfig(data=1),
+        optim=replace(
+            base.optim,
+            lr=2e-5,
+            schedule="wsd",
+            warmup_steps=50,
+            decay_fraction=0.3,
+            qk_clip_tau=100.0,
+            momentum_dtype="bfloat16",
+            master_dtype="bfloat16",
+        ),
+        train=replace(base.train, steps=1000, batch_size=64, accumulate=64),
+    )
 
 
 def moonlight_16b_v6e_16() -> RunConfig:
     """31 GiB a chip: momentum in bf16, one row of 8192 a microbatch. Experts over two neighbours only: tokens cost wires
     for every one of them, weights once a microbatch."""
     base = moonlight_16b()
-    return replace(base, optim=replace(base.optim, momentum_dtype="bfloat16", qk_clip_tau=100.0),
-                   quant=QuantConfig(grid="int4"), mesh=MeshConfig(data=1, fsdp=8, expert=2),
-                   train=replace(base.train, accumulate=256))
+    return replace(
+        base,
+        optim=replace(base.optim, momentum_dtype="bfloat16", qk_clip_tau=100.0),
+        quant=QuantConfig(grid="int4"),
+        mesh=MeshConfig(data=1, fsdp=8, expert=2),
+        train=replace(base.train, accumulate=256),
+    )
 
 
 def kimi_k2_v5p_512() -> RunConfig:
     """The published 67 M tokens a step, experts on the grid from the first one; 16 devices share the experts of a layer, 32
     their storage. Attention over 4096 positions is cheap to compute again, its outputs would take 15 GiB."""
     base = kimi_k2()
-    return replace(base, optim=replace(base.optim, momentum_dtype="bfloat16"), quant=QuantConfig(grid="int4"),
-                   mesh=MeshConfig(data=1, fsdp=32, expert=16),
-                   train=replace(base.train, accumulate=8, remat="layer"))
+    return replace(
+        base,
+        optim=replace(base.optim, momentum_dtype="bfloat16"),
+        quant=QuantConfig(grid="int4"),
+        mesh=MeshConfig(data=1, fsdp=32, expert=16),
+        train=replace(base.train, accumulate=8, remat="layer"),
+    )
 
 
 def kimi_k2_tpu7x_256() -> RunConfig:
@@ -60,19 +80,35 @@ def kimi_k2_tpu7x_256() -> RunConfig:
 def kimi_k2_thinking_256k() -> RunConfig:
     """256 rows of 256K: 32 devices share a row."""
     base = kimi_k2_thinking()
-    return replace(base, optim=replace(base.optim, momentum_dtype="bfloat16"),
-                   mesh=MeshConfig(data=1, fsdp=4, expert=8, context=32),
-                   train=replace(base.train, accumulate=8))
+    return replace(
+        base,
+        optim=replace(base.optim, momentum_dtype="bfloat16"),
+        mesh=MeshConfig(data=1, fsdp=4, expert=8, context=32),
+        train=replace(base.train, accumulate=8),
+    )
 
 
 def deepseek_v3_h100_512() -> RunConfig:
     """Muon and QK-Clip where the paper had AdamW. Experts over the eight GPUs of a node, storage over all: weights cross the
     network, tokens do not. Three rows a microbatch, and attention computed again, so that weights come seldom."""
     base = deepseek_v3()
-    return replace(base, quant=QuantConfig(grid="int4"),
-                   optim=replace(base.optim, matrices="muon", clip="adamw", qk_clip_tau=100.0, momentum_dtype="bfloat16"),
-                   mesh=MeshConfig(data=1, fsdp=64, expert=8), train=replace(base.train, accumulate=10, remat="layer"))
+    return replace(
+        base,
+        quant=QuantConfig(grid="int4"),
+        optim=replace(base.optim, matrices="muon", clip="adamw", qk_clip_tau=100.0, momentum_dtype="bfloat16"),
+        mesh=MeshConfig(data=1, fsdp=64, expert=8),
+        train=replace(base.train, accumulate=10, remat="layer"),
+    )
 
 
-PLANS = {f.__name__: f for f in (moonlight_16b_h200_1, moonlight_16b_v6e_16, kimi_k2_v5p_512, kimi_k2_tpu7x_256,
-                                 kimi_k2_thinking_256k, deepseek_v3_h100_512)}
+PLANS = {
+    f.__name__: f
+    for f in (
+        moonlight_16b_h200_1,
+        moonlight_16b_v6e_16,
+        kimi_k2_v5p_512,
+        kimi_k2_tpu7x_256,
+        kimi_k2_thinking_256k,
+        deepseek_v3_h100_512,
+    )
+}

@@ -16,7 +16,8 @@ from configs.schema import ConfigError, RunConfig
 from configs.tiny import laptop, one_gpu, tiny, tiny_sft
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
-    f.__name__: f for f in (tiny, tiny_sft, laptop, one_gpu, kimi_k2, kimi_k2_thinking, deepseek_v3, moonlight_16b)} | PLANS
+    f.__name__: f for f in (tiny, tiny_sft, laptop, one_gpu, kimi_k2, kimi_k2_thinking, deepseek_v3, moonlight_16b)
+} | PLANS
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -104,30 +104,41 @@ class ModelConfig:
     """What unquantised weights are served as. The training forward sees them rounded to it, so nothing changes at export."""
 
     def __post_init__(self):
-        positive = ("vocab_size hidden_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim "
-                    "qk_rope_head_dim v_head_dim intermediate_size moe_intermediate_size n_routed_experts "
-                    "num_experts_per_tok n_shared_experts n_group topk_group max_position_embeddings "
-                    "yarn_original_positions")
+        positive = (
+            "vocab_size hidden_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim "
+            "qk_rope_head_dim v_head_dim intermediate_size moe_intermediate_size n_routed_experts "
+            "num_experts_per_tok n_shared_experts n_group topk_group max_position_embeddings "
+            "yarn_original_positions"
+        )
         for name in positive.split():
             require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
         for name in ["routed_scaling_factor", "rms_norm_eps", "yarn_beta_fast", "yarn_beta_slow"]:
             require(getattr(self, name) > 0, f"model.{name} must be positive, not {getattr(self, name)}")
-        require(self.q_lora_rank is None or self.q_lora_rank >= 1,
-                f"model.q_lora_rank must be at least 1, or None for no latent, not {self.q_lora_rank}")
+        require(
+            self.q_lora_rank is None or self.q_lora_rank >= 1,
+            f"model.q_lora_rank must be at least 1, or None for no latent, not {self.q_lora_rank}",
+        )
         require(self.rope_theta > 1, f"model.rope_theta must be greater than 1, not {self.rope_theta}")
-        require(0 <= self.first_k_dense_replace < self.num_hidden_layers,
-                f"model.first_k_dense_replace={self.first_k_dense_replace} leaves no MoE layer "
-                f"of {self.num_hidden_layers}; lower it")
+        require(
+            0 <= self.first_k_dense_replace < self.num_hidden_layers,
+            f"model.first_k_dense_replace={self.first_k_dense_replace} leaves no MoE layer of {self.num_hidden_layers}; lower it",
+        )
         require(self.qk_rope_head_dim % 2 == 0, "model.qk_rope_head_dim must be even: positions rotate pairs")
-        require(self.num_experts_per_tok <= self.n_routed_experts,
-                f"model.num_experts_per_tok={self.num_experts_per_tok} exceeds model.n_routed_experts={self.n_routed_experts}")
-        require(self.n_routed_experts % self.n_group == 0 and self.topk_group <= self.n_group,
-                f"model.n_routed_experts={self.n_routed_experts} must be a multiple of model.n_group={self.n_group}, "
-                f"and model.topk_group={self.topk_group} at most that")
+        require(
+            self.num_experts_per_tok <= self.n_routed_experts,
+            f"model.num_experts_per_tok={self.num_experts_per_tok} exceeds model.n_routed_experts={self.n_routed_experts}",
+        )
+        require(
+            self.n_routed_experts % self.n_group == 0 and self.topk_group <= self.n_group,
+            f"model.n_routed_experts={self.n_routed_experts} must be a multiple of model.n_group={self.n_group}, "
+            f"and model.topk_group={self.topk_group} at most that",
+        )
         reachable = self.n_routed_experts // self.n_group * self.topk_group
-        require(self.num_experts_per_tok <= reachable,
-                f"model.num_experts_per_tok={self.num_experts_per_tok} exceeds the {reachable} experts "
-                f"that model.topk_group={self.topk_group} groups hold")
+        require(
+            self.num_experts_per_tok <= reachable,
+            f"model.num_experts_per_tok={self.num_experts_per_tok} exceeds the {reachable} experts "
+            f"that model.topk_group={self.topk_group} groups hold",
+        )
         require(self.yarn_factor >= 1.0, f"model.yarn_factor must be at least 1, not {self.yarn_factor}")
 
     @property
@@ -198,8 +209,10 @@ class OptimConfig:
 
     def __post_init__(self):
         require(0 < self.lr < math.inf, f"optim.lr must be above 0, not {self.lr}")
-        require(self.qk_clip_tau is None or self.qk_clip_tau > 0,
-                f"optim.qk_clip_tau must be above 0, not {self.qk_clip_tau}; use None to switch QK-Clip off")
+        require(
+            self.qk_clip_tau is None or self.qk_clip_tau > 0,
+            f"optim.qk_clip_tau must be above 0, not {self.qk_clip_tau}; use None to switch QK-Clip off",
+        )
         require(0 <= self.momentum < 1, f"optim.momentum must lie in [0, 1), not {self.momentum}")
         require(0 <= self.decay_fraction <= 1, f"optim.decay_fraction must lie in [0, 1], not {self.decay_fraction}")
         for name in ("adam_b1", "adam_b2"):
@@ -226,10 +239,11 @@ class QuantConfig:
     cross-entropy."""
 
     def __post_init__(self):
-        require(self.group_size >= 2 and self.group_size % 2 == 0,
-                f"quant.group_size must be even, two codes to a byte, not {self.group_size}; 32 is what engines read")
-        require(0 <= self.distill_weight <= 1,
-                f"quant.distill_weight is a share of the loss, 0 to 1, not {self.distill_weight}")
+        require(
+            self.group_size >= 2 and self.group_size % 2 == 0,
+            f"quant.group_size must be even, two codes to a byte, not {self.group_size}; 32 is what engines read",
+        )
+        require(0 <= self.distill_weight <= 1, f"quant.distill_weight is a share of the loss, 0 to 1, not {self.distill_weight}")
         require(self.start_step >= 0 and self.ramp_steps >= 0, "quant.start_step and quant.ramp_steps cannot be negative")
 
 
@@ -265,9 +279,13 @@ class DataConfig:
 
     def __post_init__(self):
         require(0 <= self.validation_fraction < 1, "data.validation_fraction must lie in [0, 1)")
-        require(not self.mixture or len(self.mixture) == len(self.paths) and all(weight > 0 for weight in self.mixture)
-                and math.isfinite(sum(self.mixture)),
-                f"data.mixture needs one finite weight above 0 for each of the {len(self.paths)} data.paths, not {self.mixture}")
+        require(
+            not self.mixture
+            or len(self.mixture) == len(self.paths)
+            and all(weight > 0 for weight in self.mixture)
+            and math.isfinite(sum(self.mixture)),
+            f"data.mixture needs one finite weight above 0 for each of the {len(self.paths)} data.paths, not {self.mixture}",
+        )
         lo, hi = self.task_length
         require(1 <= lo <= hi, f"data.task_length must be two counts, the first at most the second, not {lo} {hi}")
 
@@ -317,12 +335,14 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "batch_size", "seq_len", "accumulate", "log_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
-        require(-2**63 <= self.seed < 2**63, f"train.seed has 64 bits, with its sign; {self.seed} needs more")
+        require(-(2**63) <= self.seed < 2**63, f"train.seed has 64 bits, with its sign; {self.seed} needs more")
         require(self.keep >= 2, "train.keep must be at least 2: a damaged newest checkpoint needs one to fall back to")
         _not_negative("train", self, "z_loss balance_loss eval_every eval_batches")
         require(not (self.init_from and self.fork_from), "train.init_from and train.fork_from exclude each other")
-        require(self.batch_size % self.accumulate == 0,
-                f"train.batch_size={self.batch_size} must be a multiple of train.accumulate={self.accumulate}")
+        require(
+            self.batch_size % self.accumulate == 0,
+            f"train.batch_size={self.batch_size} must be a multiple of train.accumulate={self.accumulate}",
+        )
 
 
 @dataclass(frozen=True)
@@ -355,8 +375,10 @@ class ProfileConfig:
 
     def __post_init__(self):
         bounds = self.steps.split(":")
-        require(not self.steps or len(bounds) == 2 and all(b.isdigit() for b in bounds) and 1 <= int(bounds[0]) <= int(bounds[1]),
-                f"profile.steps should be FIRST:LAST, two step numbers from 1 on, not {self.steps!r}")
+        require(
+            not self.steps or len(bounds) == 2 and all(b.isdigit() for b in bounds) and 1 <= int(bounds[0]) <= int(bounds[1]),
+            f"profile.steps should be FIRST:LAST, two step numbers from 1 on, not {self.steps!r}",
+        )
 
     def bounds(self) -> tuple[int, int] | None:
         """First and last traced step."""
@@ -378,16 +400,22 @@ class RunConfig:
     def checked(self) -> RunConfig:
         """Itself, if its sections fit each other; ConfigError if not. Asked when a run begins: before that a preset takes another
         run's model, to which flags then fit the rest, and a run that is there must stay readable."""
-        require(self.train.seq_len <= self.model.max_position_embeddings,
-                f"train.seq_len={self.train.seq_len} is more than model.max_position_embeddings="
-                f"{self.model.max_position_embeddings}, which the exported config promises; raise that too, and "
-                "model.yarn_factor to extend a trained context")
-        require(self.data.system is None or not any("\ud800" <= character <= "\udfff" for character in self.data.system),
-                "data.system holds half a character, which no file can: what a shell hands over has to be UTF-8")
+        require(
+            self.train.seq_len <= self.model.max_position_embeddings,
+            f"train.seq_len={self.train.seq_len} is more than model.max_position_embeddings="
+            f"{self.model.max_position_embeddings}, which the exported config promises; raise that too, and "
+            "model.yarn_factor to extend a trained context",
+        )
+        require(
+            self.data.system is None or not any("\ud800" <= character <= "\udfff" for character in self.data.system),
+            "data.system holds half a character, which no file can: what a shell hands over has to be UTF-8",
+        )
         if self.quant.grid != "none":
             for name in ("hidden_size", "moe_intermediate_size"):
                 width = getattr(self.model, name)
-                require(width % self.quant.group_size == 0,
-                        f"model.{name}={width} is not divisible by quant.group_size={self.quant.group_size}; "
-                        f"the nearest width that is: {max(round(width / self.quant.group_size), 1) * self.quant.group_size}")
+                require(
+                    width % self.quant.group_size == 0,
+                    f"model.{name}={width} is not divisible by quant.group_size={self.quant.group_size}; "
+                    f"the nearest width that is: {max(round(width / self.quant.group_size), 1) * self.quant.group_size}",
+                )
         return self

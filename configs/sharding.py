@@ -22,8 +22,15 @@ Rules = Mapping[str, tuple[tuple[str, ...], ...]]
 Partition = tuple[tuple[str, ...], ...]
 """The mesh axes that split each dimension of an array, major first; () where it is whole."""
 
-_STORAGE = (("fsdp", "expert", "context"), ("fsdp", "context"), ("fsdp", "expert"), ("fsdp",), ("expert", "context"),
-            ("expert",), ("context",))
+_STORAGE = (
+    ("fsdp", "expert", "context"),
+    ("fsdp", "context"),
+    ("fsdp", "expert"),
+    ("fsdp",),
+    ("expert", "context"),
+    ("expert",),
+    ("context",),
+)
 
 RULES: Rules = {
     "experts": (("expert", "fsdp", "context"), ("expert", "fsdp"), ("expert",)),
@@ -65,15 +72,20 @@ def partition(spec: ParamSpec, sizes: Mapping[str, int], rules: Rules = RULES) -
     return out
 
 
-def _first_that_fits(logical: str, size: int, units: int, choices: Partition, sizes: Mapping[str, int], used: set[str]
-                     ) -> tuple[str, ...]:
+def _first_that_fits(
+    logical: str, size: int, units: int, choices: Partition, sizes: Mapping[str, int], used: set[str]
+) -> tuple[str, ...]:
     """Of the choices with axes that the mesh has and no other dimension uses, the first that divides the `units` that storage
     leaves whole, or `size` where the axis is tensor."""
     for axes in choices:
-        require(set(axes) <= set(AXES), f"the sharding rule {logical} -> {axes} names an axis that no mesh has; "
-                                        f"there are {', '.join(AXES)}")
-        require(len(set(axes)) == len(axes), f"the sharding rule {logical} -> {axes} uses a mesh axis twice on one tensor; "
-                                             "name each axis once")
+        require(
+            set(axes) <= set(AXES),
+            f"the sharding rule {logical} -> {axes} names an axis that no mesh has; there are {', '.join(AXES)}",
+        )
+        require(
+            len(set(axes)) == len(axes),
+            f"the sharding rule {logical} -> {axes} uses a mesh axis twice on one tensor; name each axis once",
+        )
         present = tuple(axis for axis in axes if sizes[axis] > 1)
         parts = size if "tensor" in present else units
         if present and parts % math.prod(sizes[axis] for axis in present) == 0 and not used & set(present):
@@ -88,19 +100,24 @@ def _require_small_parts(spec: ParamSpec, found: Partition, sizes: Mapping[str, 
     if not used and any(sizes[axis] > 1 for axis in ("context", "tensor")):
         idle += [axis for axis in ("context", "tensor") if sizes[axis] > 1]
     if idle and part > REPLICATED_LIMIT:
-        raise ConfigError(f"{spec.hf[0].name} {spec.shape} would be replicated over mesh.{' and mesh.'.join(idle)}: none of "
-                          f"its axes {spec.axes} divides over them; change the mesh {dict(sizes)} or the width")
+        raise ConfigError(
+            f"{spec.hf[0].name} {spec.shape} would be replicated over mesh.{' and mesh.'.join(idle)}: none of "
+            f"its axes {spec.axes} divides over them; change the mesh {dict(sizes)} or the width"
+        )
 
 
 def check_model(model: ModelConfig, sizes: Mapping[str, int]) -> None:
     """ConfigError, with the fix, where a mesh axis cannot split what it is for."""
+
     def divisors(value: int) -> str:
         return f"the sizes that can: {', '.join(str(n) for n in range(2, min(value, 4096) + 1) if value % n == 0) or 1}"
 
     expert, tensor = sizes["expert"], sizes["tensor"]
-    require(model.n_routed_experts % expert == 0,
-            f"mesh.expert={expert} does not divide model.n_routed_experts={model.n_routed_experts}; "
-            + divisors(model.n_routed_experts))
+    require(
+        model.n_routed_experts % expert == 0,
+        f"mesh.expert={expert} does not divide model.n_routed_experts={model.n_routed_experts}; "
+        + divisors(model.n_routed_experts),
+    )
     for name in ("num_attention_heads", "intermediate_size", "moe_intermediate_size", "vocab_size"):
         width = getattr(model, name)
         require(width % tensor == 0, f"mesh.tensor={tensor} does not divide model.{name}={width}; " + divisors(width))
@@ -109,6 +126,8 @@ def check_model(model: ModelConfig, sizes: Mapping[str, int]) -> None:
 def check_positions(seq_len: int, sizes: Mapping[str, int]) -> None:
     """ConfigError unless every device of the context axis gets two chunks of a row."""
     parts = 2 * sizes["context"]
-    require(sizes["context"] == 1 or seq_len % parts == 0,
-            f"train.seq_len={seq_len} cannot be cut into the {parts} chunks of mesh.context={sizes['context']}; "
-            f"the nearest that can: {max(round(seq_len / parts), 1) * parts}")
+    require(
+        sizes["context"] == 1 or seq_len % parts == 0,
+        f"train.seq_len={seq_len} cannot be cut into the {parts} chunks of mesh.context={sizes['context']}; "
+        f"the nearest that can: {max(round(seq_len / parts), 1) * parts}",
+    )

@@ -1,9 +1,9 @@
 """Pre-tokenised data: `.npy` arrays, and ArrayRecord files whose records are `.npy` arrays.
 
-    file.npy, 1-D integers    documents one after the other, each beginning with [BOS]; read through a memory map
-    file.npy, 2-D integers    one document a row
-    file.array_record         a record is a 1-D integer array, optionally followed by a float array of loss weights,
-                              each as numpy.save writes it; the first record may name the tokenizer (MADE_BY)
+file.npy, 1-D integers    documents one after the other, each beginning with [BOS]; read through a memory map
+file.npy, 2-D integers    one document a row
+file.array_record         a record is a 1-D integer array, optionally followed by a float array of loss weights,
+                          each as numpy.save writes it; the first record may name the tokenizer (MADE_BY)
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ def unknown_id(ids: np.ndarray, vocab_size: int) -> str | None:
     """Which id lies outside the vocabulary, or None."""
     lo, hi = int(ids.min()), int(ids.max())
     if lo < 0 or hi >= vocab_size:
-        return (f"holds token id {lo if lo < 0 else hi}, outside the vocabulary of {vocab_size}; was it made with another "
-                f"tokenizer?")
+        return (
+            f"holds token id {lo if lo < 0 else hi}, outside the vocabulary of {vocab_size}; was it made with another tokenizer?"
+        )
     return None
 
 
@@ -106,7 +107,7 @@ def read_npy(path: Path, vocab_size: int, bos_id: int) -> Part:
         raise ConfigError(f"data.paths: {path} {reason}")
     if array.ndim == 2:
         return Part(ids, np.arange(array.shape[0] + 1) * array.shape[1])
-    starts = [at + np.flatnonzero(array[at:at + CHUNK] == bos_id) for at in range(0, len(array), CHUNK)]
+    starts = [at + np.flatnonzero(array[at : at + CHUNK] == bos_id) for at in range(0, len(array), CHUNK)]
     starts = np.concatenate(starts)
     return Part(ids, np.concatenate([[0], starts[starts > 0], [len(array)]]))
 
@@ -118,8 +119,10 @@ def numbered_records(path: Path, fingerprint: str, tokenizer: str) -> Iterator[t
     for number, record in enumerate(_records(path)):
         if number == 0 and record.startswith(MADE_BY):
             if record != MADE_BY + fingerprint.encode():
-                raise ConfigError(f"{path} was made with another tokenizer than data.tokenizer={tokenizer}; name the one it "
-                                  f"was made with, or make it anew with launch.py data --index")
+                raise ConfigError(
+                    f"{path} was made with another tokenizer than data.tokenizer={tokenizer}; name the one it "
+                    f"was made with, or make it anew with launch.py data --index"
+                )
             continue
         found = True
         yield f"{path} record {number}", record

@@ -44,10 +44,15 @@ class Account:
         """The counts, for people."""
         if not self.conversations:
             return {"rejected": len(self.rejected)} if self.rejected else {}
-        return {"conversations": self.conversations, "chat_rows": self.rows, "shortened": self.shortened,
-                "untrained_answers": self.untrained, "rejected": len(self.rejected),
-                "trained_share": self.trained_tokens / max(1, self.tokens),
-                "duplication": self.rendered / max(1, self.rendered_once)}
+        return {
+            "conversations": self.conversations,
+            "chat_rows": self.rows,
+            "shortened": self.shortened,
+            "untrained_answers": self.untrained,
+            "rejected": len(self.rejected),
+            "trained_share": self.trained_tokens / max(1, self.tokens),
+            "duplication": self.rendered / max(1, self.rendered_once),
+        }
 
     def reject(self, reason: str) -> None:
         self.rejected.append(printable(reason))
@@ -104,9 +109,11 @@ def shorter_versions(messages: Sequence[Message]) -> list[list[Message]]:
     return versions
 
 
-def shortened(messages: Sequence[Message], tools: Sequence[dict], renderer: KimiRenderer, mode: Mode,
-              seq_len: int) -> Rendered | None:
+def shortened(
+    messages: Sequence[Message], tools: Sequence[dict], renderer: KimiRenderer, mode: Mode, seq_len: int
+) -> Rendered | None:
     """The row that ends with these messages, as few of the oldest tool exchanges left out as make it fit, or None."""
+
     def row(version: Sequence[Message]) -> Rendered | None:
         rows = renderer.rows(numbered(version), tools, "preserved" if mode == "preserved" else "last_segment")
         return rows[0] if rows else None
@@ -123,8 +130,9 @@ def fits(row: Rendered, seq_len: int) -> bool:
     return len(row.ids) - 1 <= seq_len
 
 
-def chat_rows(given: Talk, renderer: KimiRenderer, mode: Mode, seq_len: int, bad_rows: str, too_long: str,
-              account: Account) -> Iterator[Rendered]:
+def chat_rows(
+    given: Talk, renderer: KimiRenderer, mode: Mode, seq_len: int, bad_rows: str, too_long: str, account: Account
+) -> Iterator[Rendered]:
     """Training rows of a conversation; `account` is filled in. RowError where the settings say error."""
     where, talk = given
     account.conversations += 1
@@ -141,7 +149,7 @@ def chat_rows(given: Talk, renderer: KimiRenderer, mode: Mode, seq_len: int, bad
         if not fits(row, seq_len):
             length = f"{where}: row {number + 1} has {len(row.ids) - 1} tokens, more than train.seq_len={seq_len}"
             if too_long == "shorten":
-                row = shortened(talk.messages[:row.end], talk.tools, renderer, mode, seq_len)
+                row = shortened(talk.messages[: row.end], talk.tools, renderer, mode, seq_len)
                 account.shortened += row is not None
             else:
                 row = None
@@ -154,8 +162,10 @@ def chat_rows(given: Talk, renderer: KimiRenderer, mode: Mode, seq_len: int, bad
         yield row
 
 
-HINTS = {"bad_rows": "correct it, or leave such rows out with data.bad_rows=drop",
-         "too_long": "raise train.seq_len, or set data.too_long to drop or shorten"}
+HINTS = {
+    "bad_rows": "correct it, or leave such rows out with data.bad_rows=drop",
+    "too_long": "raise train.seq_len, or set data.too_long to drop or shorten",
+}
 
 
 def refuse(reason: str, policy: str, setting: str, account: Account) -> None:

@@ -11,8 +11,10 @@ from configs.schema import ConfigError
 
 FILE = "chat_template.jinja"
 SYSTEM, PRESERVED = "{{%- set default_system = {} -%}}\n", "{%- set keep_thoughts = true -%}\n"
-HEAD = re.compile(r'(?:\{%- set default_system = (?P<system>".*") -%\}\n)?'
-                  r"(?P<preserved>\{%- set keep_thoughts = true -%\}\n)?")
+HEAD = re.compile(
+    r'(?:\{%- set default_system = (?P<system>".*") -%\}\n)?'
+    r"(?P<preserved>\{%- set keep_thoughts = true -%\}\n)?"
+)
 
 
 def chat_template(system: str | None, mode: str) -> str:

@@ -42,8 +42,15 @@ class Shelf:
     def __len__(self) -> int:
         return len(self._table) // len(COLUMNS)
 
-    def add(self, source: int, kind: int, item: int, ids: Sequence[int] | np.ndarray,
-            weights: Sequence[float] | np.ndarray | None, size: int = 0) -> None:
+    def add(
+        self,
+        source: int,
+        kind: int,
+        item: int,
+        ids: Sequence[int] | np.ndarray,
+        weights: Sequence[float] | np.ndarray | None,
+        size: int = 0,
+    ) -> None:
         """A document from item number `item` of the file that is being read; `weights` None trains all of it."""
         at, trained = -1, len(ids) - 1
         if weights is not None:
@@ -108,17 +115,17 @@ class Documents:
         """Predictions start .. start + count of a document; `weights` are uint8 where all documents' are 0 or 1."""
         row = self._table[doc]
         at = row[START] + start
-        ids = self._buffers[row[BUFFER]][at:at + count + 1]
+        ids = self._buffers[row[BUFFER]][at : at + count + 1]
         if row[WEIGHTS] < 0:
             return Piece(ids, np.broadcast_to(np.float32(1), count))
         at = row[WEIGHTS] + start
-        return Piece(ids, self._weights[at + 1:at + count + 1])
+        return Piece(ids, self._weights[at + 1 : at + count + 1])
 
     def rows(self) -> Iterator[TokenRow]:
         """The documents whole."""
         for row in self._table:
-            ids = self._buffers[row[BUFFER]][row[START]:row[START] + row[LENGTH]]
-            yield TokenRow(ids, None if row[WEIGHTS] < 0 else self._weights[row[WEIGHTS]:row[WEIGHTS] + row[LENGTH]])
+            ids = self._buffers[row[BUFFER]][row[START] : row[START] + row[LENGTH]]
+            yield TokenRow(ids, None if row[WEIGHTS] < 0 else self._weights[row[WEIGHTS] : row[WEIGHTS] + row[LENGTH]])
 
     def fingerprint(self) -> str:
         """Hash of lengths, ids and weights, whatever arrays they stand in."""
@@ -137,4 +144,4 @@ class Documents:
         breaks = np.flatnonzero((buffer[1:] != buffer[:-1]) | (start[1:] != end[:-1]))
         for first, last in zip([0, *(breaks + 1)], [*breaks, len(end) - 1]):
             for at in range(start[first], end[last], CHUNK):
-                yield self._buffers[buffer[first]][at:min(at + CHUNK, end[last])]
+                yield self._buffers[buffer[first]][at : min(at + CHUNK, end[last])]

@@ -69,8 +69,11 @@ class Episode:
         versions = shorter_versions(self.shown)
         if not versions:
             return prompt
-        first = bisect_left(versions[:-1], True, key=lambda version: len(renderer.prompt(
-            numbered(version), self.declarations, mode)) <= context // 2)
+        first = bisect_left(
+            versions[:-1],
+            True,
+            key=lambda version: len(renderer.prompt(numbered(version), self.declarations, mode)) <= context // 2,
+        )
         self.shown = versions[first]
         return renderer.prompt(numbered(self.shown), self.declarations, mode)
 
@@ -103,10 +106,15 @@ class Episode:
             self.stopped = "done"
 
 
-def run_episodes(generate: Callable[[dict[int, list[int]]], Mapping[int, Sequence[int]]], renderer: KimiRenderer,
-                 episodes: Sequence[Episode], max_replies: int = 1000, mode: Mode = "interleaved",
-                 context: int | None = None,
-                 watch: Callable[[Message], None] = lambda message: None) -> None:
+def run_episodes(
+    generate: Callable[[dict[int, list[int]]], Mapping[int, Sequence[int]]],
+    renderer: KimiRenderer,
+    episodes: Sequence[Episode],
+    max_replies: int = 1000,
+    mode: Mode = "interleaved",
+    context: int | None = None,
+    watch: Callable[[Message], None] = lambda message: None,
+) -> None:
     """Run episodes side by side to their ends; all that still run get one reply a round.
 
     generate   number of the episode -> its prompt; gives for each the ids of one reply, up to and including the stop

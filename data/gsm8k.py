@@ -49,8 +49,14 @@ def problem(row: dict[str, Any]) -> Problem:
     at = 0
     for index, mark in enumerate(MARK.finditer(solution)):
         check_mark(mark)
-        messages.append({"role": "assistant", "reasoning_content": solution[at:mark.start()], "content": "",
-                         "tool_calls": [call(index, "calculate", expression=mark["expression"])]})
+        messages.append(
+            {
+                "role": "assistant",
+                "reasoning_content": solution[at : mark.start()],
+                "content": "",
+                "tool_calls": [call(index, "calculate", expression=mark["expression"])],
+            }
+        )
         messages += toolbox.results(messages[-1])
         at = mark.end()
     rest = solution[at:]
@@ -58,8 +64,9 @@ def problem(row: dict[str, Any]) -> Problem:
         raise RowError("has a calculator mark that is not <<EXPRESSION=RESULT>>")
     messages.append({"role": "assistant", "reasoning_content": rest, "content": answer})
     messages = conversation({"messages": messages}).messages  # arguments as a row of them is trained
-    return Problem(tuple(messages), answer, tuple(call_arguments(messages)), TOOLS,
-                   lambda: Toolbox([calculator()]).results, call_arguments)
+    return Problem(
+        tuple(messages), answer, tuple(call_arguments(messages)), TOOLS, lambda: Toolbox([calculator()]).results, call_arguments
+    )
 
 
 def check_mark(mark: re.Match) -> None:
@@ -81,8 +88,7 @@ def states_answer(problem: Problem) -> bool:
 def solves(problem: Problem, reply: Reply) -> bool:
     """Whether the last message answers with the right number, however it is written."""
     last = messages_of(reply)[-1]
-    return last["role"] == "assistant" and not last.get("tool_calls") and \
-        number(last["content"]) == number(problem.answer)
+    return last["role"] == "assistant" and not last.get("tool_calls") and number(last["content"]) == number(problem.answer)
 
 
 def convert(source: Path, target: Path) -> tuple[int, list[int]]:

@@ -123,8 +123,11 @@ def _text_names(spec: dict) -> set[str]:
     """The added tokens that stand for text: runs of spaces and tabs, which GPT-NeoX, CodeGen and Phi have behind the rest, and
     Gemma among its pieces, where a space is written as U+2581."""
     space = " " if _byte_level(spec) else "\u2581"
-    return {token["content"] for token in spec["added_tokens"]
-            if not token["special"] and token["content"].replace(space, " ").isspace()}
+    return {
+        token["content"]
+        for token in spec["added_tokens"]
+        if not token["special"] and token["content"].replace(space, " ").isspace()
+    }
 
 
 def _without_added(spec: dict) -> dict:
@@ -144,9 +147,10 @@ def _without_added(spec: dict) -> dict:
             pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
             model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b[skip:]} & names]
     else:
-        spec["added_tokens"] = [token if token["content"] in kept else
-                                token | {"content": HIDDEN + token["content"], "normalized": False}
-                                for token in spec["added_tokens"]]
+        spec["added_tokens"] = [
+            token if token["content"] in kept else token | {"content": HIDDEN + token["content"], "normalized": False}
+            for token in spec["added_tokens"]
+        ]
         model["vocab"] = [[HIDDEN + piece if piece in names else piece, score] for piece, score in model["vocab"]]
     return spec
 
@@ -165,23 +169,41 @@ def _prefixed_nowhere(part: Any) -> Any:
 LETTER_HEAD = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 LETTER_TAIL = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 LEAD, SHORT_FORM = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-KIMI_PATTERN = "|".join([
-    r"[\p{Han}]+",
-    f"{LEAD}{LETTER_HEAD}*{LETTER_TAIL}+{SHORT_FORM}",
-    f"{LEAD}{LETTER_HEAD}+{LETTER_TAIL}*{SHORT_FORM}",
-    r"\p{N}{1,3}",
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-    r"\s*[\r\n]+",
-    r"\s+(?!\S)",
-    r"\s+",
-])
+KIMI_PATTERN = "|".join(
+    [
+        r"[\p{Han}]+",
+        f"{LEAD}{LETTER_HEAD}*{LETTER_TAIL}+{SHORT_FORM}",
+        f"{LEAD}{LETTER_HEAD}+{LETTER_TAIL}*{SHORT_FORM}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
 """How Kimi K2 cuts text before byte pairs are merged: Han runs by themselves, else like OpenAI's newer tokenizers. Only
 this very expression gives the ids of the released model."""
 
 KIMI_RESERVED = 256
-KIMI_OFFSETS = {tok.BOS: 0, tok.EOS: 1, tok.IM_END: 2, tok.IM_USER: 3, tok.IM_ASSISTANT: 4, tok.EOT: 9,
-                tok.IM_SYSTEM: 10, tok.CALLS_BEGIN: 11, tok.CALLS_END: 12, tok.CALL_BEGIN: 13, tok.CALL_ARGUMENT: 14,
-                tok.CALL_END: 15, tok.IM_MIDDLE: 17, tok.THINK: 22, tok.THINK_END: 23, tok.UNK: 254, tok.PAD: 255}
+KIMI_OFFSETS = {
+    tok.BOS: 0,
+    tok.EOS: 1,
+    tok.IM_END: 2,
+    tok.IM_USER: 3,
+    tok.IM_ASSISTANT: 4,
+    tok.EOT: 9,
+    tok.IM_SYSTEM: 10,
+    tok.CALLS_BEGIN: 11,
+    tok.CALLS_END: 12,
+    tok.CALL_BEGIN: 13,
+    tok.CALL_ARGUMENT: 14,
+    tok.CALL_END: 15,
+    tok.IM_MIDDLE: 17,
+    tok.THINK: 22,
+    tok.THINK_END: 23,
+    tok.UNK: 254,
+    tok.PAD: 255,
+}
 """Kimi K2's special ids, counted from the end of the ranks (163,584 in the released file)."""
 
 
@@ -194,11 +216,11 @@ def read_ranks(raw: bytes, path: Path) -> list[bytes]:
             tokens.append(base64.b64decode(text, validate=True))
             dense = int(rank) == len(tokens) - 1
         except (ValueError, binascii.Error):
-            raise ConfigError(f"data.tokenizer: {path} line {number} is no tiktoken line (BASE64 RANK), and the file "
-                              f"is no tokenizer.json") from None
+            raise ConfigError(
+                f"data.tokenizer: {path} line {number} is no tiktoken line (BASE64 RANK), and the file is no tokenizer.json"
+            ) from None
         if not dense:
-            raise ConfigError(f"data.tokenizer: {path} line {number} has rank {rank.decode()}, expected "
-                              f"{len(tokens) - 1}")
+            raise ConfigError(f"data.tokenizer: {path} line {number} has rank {rank.decode()}, expected {len(tokens) - 1}")
     missing = set(range(256)) - {token[0] for token in tokens if len(token) == 1}
     if missing:
         raise ConfigError(f"data.tokenizer: {path} has no token for byte {min(missing)}")
@@ -222,10 +244,24 @@ def tiktoken_spec(tokens: list[bytes]) -> dict:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": KIMI_PATTERN}, "behavior": "Isolated", "invert": False}
     return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added_tokens(special | reserved),
-        "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None, "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-                  "vocab": {spell[token]: i for token, i in rank.items()} | special | reserved, "merges": merges},
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added_tokens(special | reserved),
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": {spell[token]: i for token, i in rank.items()} | special | reserved,
+            "merges": merges,
+        },
     }

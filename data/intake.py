@@ -69,13 +69,16 @@ class _Intake:
         """Ids with weights are a conversation, which is never cut; nothing is known of it that could be left out."""
         count, seq_len, too_long = len(row.ids) - 1, self.cfg.train.seq_len, self.cfg.data.too_long
         if row.weights is not None and count > seq_len:
-            refuse(f"{row.where} has {count} tokens, more than train.seq_len={seq_len}",
-                   "error" if too_long == "error" else "drop", "too_long", self.account)
+            refuse(
+                f"{row.where} has {count} tokens, more than train.seq_len={seq_len}",
+                "error" if too_long == "error" else "drop",
+                "too_long",
+                self.account,
+            )
         else:
             self.shelf.add(source, IDS, number, row.ids, row.weights)
 
     def _add_chat(self, source: int, number: int, talk: Talk) -> None:
         data = self.cfg.data
-        for row in chat_rows(talk, self.renderer, data.mode, self.cfg.train.seq_len, data.bad_rows, data.too_long,
-                             self.account):
+        for row in chat_rows(talk, self.renderer, data.mode, self.cfg.train.seq_len, data.bad_rows, data.too_long, self.account):
             self.shelf.add(source, CHAT, number, row.ids, row.weights)

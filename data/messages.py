@@ -18,9 +18,21 @@ from configs.schema import ConfigError
 from data.render import Message, arguments_text, text_of
 from data.tokenizer import THINK, THINK_END
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
-         "human": "user", "gpt": "assistant", "model": "assistant", "function_call": "assistant", "observation": "tool",
-         "function": "tool", "tool_call": "assistant", "tool_response": "tool"}
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+    "tool_call": "assistant",
+    "tool_response": "tool",
+}
 """OpenAI's, ShareGPT's and ms-swift's names for the four roles."""
 CALL_ROLES = ("function_call", "tool_call")
 """Messages whose whole text is a call. Several in a row, or one behind a text, are one turn of the assistant."""
@@ -100,8 +112,11 @@ def _tools(given: str | list | None) -> list[dict]:
         raise RowError("tools must be a list of objects")
     tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in given]
     for number, tool in enumerate(tools, start=1):
-        if not isinstance(tool["function"], dict) or not isinstance(tool["function"].get("name"), str) \
-                or not tool["function"]["name"].strip():
+        if (
+            not isinstance(tool["function"], dict)
+            or not isinstance(tool["function"].get("name"), str)
+            or not tool["function"]["name"].strip()
+        ):
             raise RowError(f"tool {number} has no name")
     _json_text(tools, "tools hold")
     return tools
@@ -145,8 +160,7 @@ class _Reader:
             for response in several:
                 self._result(message, response)
             return
-        body = self._call_body(message) if given in CALL_ROLES else _calls_from_tags(message) if role == "assistant" \
-            else message
+        body = self._call_body(message) if given in CALL_ROLES else _calls_from_tags(message) if role == "assistant" else message
         content = _as_text(body) if role == "tool" else self._content(body)
         if role == "assistant":
             self._assistant(body, content, joins)
@@ -183,8 +197,9 @@ class _Reader:
         calls = [self._call(call) for call in given]
         if joins:
             if thoughts:
-                raise RowError("has thoughts, but goes on with the turn of the message before it; give that one all thoughts of "
-                               "the turn")
+                raise RowError(
+                    "has thoughts, but goes on with the turn of the message before it; give that one all thoughts of the turn"
+                )
             self.messages[-1].setdefault("tool_calls", []).extend(calls)
             if _switched_off(body):
                 self.messages[-1]["train"] = False
@@ -264,8 +279,9 @@ def _given(body: Message) -> Any:
 def _as_text(body: Message) -> str:
     """Content of a tool result: text, text parts, or any other JSON value written out."""
     content = _given(body)
-    parts = isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text"
-                                              and isinstance(part.get("text"), str) for part in content)
+    parts = isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
+    )
     if content is None or parts or isinstance(content, str):
         return text_of(content)
     return _json_text(content, "holds")
@@ -319,7 +335,7 @@ def _thoughts(body: Message, content: str) -> tuple[str, str]:
         if closed and THINK not in before:
             raise RowError(f"closes {THINK_END} and does not open it: its thoughts would be trained as the answer")
         return given, content
-    thoughts, closed, rest = content.lstrip()[len(THINK):].partition(THINK_END)
+    thoughts, closed, rest = content.lstrip()[len(THINK) :].partition(THINK_END)
     if not closed:
         raise RowError(f"opens {THINK} and does not close it")
     if given and thoughts.strip() not in ("", given.strip()):

@@ -25,10 +25,12 @@ def quotas(weights: Sequence[float]) -> np.ndarray:
     """Rows of each stream in a period, by largest remainder. ConfigError when a weight is too small for one row."""
     shares = np.asarray(weights, np.float64) / np.sum(weights) * PERIOD
     rows = np.floor(shares).astype(np.int64)
-    rows[np.argsort(rows - shares, kind="stable")[:PERIOD - rows.sum()]] += 1
+    rows[np.argsort(rows - shares, kind="stable")[: PERIOD - rows.sum()]] += 1
     if (rows == 0).any():
-        raise ConfigError(f"data.mixture: weight {weights[int(np.argmin(rows))]:g} is under 1/{PERIOD} of the sum; "
-                          f"raise it or leave the path out")
+        raise ConfigError(
+            f"data.mixture: weight {weights[int(np.argmin(rows))]:g} is under 1/{PERIOD} of the sum; "
+            f"raise it or leave the path out"
+        )
     return rows
 
 

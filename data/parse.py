@@ -24,8 +24,7 @@ Symbol = tuple[bool, str]
 CALL_ID = re.compile(r"functions\.(?P<name>.+):(?P<index>\d+)")
 """Any name: Kimi's published pattern would lose hyphens."""
 
-SPELLINGS = {tok.CALLS_BEGIN.replace("calls", "call"): tok.CALLS_BEGIN,
-             tok.CALLS_END.replace("calls", "call"): tok.CALLS_END}
+SPELLINGS = {tok.CALLS_BEGIN.replace("calls", "call"): tok.CALLS_BEGIN, tok.CALLS_END.replace("calls", "call"): tok.CALLS_END}
 """The singular spelling of the section marks that models sometimes write out."""
 
 DEEPEST = 100
@@ -152,11 +151,12 @@ def _call(reply: Reply, call_id: str, arguments: str, whole: bool) -> None:
         reply.failures.append(f"call {call_id[:60]!r} is cut off")
     elif not match:
         reply.failures.append(f"call id {call_id[:60]!r} is not functions.NAME:INDEX")
-    elif (reason := json_object_error(arguments)):
+    elif reason := json_object_error(arguments):
         reply.failures.append(f"arguments of {match['name']} {reason}")
     else:
-        reply.calls.append({"id": call_id.strip(), "type": "function",
-                            "function": {"name": match["name"], "arguments": arguments}})
+        reply.calls.append(
+            {"id": call_id.strip(), "type": "function", "function": {"name": match["name"], "arguments": arguments}}
+        )
 
 
 def json_object_error(text: str) -> str | None:

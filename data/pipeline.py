@@ -46,9 +46,13 @@ of calls are written anew."""
 def assemble(rows: list[list[Piece]], seq_len: int, pad_id: int) -> Batch:
     """Lay the pieces of each row side by side."""
     shape = len(rows), seq_len
-    batch = {"tokens": np.full(shape, pad_id, np.int32), "targets": np.full(shape, pad_id, np.int32),
-             "weights": np.zeros(shape, np.float32), "positions": np.zeros(shape, np.int32),
-             "segments": np.zeros(shape, np.int32)}
+    batch = {
+        "tokens": np.full(shape, pad_id, np.int32),
+        "targets": np.full(shape, pad_id, np.int32),
+        "weights": np.zeros(shape, np.float32),
+        "positions": np.zeros(shape, np.int32),
+        "segments": np.zeros(shape, np.int32),
+    }
     for b, row in enumerate(rows):
         at = 0
         for segment, piece in enumerate(row, start=1):
@@ -65,14 +69,30 @@ def assemble(rows: list[list[Piece]], seq_len: int, pad_id: int) -> Batch:
 class Data:
     """The batches of a run; see `open_data`."""
 
-    def __init__(self, cfg: RunConfig, tokenizer: Tokenizer, renderer: KimiRenderer, train: RowStream,
-                 heldout: list[list[Piece]], account: Account, facts: dict[str, Any], heldout_print: str = ""):
+    def __init__(
+        self,
+        cfg: RunConfig,
+        tokenizer: Tokenizer,
+        renderer: KimiRenderer,
+        train: RowStream,
+        heldout: list[list[Piece]],
+        account: Account,
+        facts: dict[str, Any],
+        heldout_print: str = "",
+    ):
         self.tokenizer, self.renderer = tokenizer, renderer
         self.account = account
         self.batch_size, self.seq_len = cfg.train.batch_size, cfg.train.seq_len
         self._train, self._heldout, self._facts = train, heldout, facts
-        plan = {"version": PLAN_VERSION, "seed": cfg.data.seed, "batch": self.batch_size, "seq_len": self.seq_len,
-                "tokenizer": tokenizer.fingerprint(), "rows": train.fingerprint(), "heldout": heldout_print}
+        plan = {
+            "version": PLAN_VERSION,
+            "seed": cfg.data.seed,
+            "batch": self.batch_size,
+            "seq_len": self.seq_len,
+            "tokenizer": tokenizer.fingerprint(),
+            "rows": train.fingerprint(),
+            "heldout": heldout_print,
+        }
         self.plan_hash = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
@@ -98,9 +118,11 @@ class Data:
     def validation(self, limit: int = 0) -> list[Batch]:
         """Held-out batches in a fixed order, the last filled up with padding rows; `limit` 0 takes all."""
         size = self.batch_size
-        starts = range(0, len(self._heldout), size)[:limit or None]
-        return [assemble(self._heldout[at:at + size] + [[]] * (at + size - len(self._heldout)), self.seq_len,
-                         self.tokenizer.pad_id) for at in starts]
+        starts = range(0, len(self._heldout), size)[: limit or None]
+        return [
+            assemble(self._heldout[at : at + size] + [[]] * (at + size - len(self._heldout)), self.seq_len, self.tokenizer.pad_id)
+            for at in starts
+        ]
 
     def source_bytes(self, batch: Batch) -> int:
         """UTF-8 bytes that the trained targets stand for: bits per byte = sum(weight * nll) / ln 2 / this."""
@@ -108,8 +130,12 @@ class Data:
 
     def describe(self) -> dict[str, Any]:
         """What is trained on, in numbers."""
-        return self._facts | self._train.describe() | self.account.summary() | {
-            "heldout_rows": len(self._heldout), "plan_hash": self.plan_hash}
+        return (
+            self._facts
+            | self._train.describe()
+            | self.account.summary()
+            | {"heldout_rows": len(self._heldout), "plan_hash": self.plan_hash}
+        )
 
 
 class _Fetch(grain.transforms.Map):
@@ -122,8 +148,7 @@ class _Fetch(grain.transforms.Map):
         return self.data.batch(int(step), self.rows)
 
 
-def open_data(cfg: RunConfig, tokenizer: Tokenizer,
-              earlier_mixtures: Sequence[tuple[int, Sequence[float]]] = ()) -> Data:
+def open_data(cfg: RunConfig, tokenizer: Tokenizer, earlier_mixtures: Sequence[tuple[int, Sequence[float]]] = ()) -> Data:
     """Read and tokenise the sources of a run (or set up its built-in task). ConfigError says what cannot be used.
 
     earlier_mixtures   (step until which it held, weights) of every data.mixture that the run had before this one
@@ -139,8 +164,12 @@ def open_data(cfg: RunConfig, tokenizer: Tokenizer,
     shelf = read_documents(cfg, renderer, account)
     train = _mixed(cfg, shelf, earlier_mixtures) if cfg.data.mixture else _stream(cfg, _trained(cfg, shelf))
     held = shelf.documents(held=True)
-    facts = {"files": account.files, "skipped_files": account.skipped_files,
-             "train_bytes": shelf.text_bytes(held=False), "heldout_bytes": shelf.text_bytes(held=True)}
+    facts = {
+        "files": account.files,
+        "skipped_files": account.skipped_files,
+        "train_bytes": shelf.text_bytes(held=False),
+        "heldout_bytes": shelf.text_bytes(held=True),
+    }
     rows = []
     if held:
         stream = DocumentStream(held, cfg.train.seq_len, HELDOUT_SEED)
@@ -172,8 +201,10 @@ def _trained(cfg: RunConfig, shelf: Shelf, source: int | None = None) -> Documen
     documents = shelf.documents(held=False, source=source)
     if documents is None:
         paths = cfg.data.paths if source is None else [cfg.data.paths[source]]
-        raise ConfigError(f"data.paths: {', '.join(paths)}: every row of the training part was left out (see data.bad_rows and "
-                          f"data.too_long) or has a single token, so there is nothing to predict")
+        raise ConfigError(
+            f"data.paths: {', '.join(paths)}: every row of the training part was left out (see data.bad_rows and "
+            f"data.too_long) or has a single token, so there is nothing to predict"
+        )
     return documents
 
 

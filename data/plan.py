@@ -72,7 +72,7 @@ def pack_epoch(counts: np.ndarray, seq_len: int, *key: int) -> tuple[Pieces, lis
     order = shuffled(len(pieces.doc), *key, 2)
     rows: list[list[int]] = []
     for at in range(0, len(order), WINDOW):
-        window = order[at:at + WINDOW]
+        window = order[at : at + WINDOW]
         packed = pack(pieces.count[window], seq_len)
         for row in shuffled(len(packed), *key, 3, at):
             rows.append([int(window[i]) for i in packed[row]])

@@ -63,8 +63,10 @@ def row_view(data: Data, batch: Batch, row: int) -> RenderableType:
     """One row: its documents one below the other, and how full and how much trained it is."""
     parts: list[RenderableType] = []
     for number, (ids, weights) in enumerate(pieces(batch, row), start=1):
-        parts += [Text(f"document {number}: {len(ids)} tokens, {np.count_nonzero(weights)} trained", "cyan"),
-                  coloured(ids, weights, data.tokenizer)]
+        parts += [
+            Text(f"document {number}: {len(ids)} tokens, {np.count_nonzero(weights)} trained", "cyan"),
+            coloured(ids, weights, data.tokenizer),
+        ]
     filled, trained = np.mean(batch["segments"][row] > 0), np.mean(batch["weights"][row] > 0)
     return Panel(Group(*parts), title=f"row {row}: {filled:.0%} filled, {trained:.0%} trained", title_align="left")
 

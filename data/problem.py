@@ -44,8 +44,7 @@ def addresses(draw: Draw, count: int) -> list[str]:
     while 26**width < count:
         width += 1
     start = draw.below(26**width)
-    return ["".join(ascii_lowercase[(start + i) // 26**place % 26] for place in reversed(range(width)))
-            for i in range(count)]
+    return ["".join(ascii_lowercase[(start + i) // 26**place % 26] for place in reversed(range(width))) for i in range(count)]
 
 
 def thought_lines(messages: Sequence[Message]) -> list[str]:
@@ -84,7 +83,6 @@ class Problem:
         first = next(i for i, m in enumerate(self.messages) if m["role"] == "assistant")
         return list(self.messages[:first])
 
-
     def episode(self) -> Episode:
         """A fresh start of the live conversation."""
         return Episode(self.question, self.environment(), self.tools)
@@ -92,8 +90,10 @@ class Problem:
 
 def solved(question: str, steps: list[str], answer: str) -> Problem:
     """A one-turn problem: question, thoughts of one line a step, answer."""
-    messages = ({"role": "user", "content": question},
-                {"role": "assistant", "reasoning_content": "\n".join(steps), "content": answer})
+    messages = (
+        {"role": "user", "content": question},
+        {"role": "assistant", "reasoning_content": "\n".join(steps), "content": answer},
+    )
     return Problem(messages, answer, tuple(steps))
 
 

@@ -72,7 +72,7 @@ def is_answer(message: Message) -> bool:
 def segment_ends(messages: Sequence[Message]) -> list[int]:
     """Index just behind each segment: behind every answer, and at the end if calls are still open there."""
     ends = [i + 1 for i, message in enumerate(messages) if is_answer(message)]
-    rest = messages[ends[-1] if ends else 0:]
+    rest = messages[ends[-1] if ends else 0 :]
     if any(message["role"] == "assistant" for message in rest):
         ends.append(len(messages))
     return ends
@@ -86,16 +86,16 @@ class KimiRenderer:
         self.system = system
         self.weights = weights
 
-    def rows(self, messages: Sequence[Message], tools: Sequence[dict] | None = None,
-             mode: Mode = "interleaved") -> list[Rendered]:
+    def rows(
+        self, messages: Sequence[Message], tools: Sequence[dict] | None = None, mode: Mode = "interleaved"
+    ) -> list[Rendered]:
         """Training rows of a conversation; rows without any trained token are left out (the caller counts them)."""
         if mode == "preserved":
             rows = [self._render(messages, tools, keep_from=0, train_from=0)]
         else:
             ends = segment_ends(messages)
             starts = [0, *ends[:-1]]
-            rows = [self._render(messages[:end], tools, keep_from=start, train_from=start)
-                    for start, end in zip(starts, ends)]
+            rows = [self._render(messages[:end], tools, keep_from=start, train_from=start) for start, end in zip(starts, ends)]
             if mode == "last_segment":
                 rows = rows[-1:]
         return [row for row in rows if row.trained]
@@ -105,8 +105,7 @@ class KimiRenderer:
         """How many rows there would be if all of them trained something."""
         return len(segment_ends(messages)) if mode == "interleaved" else 1
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[dict] | None = None,
-               mode: Mode = "interleaved") -> list[int]:
+    def prompt(self, messages: Sequence[Message], tools: Sequence[dict] | None = None, mode: Mode = "interleaved") -> list[int]:
         """Ids from which the next assistant message is generated, its header included."""
         answers = [i for i, message in enumerate(messages) if is_answer(message)]
         keep_from = 0 if mode == "preserved" or not answers else answers[-1] + 1
@@ -114,8 +113,7 @@ class KimiRenderer:
         self._header(row, tok.IM_ASSISTANT, "assistant")
         return row.ids
 
-    def _render(self, messages: Sequence[Message], tools: Sequence[dict] | None, keep_from: int,
-                train_from: int) -> Rendered:
+    def _render(self, messages: Sequence[Message], tools: Sequence[dict] | None, keep_from: int, train_from: int) -> Rendered:
         row = Rendered(end=len(messages))
         if tools:
             declared = json.dumps(list(tools), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
@@ -152,7 +150,15 @@ class KimiRenderer:
         if message.get("tool_calls"):
             row.add([special[tok.CALLS_BEGIN]], weights.tool)
             for call in message["tool_calls"]:
-                row.add([special[tok.CALL_BEGIN], *encode(call["id"]), special[tok.CALL_ARGUMENT],
-                         *encode(arguments_text(call["function"]["arguments"])), special[tok.CALL_END]], weights.tool)
+                row.add(
+                    [
+                        special[tok.CALL_BEGIN],
+                        *encode(call["id"]),
+                        special[tok.CALL_ARGUMENT],
+                        *encode(arguments_text(call["function"]["arguments"])),
+                        special[tok.CALL_END],
+                    ],
+                    weights.tool,
+                )
             row.add([special[tok.CALLS_END]], weights.tool)
         row.add([special[tok.IM_END]], 1.0 if train else 0.0)

@@ -32,10 +32,12 @@ ROWS = (".jsonl", ".ndjson")
 ARRAYS = (".npy", ".array_record")
 CONVERT = {
     ".json": "is JSON, but rows are read one a line; write them into a .jsonl file, those of an array with "
-             "jq -c '.[]' FILE.json > FILE.jsonl",
-    **dict.fromkeys((".parquet", ".arrow", ".feather", ".orc"),
-                    "is a table of a kind that is not read; write its rows into a .jsonl file, with pandas "
-                    "to_json('FILE.jsonl', orient='records', lines=True)"),
+    "jq -c '.[]' FILE.json > FILE.jsonl",
+    **dict.fromkeys(
+        (".parquet", ".arrow", ".feather", ".orc"),
+        "is a table of a kind that is not read; write its rows into a .jsonl file, with pandas "
+        "to_json('FILE.jsonl', orient='records', lines=True)",
+    ),
     **dict.fromkeys((".zst", ".xz", ".bz2", ".lz4"), "is packed in a way that is not read; unpack it, or pack it with gzip"),
     **dict.fromkeys((".tar", ".tgz", ".zip", ".7z"), "is an archive; unpack it and name the folder"),
 }
@@ -83,8 +85,9 @@ def read_source(given: str, cfg: DataConfig, tokenizer: Tokenizer, account: Acco
         account.files += 1
         yield file
     if not read:
-        raise ConfigError(f"data.paths: the folder {given} holds no file that can be read"
-                          + (f"; {passed_over[0]}" if passed_over else ""))
+        raise ConfigError(
+            f"data.paths: the folder {given} holds no file that can be read" + (f"; {passed_over[0]}" if passed_over else "")
+        )
 
 
 def files_of(given: str) -> list[tuple[Path, str]]:
@@ -139,15 +142,20 @@ def read_file(path: Path, cfg: DataConfig, tokenizer: Tokenizer, account: Accoun
     if ending == ".npy":
         items: Iterable[Item] = [read_npy(path, tokenizer.vocab_size, tokenizer.bos_id)]
     elif ending == ".array_record":
-        items = usable(numbered_records(path, tokenizer.fingerprint(), cfg.tokenizer),
-                       lambda record, where: record_row(record, where, tokenizer.vocab_size), cfg, account)
+        items = usable(
+            numbered_records(path, tokenizer.fingerprint(), cfg.tokenizer),
+            lambda record, where: record_row(record, where, tokenizer.vocab_size),
+            cfg,
+            account,
+        )
     else:
         items = usable(numbered_lines(path, packed), lambda line, where: row_item(line, where, cfg, tokenizer), cfg, account)
     return Contents(items, lambda count: heldout_start(count, cfg.validation_fraction))
 
 
-def usable(rows: Iterable[tuple[str, bytes]], read: Callable[[bytes, str], Item], cfg: DataConfig, account: Account
-           ) -> Iterator[Item]:
+def usable(
+    rows: Iterable[tuple[str, bytes]], read: Callable[[bytes, str], Item], cfg: DataConfig, account: Account
+) -> Iterator[Item]:
     """What `read` makes of (where, row), empty texts left out; rows that cannot be read go the way of data.bad_rows."""
     for where, row in rows:
         try:

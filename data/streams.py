@@ -74,11 +74,12 @@ class DocumentStream:
         while number >= self._first_row[-1]:
             known = len(self._first_row)
             behind = self._first_row[known - 1] + len(self._epoch(known - 1)[1])
-            self._first_row[known:known + 1] = [behind]  # two threads may do this at once, and both write the same
+            self._first_row[known : known + 1] = [behind]  # two threads may do this at once, and both write the same
         epoch = bisect_right(self._first_row, number) - 1
         pieces, rows = self._epoch(epoch)
-        return [self.documents.piece(pieces.doc[i], pieces.start[i], pieces.count[i])
-                for i in rows[number - self._first_row[epoch]]]
+        return [
+            self.documents.piece(pieces.doc[i], pieces.start[i], pieces.count[i]) for i in rows[number - self._first_row[epoch]]
+        ]
 
     def fingerprint(self) -> str:
         return self.documents.fingerprint()
@@ -86,11 +87,15 @@ class DocumentStream:
     def describe(self) -> dict[str, Any]:
         pieces, rows = self._epoch(0)
         documents = self.documents
-        return {"documents": len(documents.predictions), "tokens": documents.tokens, "rows_per_epoch": len(rows),
-                "filled_per_row": int(documents.predictions.sum()) / len(rows),
-                "trained_per_row": documents.trained / len(rows),
-                "padding": packing.padding(rows, pieces.count, self.seq_len),
-                "least_padding": packing.least_padding(pieces.count, self.seq_len)}
+        return {
+            "documents": len(documents.predictions),
+            "tokens": documents.tokens,
+            "rows_per_epoch": len(rows),
+            "filled_per_row": int(documents.predictions.sum()) / len(rows),
+            "trained_per_row": documents.trained / len(rows),
+            "padding": packing.padding(rows, pieces.count, self.seq_len),
+            "least_padding": packing.least_padding(pieces.count, self.seq_len),
+        }
 
 
 class TaskStream:
@@ -121,11 +126,13 @@ class TaskStream:
                 continue
             rows[at] = None
             if data.too_long == "shorten":
-                rows[at] = shortened(problem.messages[:row.end], problem.tools, self.renderer, data.mode, self.seq_len)
+                rows[at] = shortened(problem.messages[: row.end], problem.tools, self.renderer, data.mode, self.seq_len)
             if must_fit and rows[at] is None:
-                raise ConfigError(f"a {data.task} problem of up to {data.task_length[1]} steps can take {len(row.ids) - 1} "
-                                  f"tokens; raise train.seq_len={self.seq_len}, lower data.task_length, or have another one "
-                                  "drawn instead with data.too_long=drop")
+                raise ConfigError(
+                    f"a {data.task} problem of up to {data.task_length[1]} steps can take {len(row.ids) - 1} "
+                    f"tokens; raise train.seq_len={self.seq_len}, lower data.task_length, or have another one "
+                    "drawn instead with data.too_long=drop"
+                )
         return rows
 
     def _draw(self, window: int) -> tuple[list[list[Piece]], float]:
@@ -137,8 +144,10 @@ class TaskStream:
             taken = [row for row in rows if row is not None]
             left_out += len(rows) - len(taken)
             if window == 0 and left_out > FEW_FIT * (len(drawn) + FEW_FIT):
-                raise ConfigError(f"hardly a {self.data.task} problem fits train.seq_len={self.seq_len}: {left_out} rows are "
-                                  f"too long and {len(drawn)} are not; raise it or lower data.task_length")
+                raise ConfigError(
+                    f"hardly a {self.data.task} problem fits train.seq_len={self.seq_len}: {left_out} rows are "
+                    f"too long and {len(drawn)} are not; raise it or lower data.task_length"
+                )
             drawn += taken
             total += sum(len(row.ids) - 1 for row in taken)
             number += 1
@@ -158,7 +167,10 @@ class TaskStream:
     def describe(self) -> dict[str, Any]:
         window, left_out = self._window(0)
         counts = np.array([len(piece.weights) for row in window for piece in row])
-        return {"task": self.data.task, "steps": self.data.task_length,
-                "padding": 1 - counts.sum() / (len(window) * self.seq_len),
-                "least_padding": packing.least_padding(counts, self.seq_len),
-                "problems_per_row": sum(map(len, window)) / len(window)} | ({"left_out": left_out} if left_out else {})
+        return {
+            "task": self.data.task,
+            "steps": self.data.task_length,
+            "padding": 1 - counts.sum() / (len(window) * self.seq_len),
+            "least_padding": packing.least_padding(counts, self.seq_len),
+            "problems_per_row": sum(map(len, window)) / len(window),
+        } | ({"left_out": left_out} if left_out else {})

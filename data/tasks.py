@@ -93,11 +93,12 @@ def dict_sum(draw: Draw, length: int) -> Problem:
         given = "".join(turn)
         if not messages:
             given = "".join(f"{key}{value}" for key, value in table.items()) + ":" + given
-        messages += [{"role": "user", "content": given},
-                     {"role": "assistant", "reasoning_content": "\n".join(lines), "content": str(total)}]
+        messages += [
+            {"role": "user", "content": given},
+            {"role": "assistant", "reasoning_content": "\n".join(lines), "content": str(total)},
+        ]
         steps.append(str(total))
-    return Problem(tuple(messages), str(total), tuple(steps), environment=_Turns([m for m in messages[2::2]]),
-                   read_steps=answers)
+    return Problem(tuple(messages), str(total), tuple(steps), environment=_Turns([m for m in messages[2::2]]), read_steps=answers)
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,12 @@ class _Turns:
 
 
 TASKS: dict[str, tuple[Callable[[Draw, int], Problem], int]] = {
-    "chain": (chain, 26**2), "copy": (copy, 1000), "permutation": (permutation, 26**2), "dict_sum": (dict_sum, 1000),
-    "pointer_chase": (pointer_chase, 10_000), "ledger": (ledger, 26**2),
+    "chain": (chain, 26**2),
+    "copy": (copy, 1000),
+    "permutation": (permutation, 26**2),
+    "dict_sum": (dict_sum, 1000),
+    "pointer_chase": (pointer_chase, 10_000),
+    "ledger": (ledger, 26**2),
 }
 """Name -> (the generator, its longest problem in steps)."""
 LONGEST: dict[str, Callable[[int], Problem]] = {"copy": lambda length: _copied(["0" * WORD] * length), "ledger": longest_ledger}

@@ -26,8 +26,25 @@ CALLS_BEGIN, CALLS_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_e
 CALL_BEGIN, CALL_ARGUMENT, CALL_END = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
 THINK, THINK_END = "<think>", "</think>"
 
-SPECIAL_NAMES = (BOS, PAD, IM_END, EOS, IM_USER, IM_ASSISTANT, EOT, IM_SYSTEM, CALLS_BEGIN, CALLS_END, CALL_BEGIN,
-                 CALL_ARGUMENT, CALL_END, IM_MIDDLE, THINK, THINK_END, UNK)
+SPECIAL_NAMES = (
+    BOS,
+    PAD,
+    IM_END,
+    EOS,
+    IM_USER,
+    IM_ASSISTANT,
+    EOT,
+    IM_SYSTEM,
+    CALLS_BEGIN,
+    CALLS_END,
+    CALL_BEGIN,
+    CALL_ARGUMENT,
+    CALL_END,
+    IM_MIDDLE,
+    THINK,
+    THINK_END,
+    UNK,
+)
 """Order of the special ids after the plain vocabulary; configs/schema.py:ModelConfig relies on the first three."""
 
 PLAIN_ANYWAY = (THINK, THINK_END)
@@ -111,8 +128,14 @@ class Tokenizer(ABC):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config = {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": IM_END, "pad_token": PAD,
-            "unk_token": UNK, "add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": BOS,
+            "eos_token": IM_END,
+            "pad_token": PAD,
+            "unk_token": UNK,
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
             "model_max_length": 1 << 30,
         }
         (directory / "tokenizer.json").write_text(json.dumps(self.tokenizer_json(), ensure_ascii=False, indent=1))
@@ -122,8 +145,18 @@ class Tokenizer(ABC):
 
 def added_tokens(special: dict[str, int]) -> list[dict]:
     """The `added_tokens` entries of tokenizer.json."""
-    return [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-             "special": name not in PLAIN_ANYWAY} for name, i in sorted(special.items(), key=lambda kv: kv[1])]
+    return [
+        {
+            "id": i,
+            "content": name,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": name not in PLAIN_ANYWAY,
+        }
+        for name, i in sorted(special.items(), key=lambda kv: kv[1])
+    ]
 
 
 def byte_characters() -> list[str]:
@@ -167,11 +200,26 @@ class ByteTokenizer(Tokenizer):
         vocab = {char[b]: b for b in range(256)} | self.special | {char[255] * 2: self.merged}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
         return {
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": added_tokens(self.special),
-            "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                      "vocab": vocab, "merges": [[char[255], char[255]]]},
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": added_tokens(self.special),
+            "normalizer": None,
+            "pre_tokenizer": byte_level,
+            "post_processor": None,
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": False,
+                "vocab": vocab,
+                "merges": [[char[255], char[255]]],
+            },
         }
 
 
@@ -188,4 +236,5 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
     if not path.is_file():
         raise ConfigError(f"data.tokenizer: no file {path}; give `bytes`, a tokenizer.json or a tiktoken file")
     from data import hf_tokenizer
+
     return hf_tokenizer.load(path)

@@ -29,8 +29,14 @@ class _Script:
 
     def answer(self, thought: str, answer: str) -> Problem:
         self.messages.append({"role": "assistant", "reasoning_content": thought, "content": answer})
-        return Problem(tuple(self.messages), answer, tuple(call_arguments(self.messages)),
-                       tuple(self.toolbox.declarations), lambda: Toolbox(self.make_tools()).results, call_arguments)
+        return Problem(
+            tuple(self.messages),
+            answer,
+            tuple(call_arguments(self.messages)),
+            tuple(self.toolbox.declarations),
+            lambda: Toolbox(self.make_tools()).results,
+            call_arguments,
+        )
 
 
 KEY_LETTERS = 6

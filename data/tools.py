@@ -19,8 +19,7 @@ from typing import Any
 from configs.schema import ConfigError
 from data.render import Message
 
-JSON_TYPES: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array",
-                              dict: "object"}
+JSON_TYPES: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,7 @@ def tool(function: Callable[..., object], name: str | None = None) -> Tool:
     for argument in signature.parameters.values():
         kind = JSON_TYPES.get(argument.annotation)
         if kind is None:
-            raise ConfigError(f"tool {name}: annotate {argument.name} with one of "
-                              f"{', '.join(t.__name__ for t in JSON_TYPES)}")
+            raise ConfigError(f"tool {name}: annotate {argument.name} with one of {', '.join(t.__name__ for t in JSON_TYPES)}")
         properties[argument.name] = {"type": kind}
         if argument.default is inspect.Parameter.empty:
             required.append(argument.name)
@@ -75,8 +73,11 @@ def tools_from_file(path: str | Path) -> list[Tool]:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # noqa: BLE001  the file is the user's code, and may be a program
         raise ConfigError(f"tools file {path}: {_reason(error)}") from None
-    found = [tool(value) for name, value in vars(module).items()
-             if inspect.isfunction(value) and value.__module__ == spec.name and not name.startswith("_")]
+    found = [
+        tool(value)
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == spec.name and not name.startswith("_")
+    ]
     if not found:
         raise ConfigError(f"tools file {path} defines no public function")
     return found
@@ -163,8 +164,15 @@ class Toolbox:
     def results(self, message: Message) -> list[Message]:
         """One tool message for each call of an assistant message, in order. Half a surrogate pair, which arguments in JSON
         can spell, becomes a question mark as in tokenizers."""
-        return [{"role": "tool", "content": self._run(call["function"]).encode("utf-8", "replace").decode(),
-                 "tool_call_id": call["id"], "name": call["function"]["name"]} for call in message.get("tool_calls", ())]
+        return [
+            {
+                "role": "tool",
+                "content": self._run(call["function"]).encode("utf-8", "replace").decode(),
+                "tool_call_id": call["id"],
+                "name": call["function"]["name"],
+            }
+            for call in message.get("tool_calls", ())
+        ]
 
     def _run(self, function: dict[str, str]) -> str:
         self.counts.made += 1
@@ -190,9 +198,16 @@ def call(number: int, name: str, **arguments: object) -> dict[str, Any]:
     return {"id": f"functions.{name}:{number}", "type": "function", "function": {"name": name, "arguments": text}}
 
 
-OPERATORS: dict[type, Callable] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-                                   ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
-                                   ast.USub: operator.neg, ast.UAdd: operator.pos}
+OPERATORS: dict[type, Callable] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
 
 
 DIGITS = 1000
@@ -202,6 +217,7 @@ DIGITS = 1000
 def exact(expression: str) -> Fraction:
     """Value of + - * / // % and parentheses over decimal numbers, exactly. ValueError for anything else, and where a number
     has more than `DIGITS` digits."""
+
     def value(node: ast.AST) -> Fraction:
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):
             return bounded(Decimal(ast.get_source_segment(text, node).replace("_", "")))
@@ -235,6 +251,7 @@ def decimal_text(number: Fraction, digits: int = 6) -> str:
 
 def calculator() -> Tool:
     """Exact arithmetic."""
+
     def calculate(expression: str) -> str:
         """Value of an arithmetic expression."""
         return decimal_text(exact(expression))
@@ -244,6 +261,7 @@ def calculator() -> Tool:
 
 def key_value(store: dict[str, str]) -> list[Tool]:
     """`get` and `put` on a dictionary that lives as long as the tools do."""
+
     def get(key: str) -> str:
         """The value stored under a key."""
         if key not in store:

@@ -37,12 +37,15 @@ class Limits:
         require(self.reply >= 1, f"--max-new-tokens must be at least 1, not {self.reply}")
         require(self.replies >= 1, f"--max-replies must be at least 1, not {self.replies}")
         require(self.thinking is None or self.thinking >= 0, f"--think-budget cannot be {self.thinking}")
-        require(self.context is None or self.context > self.reply,
-                f"--context {self.context} leaves no room beside replies of --max-new-tokens {self.reply}")
+        require(
+            self.context is None or self.context > self.reply,
+            f"--context {self.context} leaves no room beside replies of --max-new-tokens {self.reply}",
+        )
 
 
-def generate(source: str, text: str, *, raw: bool, task: str, length: int, tools: tuple[str, ...], limits: Limits,
-             sampling: Sampling) -> int:
+def generate(
+    source: str, text: str, *, raw: bool, task: str, length: int, tools: tuple[str, ...], limits: Limits, sampling: Sampling
+) -> int:
     """Print the reply to `text`, or, without one, to a held-out problem of a built-in task; `raw` goes on with the text
     as it stands."""
     require(not (tools and not text), "--tools are for a prompt of your own; a built-in task brings its tools along")
@@ -80,8 +83,9 @@ def _continue(weights: Weights, decoder: Decoder, text: str, limit: int) -> int:
 def _note_length(weights: Weights, positions: int) -> None:
     promised = weights.model.max_position_embeddings
     if positions > promised:
-        console.print(f"note: prompt and reply may reach {positions} positions, and the model is meant for {promised}",
-                      style="yellow")
+        console.print(
+            f"note: prompt and reply may reach {positions} positions, and the model is meant for {promised}", style="yellow"
+        )
 
 
 def _pace(*replies: Stats) -> str:
@@ -96,8 +100,11 @@ def _converse(weights: Weights, decoder: Decoder, episode: Episode, limits: Limi
         budget, stats, ids = UNLIMITED, Stats(), []
         _note_length(weights, len(prompts[0]) + limits.reply)
         if context is not None and len(prompts[0]) > context:  # the oldest tool exchanges are left out already
-            console.print(f"note: this prompt has {len(prompts[0])} tokens, and nothing of it can be left out; --context "
-                          f"{limits.context} has room for {context} beside a reply", style="yellow")
+            console.print(
+                f"note: this prompt has {len(prompts[0])} tokens, and nothing of it can be left out; --context "
+                f"{limits.context} has room for {context} beside a reply",
+                style="yellow",
+            )
         if limits.thinking is not None:
             left = max(0, limits.thinking - episode.bill.thinking)
             budget = Budget(special[tok.THINK], special[tok.THINK_END], special[tok.CALLS_BEGIN], left)
@@ -111,8 +118,9 @@ def _converse(weights: Weights, decoder: Decoder, episode: Episode, limits: Limi
     for message in episode.messages:
         screen.message(message)
     context = None if limits.context is None else limits.context - limits.reply
-    run_episodes(reply, KimiRenderer(weights.tokenizer, weights.system), [episode], limits.replies, weights.mode, context,
-                 screen.message)
+    run_episodes(
+        reply, KimiRenderer(weights.tokenizer, weights.system), [episode], limits.replies, weights.mode, context, screen.message
+    )
     for failure in episode.failures:
         say(console, f"stopped: {failure}\n", "red")
     if episode.stopped == "limit":
@@ -123,12 +131,14 @@ def _converse(weights: Weights, decoder: Decoder, episode: Episode, limits: Limi
 def bill(spent: Bill, replies: list[Stats]) -> str:
     """What a conversation cost, in one line."""
     new = sum(r.new_tokens for r in replies)
-    return (f"{spent.thinking} thinking + {spent.answer} answer + {spent.tool} tool = {new} new tokens in {len(replies)} "
-            f"replies; {sum(r.read_tokens for r in replies)} prompt tokens read; {_pace(*replies)}")
+    return (
+        f"{spent.thinking} thinking + {spent.answer} answer + {spent.tool} tool = {new} new tokens in {len(replies)} "
+        f"replies; {sum(r.read_tokens for r in replies)} prompt tokens read; {_pace(*replies)}"
+    )
 
 
 def _judge(problem: Problem, episode: Episode) -> None:
     right = episode.stopped == "done" and check(problem, episode.messages)
-    console.print(f"{'right' if right else 'wrong'}: the answer is {problem.answer}", style="green" if right else "red",
-                  markup=False)
-
+    console.print(
+        f"{'right' if right else 'wrong'}: the answer is {problem.answer}", style="green" if right else "red", markup=False
+    )

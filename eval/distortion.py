@@ -23,9 +23,15 @@ from train.run_data import data_of
 from train.session import Session, load_params, open_to_look, parse_source
 from train.weights import Weights, load_arms
 
-COLUMNS = {"held_out_loss": "loss", "kl": "KL", "kl_per_decade_of_position": "slope", "weight_error": "weights",
-           "function_error": "experts", "function_error_p99": "p99",
-           "overlap_last_layer": "routing"}
+COLUMNS = {
+    "held_out_loss": "loss",
+    "kl": "KL",
+    "kl_per_decade_of_position": "slope",
+    "weight_error": "weights",
+    "function_error": "experts",
+    "function_error_p99": "p99",
+    "overlap_last_layer": "routing",
+}
 
 
 def distortion_report(source: str, others: tuple[str, ...] = (), calibration_batches: int = 8) -> int:
@@ -90,8 +96,9 @@ class _Report:
         )
         inputs, logits = self.trace(params, self.batch)
         kl = kl_by_position(self.logits, logits, self.batch["positions"], self.batch["segments"] > 0)
-        found: Distortion = measure(*(ExpertWeights(p[BLOCK.gate_up], p[BLOCK.down]) for p in (self.reference, effective)),
-                                    self.inputs, inputs, kl)
+        found: Distortion = measure(
+            *(ExpertWeights(p[BLOCK.gate_up], p[BLOCK.down]) for p in (self.reference, effective)), self.inputs, inputs, kl
+        )
         return {**self.evaluator.of_served(weights), **found.to_json()}
 
 
@@ -110,7 +117,5 @@ def _table(rows: dict[str, dict]) -> Table:
         table.add_column(label, justify="right")
     for name, row in rows.items():
         values = {**row["summary"], **row}
-        table.add_row(
-            Text(name), *(f"{values[key]:.4f}" if key == "held_out_loss" else f"{values[key]:.2g}" for key in COLUMNS)
-        )
+        table.add_row(Text(name), *(f"{values[key]:.4f}" if key == "held_out_loss" else f"{values[key]:.2g}" for key in COLUMNS))
     return table

@@ -19,8 +19,7 @@ from train.weights import Weights
 
 
 @partial(jax.jit, static_argnames=("cfg", "other_cfg", "dtype", "platform"))
-def _kl(params, other, batch, *, cfg: ModelConfig, other_cfg: ModelConfig, dtype: str, platform: str
-        ) -> Float[Array, "B S"]:
+def _kl(params, other, batch, *, cfg: ModelConfig, other_cfg: ModelConfig, dtype: str, platform: str) -> Float[Array, "B S"]:
     call = Call(batch["positions"], batch["segments"], jnp.float32(0), SERVED, dtype, platform)
 
     def log_probabilities(cfg, params):
@@ -38,8 +37,17 @@ def kl_by_octave(reference: Weights, other: Weights, batches: Sequence[Batch]) -
     """
     sums: dict[int, list[float]] = {}
     for batch in batches:
-        kl = np.asarray(_kl(reference.params, other.params, batch, cfg=reference.model, other_cfg=other.model,
-                            dtype=reference.dtype, platform=reference.platform))
+        kl = np.asarray(
+            _kl(
+                reference.params,
+                other.params,
+                batch,
+                cfg=reference.model,
+                other_cfg=other.model,
+                dtype=reference.dtype,
+                platform=reference.platform,
+            )
+        )
         octave = 1 << np.floor(np.log2(np.maximum(batch["positions"], 1))).astype(int)
         for k in np.unique(octave[batch["weights"] > 0]):
             here = (octave == k) & (batch["weights"] > 0)

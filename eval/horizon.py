@@ -48,8 +48,15 @@ class Arm:
     """Of the last length played, without compiling: what the next one is estimated from."""
 
 
-def horizon(run: RunDir, cfg: RunConfig, data: Data, loaded: list[tuple[str, Weights]], lengths: tuple[int, ...],
-            asked: int, minutes: float) -> None:
+def horizon(
+    run: RunDir,
+    cfg: RunConfig,
+    data: Data,
+    loaded: list[tuple[str, Weights]],
+    lengths: tuple[int, ...],
+    asked: int,
+    minutes: float,
+) -> None:
     """Play all arms, write RUN/horizon.json, print tables. The first arm is the one that others are compared with.
 
     Lengths are played in ascending order, each by all arms; one that cannot be finished in `minutes` is left out for all
@@ -64,9 +71,14 @@ def horizon(run: RunDir, cfg: RunConfig, data: Data, loaded: list[tuple[str, Wei
     if not arms[0].plays:
         raise ConfigError(f"--minutes {minutes:g} is too short for chains of {lengths[0]}")
     batches = data.validation(VALIDATION_BATCHES)
-    result = {"task": cfg.data.task, "trained_lengths": list(cfg.data.task_length), "context": settings.context,
-              "problems": {n: len(plays) for n, plays in arms[0].plays.items()}, "left_out": left_out,
-              "arms": [_summary(arm, arms[0], batches) for arm in arms]}
+    result = {
+        "task": cfg.data.task,
+        "trained_lengths": list(cfg.data.task_length),
+        "context": settings.context,
+        "problems": {n: len(plays) for n, plays in arms[0].plays.items()},
+        "left_out": left_out,
+        "arms": [_summary(arm, arms[0], batches) for arm in arms],
+    }
     write_result(run.path / "horizon.json", result)
     for table in tables(result):
         console.print(table)
@@ -83,8 +95,9 @@ def _playable(asked: tuple[int, ...], task: str) -> tuple[int, ...]:
     return tuple(sorted(set(asked))) or tuple(n for n in LENGTHS if n <= longest)
 
 
-def _play_all(arms: list[Arm], cfg: RunConfig, settings: Settings, lengths: tuple[int, ...], asked: int, minutes: float
-              ) -> list[int]:
+def _play_all(
+    arms: list[Arm], cfg: RunConfig, settings: Settings, lengths: tuple[int, ...], asked: int, minutes: float
+) -> list[int]:
     """Fill in `Arm.plays`; returns the lengths that there was no time for."""
     deadline, compiling = time.monotonic() + 60 * minutes, compile_seconds()
     total = sum(n * problems_of(n, asked) for n in lengths) * len(arms)
@@ -106,8 +119,16 @@ def _play_all(arms: list[Arm], cfg: RunConfig, settings: Settings, lengths: tupl
     return []
 
 
-def _play_one(arm: Arm, length: int, cfg: RunConfig, settings: Settings, problems: list[Problem], deadline: float,
-              compiling: Callable[[], float], bar: Bar) -> None:
+def _play_one(
+    arm: Arm,
+    length: int,
+    cfg: RunConfig,
+    settings: Settings,
+    problems: list[Problem],
+    deadline: float,
+    compiling: Callable[[], float],
+    bar: Bar,
+) -> None:
     start, compiled, left = time.monotonic(), compiling(), len(problems) * length
 
     def after_round(live: int) -> None:
@@ -122,21 +143,41 @@ def _play_one(arm: Arm, length: int, cfg: RunConfig, settings: Settings, problem
 
 
 def _summary(arm: Arm, reference: Arm, batches: list) -> dict[str, Any]:
-    by_length = {n: {"success": success(plays), "interval": interval(success(plays), len(plays)),
-                     "right_steps": sum(p.right for p in plays) / sum(p.steps for p in plays),
-                     "tokens_per_answer": sum(p.tokens for p in plays) / len(plays)} for n, plays in arm.plays.items()}
+    by_length = {
+        n: {
+            "success": success(plays),
+            "interval": interval(success(plays), len(plays)),
+            "right_steps": sum(p.right for p in plays) / sum(p.steps for p in plays),
+            "tokens_per_answer": sum(p.tokens for p in plays) / len(plays),
+        }
+        for n, plays in arm.plays.items()
+    }
     every = [p for plays in arm.plays.values() for p in plays]
     kinds = {kind: sum(getattr(p, kind) for p in every) / len(every) for kind in ("thinking", "answer", "tool")}
-    measures = {name: {"value": measure(arm.plays), "interval": bounds(arm.plays, measure)}
-                for name, measure in MEASURES.items()}
-    return finite({"arm": arm.name, "weights": arm.weights.name, "by_length": by_length, "tokens": kinds, **measures,
-                    "misnumbered": sum(p.misnumbered for p in every), **divergence(arm.plays, reference.plays),
-                    "kl_by_octave": kl_by_octave(reference.weights, arm.weights, batches)})
+    measures = {name: {"value": measure(arm.plays), "interval": bounds(arm.plays, measure)} for name, measure in MEASURES.items()}
+    return finite(
+        {
+            "arm": arm.name,
+            "weights": arm.weights.name,
+            "by_length": by_length,
+            "tokens": kinds,
+            **measures,
+            "misnumbered": sum(p.misnumbered for p in every),
+            **divergence(arm.plays, reference.plays),
+            "kl_by_octave": kl_by_octave(reference.weights, arm.weights, batches),
+        }
+    )
 
 
-ROWS = {"step_accuracy": "steps right after right ones", "half_horizon": "half of the chains right up to n",
-        "tokens_per_answer": "tokens per answer", "tokens_per_correct": "tokens per right answer", "loops": "loops",
-        "overthought": "right on paper, answered wrong", "valid_calls": "calls that fit their tool"}
+ROWS = {
+    "step_accuracy": "steps right after right ones",
+    "half_horizon": "half of the chains right up to n",
+    "tokens_per_answer": "tokens per answer",
+    "tokens_per_correct": "tokens per right answer",
+    "loops": "loops",
+    "overthought": "right on paper, answered wrong",
+    "valid_calls": "calls that fit their tool",
+}
 
 
 def steps_right(arm: dict[str, Any]) -> tuple[float, float, float]:
@@ -156,10 +197,17 @@ def cells(result: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
         kl = list(map(float, arm["kl_by_octave"].values()))
         first = arm["median_first_difference"]
         steps = "{:.3%} ({:.3%}–{:.3%})".format(*steps_right(arm)).replace("%", " %")
-        more.append([arm["arm"], steps, *(_measure(name, arm[name], longest) for name in list(ROWS)[1:]),
-                     " / ".join(f"{arm['tokens'][kind]:.0f}" for kind in ("thinking", "answer", "tool")),
-                     f"{100 * arm['same_share']:.0f} %", "" if first is None else f"token {first:.0f}",
-                     f"{sum(kl) / len(kl):.1e}"])
+        more.append(
+            [
+                arm["arm"],
+                steps,
+                *(_measure(name, arm[name], longest) for name in list(ROWS)[1:]),
+                " / ".join(f"{arm['tokens'][kind]:.0f}" for kind in ("thinking", "answer", "tool")),
+                f"{100 * arm['same_share']:.0f} %",
+                "" if first is None else f"token {first:.0f}",
+                f"{sum(kl) / len(kl):.1e}",
+            ]
+        )
     return curve, more
 
 
@@ -170,8 +218,10 @@ def percent(value: float, bounds: list[float]) -> str:
 def _measure(name: str, found: dict, longest: int) -> str:
     value, bounds = float(found["value"]), [float(b) for b in found["interval"]]
     if name == "half_horizon":
+
         def text(n: float) -> str:
             return f"> {longest}" if math.isinf(n) else "< 1" if n < 1 else f"{n:.0f}"
+
         return text(value) if text(bounds[0]) == text(bounds[1]) else f"{text(value)} ({text(bounds[0])} – {text(bounds[1])})"
     if name.startswith("tokens"):
         return "no right answer" if math.isinf(value) else f"{value:.0f} ({bounds[0]:.0f}–{bounds[1]:.0f})"

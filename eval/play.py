@@ -70,8 +70,14 @@ class Played:
         return self.thinking + self.answer + self.tool
 
 
-def play(weights: Weights, renderer: KimiRenderer, problems: Sequence[Problem], settings: Settings,
-         deadline: float | None = None, after_round: Callable[[int], None] = lambda live: None) -> list[Played]:
+def play(
+    weights: Weights,
+    renderer: KimiRenderer,
+    problems: Sequence[Problem],
+    settings: Settings,
+    deadline: float | None = None,
+    after_round: Callable[[int], None] = lambda live: None,
+) -> list[Played]:
     """Greedy replies to all problems side by side, each to its end. OutOfTime if `time.monotonic()` passes `deadline`.
 
     A reply may be half again as long as the longest right one, and there may be a tenth more of them, so that a lost
@@ -117,9 +123,22 @@ def played(problem: Problem, episode: Episode, ids: list[int]) -> Played:
     unreadable = sum(failure != NOT_FINISHED for failure in episode.failures)
     bill = episode.bill
     overthought = not solved and len(right) == len(problem.steps) and right[-1]
-    return Played(solved, right.index(False) if False in right else len(right), sum(right), len(problem.steps),
-                  bill.thinking, bill.answer, bill.tool, loops(ids) or repeats_calls(call_arguments(episode.messages)),
-                  overthought, len(made) + unreadable, valid, episode.misnumbered, episode.stopped, ids)
+    return Played(
+        solved,
+        right.index(False) if False in right else len(right),
+        sum(right),
+        len(problem.steps),
+        bill.thinking,
+        bill.answer,
+        bill.tool,
+        loops(ids) or repeats_calls(call_arguments(episode.messages)),
+        overthought,
+        len(made) + unreadable,
+        valid,
+        episode.misnumbered,
+        episode.stopped,
+        ids,
+    )
 
 
 NOT_FINISHED = "the reply is not finished"
@@ -127,13 +146,13 @@ NOT_FINISHED = "the reply is not finished"
 
 def loops(ids: Sequence[int]) -> bool:
     """Whether the tokens end in copies of a short stretch."""
-    tail = np.asarray(ids[-LONGEST_PERIOD * REPEATS:])
+    tail = np.asarray(ids[-LONGEST_PERIOD * REPEATS :])
     for period in range(1, LONGEST_PERIOD + 1):
         length = max(period * REPEATS, LOOP_TOKENS)
-        if len(tail) >= length and (tail[-length + period:] == tail[-length:-period]).all():
+        if len(tail) >= length and (tail[-length + period :] == tail[-length:-period]).all():
             return True
     return False
 
 
 def repeats_calls(calls: Sequence[str]) -> bool:
-    return any(len(set(calls[at:at + REPEATS])) == 1 for at in range(len(calls) - REPEATS + 1))
+    return any(len(set(calls[at : at + REPEATS])) == 1 for at in range(len(calls) - REPEATS + 1))

@@ -31,8 +31,12 @@ def write_report(path: Path) -> int:
     if not steps:
         raise ConfigError(f"{run.metrics} holds no steps yet; train first")
     evals = _last_evals(run)
-    pictures = {"loss": _loss(steps, [r for r in rows if r["kind"] == "eval"]), "expert_load": _load(steps),
-                "optimizer_share": _optimizer_share(steps), "grid": _grid(steps)}
+    pictures = {
+        "loss": _loss(steps, [r for r in rows if r["kind"] == "eval"]),
+        "expert_load": _load(steps),
+        "optimizer_share": _optimizer_share(steps),
+        "grid": _grid(steps),
+    }
     if any("exact" in e for e in evals):
         pictures["accuracy"] = _accuracy(evals)
     chains = run.path / "horizon.json"
@@ -96,8 +100,13 @@ def _load(steps):
 def _optimizer_share(steps):
     figure, axes = _axes("optimizer step", "percent of the step", "Optimizer's share of a step (Muon, AdamW, QK-Clip)")
     measured = [r for r in steps if "optimizer_seconds" in r]
-    axes.plot([r["step"] for r in measured], [100 * r["optimizer_seconds"] / r["seconds"] for r in measured], "o-",
-              color=INK[0], linewidth=1)
+    axes.plot(
+        [r["step"] for r in measured],
+        [100 * r["optimizer_seconds"] / r["seconds"] for r in measured],
+        "o-",
+        color=INK[0],
+        linewidth=1,
+    )
     axes.set_ylim(bottom=0)
     return figure
 
@@ -116,10 +125,20 @@ def _accuracy(evals):
         lengths = [int(n) for n in row["exact"]]
         shares = list(row["exact"].values())
         bounds = [interval(s, row["problems"]) for s in shares]
-        errors = [[100 * max(s - lo, 0) for s, (lo, _) in zip(shares, bounds)],
-                  [100 * max(hi - s, 0) for s, (_, hi) in zip(shares, bounds)]]
-        axes.errorbar([n + 0.12 * (arm - (len(arms) - 1) / 2) for n in lengths], [100 * s for s in shares], errors,
-                      fmt="o-", color=colour, linewidth=1, capsize=3, label=row["arm"])
+        errors = [
+            [100 * max(s - lo, 0) for s, (lo, _) in zip(shares, bounds)],
+            [100 * max(hi - s, 0) for s, (_, hi) in zip(shares, bounds)],
+        ]
+        axes.errorbar(
+            [n + 0.12 * (arm - (len(arms) - 1) / 2) for n in lengths],
+            [100 * s for s in shares],
+            errors,
+            fmt="o-",
+            color=colour,
+            linewidth=1,
+            capsize=3,
+            label=row["arm"],
+        )
     axes.set_ylim(0, 105)
     axes.legend(frameon=False)
     return figure
@@ -134,23 +153,42 @@ def _horizon(played):
         shares = [100 * point["success"] for point in points]
         bounds = [(100 * lo, 100 * hi) for lo, hi in (point["interval"] for point in points)]
         errors = [[max(s - lo, 0) for s, (lo, _) in zip(shares, bounds)], [max(hi - s, 0) for s, (_, hi) in zip(shares, bounds)]]
-        axes.errorbar([n * 1.05**(arm - (len(arms) - 1) / 2) for n in lengths], shares, errors, fmt="o-", color=colour,
-                      markersize=4, linewidth=1, elinewidth=0.8, capsize=2)
+        axes.errorbar(
+            [n * 1.05 ** (arm - (len(arms) - 1) / 2) for n in lengths],
+            shares,
+            errors,
+            fmt="o-",
+            color=colour,
+            markersize=4,
+            linewidth=1,
+            elinewidth=0.8,
+            capsize=2,
+        )
     axes.axvspan(*played["trained_lengths"], color="#404040", alpha=0.08)
     axes.text(played["trained_lengths"][0], 3, " trained lengths", fontsize=8, color="#404040")
     axes.set_xscale("log")
     axes.set_xticks(lengths, [f"{n}\n({count})" for n, count in zip(lengths, counts)])
     axes.set_ylim(0, 105)
     axes.minorticks_off()
-    axes.set(xlabel="chain length n (chains played)", ylabel="right to the end (%)",
-             title=f"{played['task']}: right answers, 95 % intervals")
+    axes.set(
+        xlabel="chain length n (chains played)",
+        ylabel="right to the end (%)",
+        title=f"{played['task']}: right answers, 95 % intervals",
+    )
 
     for at, (row, colour) in enumerate(arms):
         wrong, low, high = (1000 * (1 - share) for share in steps_right(row))
         steps.plot([max(high, 1e-6), max(low, 1e-6)], [at, at], color=colour, linewidth=1.5)
         steps.plot(wrong or low, at, "o" if wrong else "<", color=colour)
-        steps.annotate(f"{wrong:.3g}" if wrong else f"0 seen, < {low:.2g}", (wrong or low, at), (0, 6), fontsize=8,
-                       textcoords="offset points", color=colour, ha="center")
+        steps.annotate(
+            f"{wrong:.3g}" if wrong else f"0 seen, < {low:.2g}",
+            (wrong or low, at),
+            (0, 6),
+            fontsize=8,
+            textcoords="offset points",
+            color=colour,
+            ha="center",
+        )
     steps.set_yticks(range(len(arms)), [row["arm"] for row, _ in arms])
     for label, (_, colour) in zip(steps.get_yticklabels(), arms):
         label.set_color(colour)
@@ -170,8 +208,9 @@ def _kl_by_position(played):
     figure, axes = _axes("position in the row", f"KL from {first['arm']} (nats per token)", "Drift on the same text")
     for row, colour in zip(others, itertools.cycle(INK[1:])):
         octaves = row["kl_by_octave"]
-        axes.plot([int(k) for k in octaves], list(map(float, octaves.values())), "o-", color=colour, linewidth=1,
-                  label=row["arm"])
+        axes.plot(
+            [int(k) for k in octaves], list(map(float, octaves.values())), "o-", color=colour, linewidth=1, label=row["arm"]
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     if others:
@@ -183,10 +222,14 @@ def _chains(played: dict) -> list[str]:
     """The section about suite horizon."""
     lengths = ", ".join(f"{count} of n={n}" for n, count in played["problems"].items())
     context = f", in a context of {played['context']} tokens" if played["context"] else ""
-    lines = ["## Long chains", "",
-             f"Task {played['task']}, trained on {' to '.join(map(str, played['trained_lengths']))} steps; every chain is "
-             f"played in a live loop with greedy replies{context}. Chains: {lengths}. Intervals of 95 %: Wilson for shares "
-             "of chains and of calls, bootstrap over chains for the rest.", ""]
+    lines = [
+        "## Long chains",
+        "",
+        f"Task {played['task']}, trained on {' to '.join(map(str, played['trained_lengths']))} steps; every chain is "
+        f"played in a live loop with greedy replies{context}. Chains: {lengths}. Intervals of 95 %: Wilson for shares "
+        "of chains and of calls, bootstrap over chains for the rest.",
+        "",
+    ]
     for rows in cells(played):
         lines += [*("| " + " | ".join(row) + " |" for row in rows), ""]
         lines.insert(len(lines) - len(rows), "|" + "---|" * len(rows[0]))
@@ -195,29 +238,39 @@ def _chains(played: dict) -> list[str]:
     return lines
 
 
-def _page(run: RunDir, facts: dict, steps: list[dict], rows: list[dict], evals: list[dict], pictures: list[str],
-          played: dict | None) -> str:
+def _page(
+    run: RunDir, facts: dict, steps: list[dict], rows: list[dict], evals: list[dict], pictures: list[str], played: dict | None
+) -> str:
     cfg, last = run.load_config(), steps[-1]
     rates = sorted(r["tokens_per_second"] for r in steps)
     updates = [100 * r["optimizer_seconds"] / r["seconds"] for r in steps if "optimizer_seconds" in r]
     held_out = [r for r in rows if r["kind"] == "eval"]
-    lines = [f"# Run `{run.path.name}`", "",
-             f"{cfg.model.num_hidden_layers} layers ({cfg.model.first_k_dense_replace} dense), {cfg.model.n_routed_experts} "
-             f"experts of which {cfg.model.num_experts_per_tok} per token, on {facts.get('devices', 1)} x "
-             f"{facts.get('device', '?')} in {facts.get('compute_dtype', '?')} ({facts.get('versions', '?')}). "
-             f"Config hash `{facts.get('hash', '?')}`, data plan `{facts.get('plan_hash', '?')}`.", "",
-             "| | |", "|---|---|",
-             f"| optimizer steps | {last['step']} of {cfg.train.steps} |",
-             f"| last training loss | {last['loss']:.4f} |",
-             *(f"| held-out {k.removeprefix('held_out_').replace('_', ' ')} | {v:.4f} |"
-               for k, v in (held_out[-1] if held_out else {}).items() if k not in ("kind", "step")),
-             f"| tokens per second, median step | {human(rates[len(rates) // 2])} |",
-             f"| time in steps | {clock(sum(r['seconds'] for r in steps))} |",
-             f"| seconds from command to first step | "
-             f"{next((r['seconds_to_first_step'] for r in steps if 'seconds_to_first_step' in r), float('nan')):.1f} |",
-             *([f"| optimizer's share of a step, median | {sorted(updates)[len(updates) // 2]:.1f} % |"] if updates else []),
-             f"| dropped tokens | {sum(r['dropped_tokens'] for r in steps):.0f} |",
-             f"| skipped steps | {last['skipped_steps']} |", ""]
+    lines = [
+        f"# Run `{run.path.name}`",
+        "",
+        f"{cfg.model.num_hidden_layers} layers ({cfg.model.first_k_dense_replace} dense), {cfg.model.n_routed_experts} "
+        f"experts of which {cfg.model.num_experts_per_tok} per token, on {facts.get('devices', 1)} x "
+        f"{facts.get('device', '?')} in {facts.get('compute_dtype', '?')} ({facts.get('versions', '?')}). "
+        f"Config hash `{facts.get('hash', '?')}`, data plan `{facts.get('plan_hash', '?')}`.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| optimizer steps | {last['step']} of {cfg.train.steps} |",
+        f"| last training loss | {last['loss']:.4f} |",
+        *(
+            f"| held-out {k.removeprefix('held_out_').replace('_', ' ')} | {v:.4f} |"
+            for k, v in (held_out[-1] if held_out else {}).items()
+            if k not in ("kind", "step")
+        ),
+        f"| tokens per second, median step | {human(rates[len(rates) // 2])} |",
+        f"| time in steps | {clock(sum(r['seconds'] for r in steps))} |",
+        f"| seconds from command to first step | "
+        f"{next((r['seconds_to_first_step'] for r in steps if 'seconds_to_first_step' in r), float('nan')):.1f} |",
+        *([f"| optimizer's share of a step, median | {sorted(updates)[len(updates) // 2]:.1f} % |"] if updates else []),
+        f"| dropped tokens | {sum(r['dropped_tokens'] for r in steps):.0f} |",
+        f"| skipped steps | {last['skipped_steps']} |",
+        "",
+    ]
     lines += _results(evals)
     lines += _chains(played) if played else []
     for name in pictures:

@@ -27,8 +27,9 @@ BATCH = 64
 Suite = Literal["loss", "horizon"]
 
 
-def evaluate_arms(run_path: Path, arms: tuple[str, ...], lengths: tuple[int, ...], problems: int, suite: Suite = "loss",
-                  minutes: float = 10.0) -> int:
+def evaluate_arms(
+    run_path: Path, arms: tuple[str, ...], lengths: tuple[int, ...], problems: int, suite: Suite = "loss", minutes: float = 10.0
+) -> int:
     """Evaluate `NAME=WEIGHTS` arms. Suite loss appends a line per arm to the run's evals.jsonl and prints held-out loss and
     answers; suite horizon is eval/horizon.py."""
     run = RunDir(run_path)
@@ -58,8 +59,9 @@ def evaluate_arms(run_path: Path, arms: tuple[str, ...], lengths: tuple[int, ...
     return 0
 
 
-def task_results(weights: Weights, data: DataConfig, settings: Settings, lengths: tuple[int, ...], problems: int,
-                 name: str) -> dict:
+def task_results(
+    weights: Weights, data: DataConfig, settings: Settings, lengths: tuple[int, ...], problems: int, name: str
+) -> dict:
     """Share of exact answers and of right steps by length, on problems that training never draws, each in a live
     conversation with its tools or its user; and the generated tokens of an answer."""
     renderer = KimiRenderer(weights.tokenizer, data.system)

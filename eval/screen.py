@@ -13,8 +13,13 @@ from data.tokenizer import Tokenizer
 
 THOUGHT, CALL, RESULT, ERROR = "dim", "bold cyan", "green", "red"
 
-MARKS = {tok.THINK: ("thoughts  ", THOUGHT), tok.THINK_END: ("\n", None), tok.CALL_BEGIN: ("call  ", CALL),
-         tok.CALL_ARGUMENT: (" ", CALL), tok.CALL_END: ("\n", None)}
+MARKS = {
+    tok.THINK: ("thoughts  ", THOUGHT),
+    tok.THINK_END: ("\n", None),
+    tok.CALL_BEGIN: ("call  ", CALL),
+    tok.CALL_ARGUMENT: (" ", CALL),
+    tok.CALL_END: ("\n", None),
+}
 """What stands on the screen for a special token, and the style of the text behind it; other special tokens are not shown."""
 
 CROWDED, WINDOW, UNFINISHED = 64, 16, 3
@@ -65,16 +70,16 @@ class Screen:
         text, crowded = self.tokenizer.decode(self.plain), len(self.plain) > CROWDED
         broken = len(text) - len(text.rstrip("\ufffd"))
         end = max(self.shown, len(text) - (min(broken, UNFINISHED) if crowded else broken))
-        self._print(text[self.shown:end])
+        self._print(text[self.shown : end])
         self.shown = end
         if crowded or not broken:
-            self.plain = self.plain[-WINDOW if crowded else self.sound:]
+            self.plain = self.plain[-WINDOW if crowded else self.sound :]
             self.shown -= len(text) - len(self.tokenizer.decode(self.plain))
             self.sound = len(self.plain)
 
     def _flush(self) -> None:
         """Show what was no character after all."""
-        self._print(self.tokenizer.decode(self.plain)[self.shown:])
+        self._print(self.tokenizer.decode(self.plain)[self.shown :])
         self.plain, self.shown, self.sound = [], 0, 0
 
     def end_of_reply(self) -> None:

@@ -53,7 +53,7 @@ def half_horizon(plays: Plays) -> float:
         return math.inf
     if below == 0:
         return 0.0
-    (low, high), (left, right) = lengths[below - 1:below + 1], shares[below - 1:below + 1]
+    (low, high), (left, right) = lengths[below - 1 : below + 1], shares[below - 1 : below + 1]
     return math.exp(math.log(low) + (left - 0.5) / (left - right) * (math.log(high) - math.log(low)))
 
 
@@ -89,14 +89,19 @@ class Share:
 
     def interval(self, plays: Plays) -> tuple[float, float]:
         trials = np.array([self.trials(p) for some in plays.values() for p in some], float)
-        return interval(self(plays), trials.sum() ** 2 / max((trials ** 2).sum(), 1))
+        return interval(self(plays), trials.sum() ** 2 / max((trials**2).sum(), 1))
 
 
 MEASURES: dict[str, Callable[[Plays], float]] = {
-    "step_accuracy": step_accuracy, "half_horizon": half_horizon, "tokens_per_answer": tokens_per_answer,
-    "tokens_per_correct": tokens_per_correct, "loops": Share(lambda p: p.loops),
-    "overthought": Share(lambda p: p.overthought), "valid_calls": Share(lambda p: p.valid_calls, lambda p: p.calls),
-    "out_of_replies": Share(lambda p: p.stopped == "limit")}
+    "step_accuracy": step_accuracy,
+    "half_horizon": half_horizon,
+    "tokens_per_answer": tokens_per_answer,
+    "tokens_per_correct": tokens_per_correct,
+    "loops": Share(lambda p: p.loops),
+    "overthought": Share(lambda p: p.overthought),
+    "valid_calls": Share(lambda p: p.valid_calls, lambda p: p.calls),
+    "out_of_replies": Share(lambda p: p.stopped == "limit"),
+}
 """valid_calls: of attempted ones, those that name a declared tool with fitting arguments."""
 
 
@@ -112,8 +117,10 @@ def bounds(plays: Plays, measure: Callable[[Plays], float]) -> tuple[float, floa
 def bootstrap(plays: Plays, measure: Callable[[Plays], float], seed: int = 0) -> tuple[float, float]:
     """95 % percentile interval over resampled problems, length by length (Efron 1979)."""
     rng = np.random.default_rng(seed)
-    values = [measure({n: [some[i] for i in rng.integers(0, len(some), len(some))] for n, some in plays.items()})
-              for _ in range(RESAMPLES)]
+    values = [
+        measure({n: [some[i] for i in rng.integers(0, len(some), len(some))] for n, some in plays.items()})
+        for _ in range(RESAMPLES)
+    ]
     low, high = np.quantile(values, [0.025, 0.975], method="nearest")
     return float(low), float(high)
 

@@ -83,8 +83,16 @@ def transpose(ref):
     return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
 
 
-def run(tiles: Tiles, tables: tuple[Array, ...], operands: tuple[Array, ...], out: jax.ShapeDtypeStruct, *, flops: int,
-        moved: int, cores: int = CORES) -> Array:
+def run(
+    tiles: Tiles,
+    tables: tuple[Array, ...],
+    operands: tuple[Array, ...],
+    out: jax.ShapeDtypeStruct,
+    *,
+    flops: int,
+    moved: int,
+    cores: int = CORES,
+) -> Array:
     """The kernel on `operands` (16-bit floats, last axes multiples of 64) with int32 `tables` in global memory. Reading
     past an operand gives zeros and writing past the output does nothing, but not by columns where it has only 64 of 16 bits
     (32 of 32): jax drops an axis of a single tile from the copy, index and all, and the part past the edge lands inside.
@@ -97,7 +105,7 @@ def run(tiles: Tiles, tables: tuple[Array, ...], operands: tuple[Array, ...], ou
 
     def kernel(*refs, buffers, staged, full, empty):
         given, target = refs[:-1], refs[-1]
-        scalars, arrays = given[: len(tables)], given[len(tables):]
+        scalars, arrays = given[: len(tables)], given[len(tables) :]
         core, warpgroup = lax.axis_index("core"), lax.axis_index("warpgroup")
         mine = lax.div(tiles.count - core + cores - 1, cores)
 
@@ -106,6 +114,7 @@ def run(tiles: Tiles, tables: tuple[Array, ...], operands: tuple[Array, ...], ou
 
         def over_tiles(work):
             """work(number, at, steps, steps before) for every tile of this core; all steps together."""
+
             def one(number, before):
                 at, steps = place(number)
                 work(number, at, steps, before)
@@ -168,11 +177,12 @@ def run(tiles: Tiles, tables: tuple[Array, ...], operands: tuple[Array, ...], ou
                 chunks = tiles.part[1] // chunk
 
                 def store(slot, row, column):
-                    plgpu.copy_smem_to_gmem(staged.at[warpgroup, slot], target.at[(
-                        *outer, pl.ds(row, tiles.part[0]), pl.ds(column, chunk))])
+                    plgpu.copy_smem_to_gmem(
+                        staged.at[warpgroup, slot], target.at[(*outer, pl.ds(row, tiles.part[0]), pl.ds(column, chunk))]
+                    )
 
                 for i in range(chunks):
-                    piece, at_column = result[:, i * chunk:(i + 1) * chunk], column + i * chunk
+                    piece, at_column = result[:, i * chunk : (i + 1) * chunk], column + i * chunk
                     if tiles.mirrored:
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         staged[warpgroup, 0] = piece
@@ -191,13 +201,20 @@ def run(tiles: Tiles, tables: tuple[Array, ...], operands: tuple[Array, ...], ou
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     call = plgpu.kernel(
-        kernel, out_type=out, grid=(cores,), grid_names=("core",), num_threads=WORKERS + 1, thread_name="warpgroup",
+        kernel,
+        out_type=out,
+        grid=(cores,),
+        grid_names=("core",),
+        num_threads=WORKERS + 1,
+        thread_name="warpgroup",
         scratch_types={
             "buffers": [plgpu.SMEM((stages, *box), dtype, transforms=swizzled(dtype, box[1])) for box in tiles.boxes],
             "staged": plgpu.SMEM((WORKERS, 2, tiles.part[0], chunk), out.dtype, transforms=swizzled(out.dtype, chunk)),
             "full": plgpu.Barrier(num_arrivals=len(operands), num_barriers=stages),
-            "empty": plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages)},
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup))
+            "empty": plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages),
+        },
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )
     with stated(flops, moved):
         return call(*tables, *operands)
 

@@ -13,5 +13,4 @@ LANES = 128
 def dot(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
     """The sum over one axis of each matrix, in float32; float32 operands are multiplied in full, not rounded to bfloat16."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), precision=precision,
-                           preferred_element_type=jnp.float32)
+    return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)

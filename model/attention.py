@@ -28,9 +28,15 @@ def visible_BST(segments_BT: Int[Array, "B T"], at_S: Int[Array, "S"]) -> Array:
     return same & (at_S[:, None] >= jnp.arange(segments_BT.shape[1]))
 
 
-def reference(q: Float[Array, "B S H k"], k: Float[Array, "B T H k"], v: Float[Array, "B T H v"],
-              segments: Int[Array, "B T"], at: Int[Array, "S"], scale: float, chunk: int = 0
-              ) -> tuple[Float[Array, "B S H v"], Float[Array, "H"]]:
+def reference(
+    q: Float[Array, "B S H k"],
+    k: Float[Array, "B T H k"],
+    v: Float[Array, "B T H v"],
+    segments: Int[Array, "B T"],
+    at: Int[Array, "S"],
+    scale: float,
+    chunk: int = 0,
+) -> tuple[Float[Array, "B S H v"], Float[Array, "H"]]:
     """softmax(q k^T scale) v with all logits in memory (`chunk` is not used); max_logit carries no gradient."""
     logits = jnp.einsum("BSHd,BTHd->BHST", q, k, preferred_element_type=jnp.float32) * scale
     logits = jnp.where(visible_BST(segments, at)[:, None], logits, MASKED)
@@ -41,11 +47,13 @@ def reference(q: Float[Array, "B S H k"], k: Float[Array, "B T H k"], v: Float[A
 
 def _hopper(*operands):
     from model.kernels import attention_gpu  # here and below: Pallas takes longer to import than jax, and a CPU needs none
+
     return attention_gpu.attend(*operands)
 
 
 def _tpu(*operands):
     from model.kernels import attention_tpu
+
     return attention_tpu.attend(*operands)
 
 
@@ -56,6 +64,7 @@ def implementation(platform: str, seq_len: int) -> str:
     """Which entry suits the platform and the sequence length: from two chunks on, tiles win on time and memory."""
     if platform == "hopper":
         from model.kernels import attention_gpu
+
         if seq_len > attention_gpu.TILE:
             return "hopper"
     if seq_len <= CHUNK[platform]:
@@ -69,6 +78,7 @@ def causal(q, k, v, segments, at, scale: float, platform: str) -> tuple[Array, A
     name = implementation(platform, k.shape[1])
     if name == "hopper":
         from model.kernels import attention_gpu
+
         if why := attention_gpu.refusal(q, v):
             warnings.warn(f"attention goes through XLA: {why}", stacklevel=2)
             name = implementation("gpu", k.shape[1])

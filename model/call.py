@@ -131,6 +131,7 @@ def nothing_measured(shapes):
     out = {}
     for f in fields(shapes):
         shape = getattr(shapes, f.name)
-        out[f.name] = (jnp.full(shape.shape, f.metadata["neutral"], shape.dtype) if "reduce" in f.metadata
-                       else nothing_measured(shape))
+        out[f.name] = (
+            jnp.full(shape.shape, f.metadata["neutral"], shape.dtype) if "reduce" in f.metadata else nothing_measured(shape)
+        )
     return type(shapes)(**out)

@@ -24,8 +24,9 @@ TILE = 2048
 8 * D * 2 * TILE bytes for 6 * D * TILE**2 operations: far above the ratio where memory, not arithmetic, is the limit."""
 
 
-def losses(hidden_BSD: Float[Array, "B S D"], head: nnx.Param, targets_BS: Int[Array, "B S"], call: Call
-           ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
+def losses(
+    hidden_BSD: Float[Array, "B S D"], head: nnx.Param, targets_BS: Int[Array, "B S"], call: Call
+) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
     """Negative log-likelihood and log-sum-exp of every token, float32.
 
     Each device of the tensor axis knows a part of the vocabulary; they exchange three numbers per token.
@@ -47,8 +48,14 @@ def over_parts(lse_N: Float[Array, "N"], shards: Shards, axes: tuple[str, ...]) 
     return top + jnp.log(shards.total(jnp.exp(lse_N - top), axes))
 
 
-def reference(hidden_ND: Float[Array, "N D"], head_DV: Float[Array, "D V"], targets_N: Int[Array, "N"], tokens: int = 0,
-              shards: Shards = ONE_DEVICE, over: tuple[str, ...] = ()) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
+def reference(
+    hidden_ND: Float[Array, "N D"],
+    head_DV: Float[Array, "D V"],
+    targets_N: Int[Array, "N"],
+    tokens: int = 0,
+    shards: Shards = ONE_DEVICE,
+    over: tuple[str, ...] = (),
+) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
     """Negative log-likelihood of each target and the log-sum-exp of its logits, float32 (`tokens` is not used).
 
     A target outside [0, V) has the logit 0. `head_DV` holds the rows of D that this device stores; the devices along
@@ -62,8 +69,14 @@ def reference(hidden_ND: Float[Array, "N D"], head_DV: Float[Array, "D V"], targ
     return lse - jnp.where(here, target, 0.0), lse
 
 
-def tiled(hidden_ND: Float[Array, "N D"], head_DV: Float[Array, "D V"], targets_N: Int[Array, "N"], tokens: int = TILE,
-          shards: Shards = ONE_DEVICE, over: tuple[str, ...] = ()) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
+def tiled(
+    hidden_ND: Float[Array, "N D"],
+    head_DV: Float[Array, "D V"],
+    targets_N: Int[Array, "N"],
+    tokens: int = TILE,
+    shards: Shards = ONE_DEVICE,
+    over: tuple[str, ...] = (),
+) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
     """The same, by tiles of TILE vocabulary entries and `tokens` tokens.
 
     A tile of the head is cast, and gathered, where it is used; its gradient is summed in float32 and handed back to the
@@ -139,8 +152,9 @@ def _tiles_backward(width, shards, over, saved, gradients):
             dhidden += jnp.dot(dlogits, weights.T, preferred_element_type=jnp.float32)
             return dweights + outer_sum(hidden_CD, dlogits), dhidden
 
-        dweights, dhidden_nCD = lax.scan(of_tokens, jnp.zeros(weights.shape, jnp.float32),
-                                         (hidden_nCD, targets_nC, lse_nC, *gradients, dhidden_nCD))
+        dweights, dhidden_nCD = lax.scan(
+            of_tokens, jnp.zeros(weights.shape, jnp.float32), (hidden_nCD, targets_nC, lse_nC, *gradients, dhidden_nCD)
+        )
         return dhidden_nCD, add_columns(dhead_DV, dweights, start, shards, over)
 
     start = jnp.zeros(hidden_nCD.shape, jnp.float32), jnp.zeros(head_DV.shape, jnp.float32)
@@ -161,8 +175,14 @@ _tiles.defvjp(_tiles_forward, _tiles_backward)
 IMPLEMENTATIONS = {"reference": reference, "tiled": tiled}
 
 
-def chunked(hidden_ND: Float[Array, "N D"], head_DV: Float[Array, "D V"], targets_N: Int[Array, "N"], tokens: int = TILE,
-            shards: Shards = ONE_DEVICE, over: tuple[str, ...] = ()) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
+def chunked(
+    hidden_ND: Float[Array, "N D"],
+    head_DV: Float[Array, "D V"],
+    targets_N: Int[Array, "N"],
+    tokens: int = TILE,
+    shards: Shards = ONE_DEVICE,
+    over: tuple[str, ...] = (),
+) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
     """Negative log-likelihood and log-sum-exp per token: `reference` where all logits fit a tile, else `tiled`."""
     small = len(targets_N) * head_DV.shape[1] <= tokens * TILE
     return (reference if small else tiled)(hidden_ND, head_DV, targets_N, tokens, shards, over)

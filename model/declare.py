@@ -17,8 +17,9 @@ class Declare:
     leading "layers" axis, which `jax.lax.scan` slices away again.
     """
 
-    def __init__(self, table: dict[str, ParamSpec], path: str = "", hf: str = "", layers: tuple[int, ...] = (),
-                 stacked: bool = False):
+    def __init__(
+        self, table: dict[str, ParamSpec], path: str = "", hf: str = "", layers: tuple[int, ...] = (), stacked: bool = False
+    ):
         self.table, self.path, self.hf, self.layers, self.stacked = table, path, hf, layers, stacked
 
     def at(self, name: str, hf: str = "") -> Declare:
@@ -29,8 +30,9 @@ class Declare:
         """The same place, standing for network layers."""
         return Declare(self.table, self.path, self.hf + hf, layers, stacked)
 
-    def __call__(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], *, hf: str | tuple[HFTensor, ...],
-                 **spec) -> nnx.Param:
+    def __call__(
+        self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], *, hf: str | tuple[HFTensor, ...], **spec
+    ) -> nnx.Param:
         """Declare one parameter; `hf` is a name below the prefix, or tensors with names below it."""
         tensors = (HFTensor(hf, transposed=spec.get("matrix") is not None),) if isinstance(hf, str) else hf
         tensors = tuple(HFTensor(self.hf + t.name, t.index, t.transposed) for t in tensors)

@@ -43,7 +43,8 @@ def plan(experts_NK: Int[Array, "N K"], num_experts: int, block: int) -> Dispatc
         token_of=jnp.full(num_blocks * block, len(experts_NK), jnp.int32).at[slots].set(order // K, unique_indices=True),
         # Counted, not searched for: a search is a loop of gathers, which accelerators are slow at.
         block_expert=jnp.sum(jnp.cumsum(blocks_of) <= jnp.arange(num_blocks)[:, None], axis=1, dtype=jnp.int32),
-        block=block)
+        block=block,
+    )
 
 
 def _copy_to_slots(x_ND, to: Dispatch):

@@ -29,8 +29,9 @@ from model.shards import ONE_DEVICE, Shards
 Sums = tuple[Float[Array, "N"], Float[Array, "N"], Float[Array, "N"]]
 
 
-def divergences(hidden_BSD: Float[Array, "B S D"], head: nnx.Param, taught_BSD: Float[Array, "B S D"],
-                teacher_head: nnx.Param, call: Call) -> Float[Array, "N"]:
+def divergences(
+    hidden_BSD: Float[Array, "B S D"], head: nnx.Param, taught_BSD: Float[Array, "B S D"], teacher_head: nnx.Param, call: Call
+) -> Float[Array, "N"]:
     """KL of every token in nats, float32. Each device of the tensor axis knows a part of the vocabulary."""
     shards = call.shards
     of_width, of_vocabulary = shards.stored(head.spec)
@@ -43,11 +44,18 @@ def divergences(hidden_BSD: Float[Array, "B S D"], head: nnx.Param, taught_BSD: 
     return cross - lse_t + lse
 
 
-def reference(hidden_ND: Float[Array, "N D"], head_DV: Float[Array, "D V"], taught_ND: Float[Array, "N D"],
-              teacher_DV: Float[Array, "D V"], tokens: int = 0, shards: Shards = ONE_DEVICE, over: tuple[str, ...] = ()
-              ) -> Sums:
+def reference(
+    hidden_ND: Float[Array, "N D"],
+    head_DV: Float[Array, "D V"],
+    taught_ND: Float[Array, "N D"],
+    teacher_DV: Float[Array, "D V"],
+    tokens: int = 0,
+    shards: Shards = ONE_DEVICE,
+    over: tuple[str, ...] = (),
+) -> Sums:
     """lse(z), lse(y) and sum p (y - z), float32 (`tokens` is not used). Heads hold the rows of D that this device
     stores; the devices along the mesh axes `over` store the others."""
+
     def logits(x, w):
         return jnp.dot(x, shards.gather_axis(w.astype(x.dtype), over, 0), preferred_element_type=jnp.float32)
 
@@ -56,13 +64,19 @@ def reference(hidden_ND: Float[Array, "N D"], head_DV: Float[Array, "D V"], taug
     return lse, lse_t, jnp.sum(jnp.exp(y - lse_t[:, None]) * (y - z), axis=-1)
 
 
-def tiled(hidden_ND: Float[Array, "N D"], head_DV: Float[Array, "D V"], taught_ND: Float[Array, "N D"],
-          teacher_DV: Float[Array, "D V"], tokens: int = cross_entropy.TILE, shards: Shards = ONE_DEVICE,
-          over: tuple[str, ...] = ()) -> Sums:
+def tiled(
+    hidden_ND: Float[Array, "N D"],
+    head_DV: Float[Array, "D V"],
+    taught_ND: Float[Array, "N D"],
+    teacher_DV: Float[Array, "D V"],
+    tokens: int = cross_entropy.TILE,
+    shards: Shards = ONE_DEVICE,
+    over: tuple[str, ...] = (),
+) -> Sums:
     """The same, by tiles of TILE vocabulary entries and `tokens` tokens; the student's gradients as in cross_entropy.py."""
     hidden, taught = tokens_in_tiles(hidden_ND, tokens), tokens_in_tiles(taught_ND, tokens)
     sums = _tiles(hidden, head_DV, taught, teacher_DV, min(cross_entropy.TILE, head_DV.shape[1]), shards, over)
-    return tuple(x.reshape(-1)[:len(hidden_ND)] for x in sums)
+    return tuple(x.reshape(-1)[: len(hidden_ND)] for x in sums)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -111,8 +125,11 @@ def _tiles_backward(width, shards, over, saved, gradients):
             dhidden += jnp.dot(dlogits, weights.T, preferred_element_type=jnp.float32)
             return dweights + outer_sum(hidden, dlogits), dhidden
 
-        dweights, dhidden_nCD = lax.scan(of_tokens, jnp.zeros(weights.shape, jnp.float32),
-                                         (hidden_nCD, taught_nCD, lse_nC, lse_t_nC, g_lse_nC, g_cross_nC, dhidden_nCD))
+        dweights, dhidden_nCD = lax.scan(
+            of_tokens,
+            jnp.zeros(weights.shape, jnp.float32),
+            (hidden_nCD, taught_nCD, lse_nC, lse_t_nC, g_lse_nC, g_cross_nC, dhidden_nCD),
+        )
         return dhidden_nCD, cross_entropy.add_columns(dhead_DV, dweights, start, shards, over)
 
     start = jnp.zeros(hidden_nCD.shape, jnp.float32), jnp.zeros(head_DV.shape, jnp.float32)
@@ -125,9 +142,15 @@ _tiles.defvjp(_tiles_forward, _tiles_backward)
 IMPLEMENTATIONS = {"reference": reference, "tiled": tiled}
 
 
-def chunked(hidden_ND: Float[Array, "N D"], head_DV: Float[Array, "D V"], taught_ND: Float[Array, "N D"],
-            teacher_DV: Float[Array, "D V"], tokens: int = cross_entropy.TILE, shards: Shards = ONE_DEVICE,
-            over: tuple[str, ...] = ()) -> Sums:
+def chunked(
+    hidden_ND: Float[Array, "N D"],
+    head_DV: Float[Array, "D V"],
+    taught_ND: Float[Array, "N D"],
+    teacher_DV: Float[Array, "D V"],
+    tokens: int = cross_entropy.TILE,
+    shards: Shards = ONE_DEVICE,
+    over: tuple[str, ...] = (),
+) -> Sums:
     """`reference` where all logits fit a tile, else `tiled`."""
     small = len(hidden_ND) * head_DV.shape[1] <= tokens * cross_entropy.TILE
     return (reference if small else tiled)(hidden_ND, head_DV, taught_ND, teacher_DV, tokens, shards, over)

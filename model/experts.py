@@ -22,8 +22,14 @@ EVEN_LOAD = "even_load_"
 the others, and who counts a compiled program's operations reads it there (train/plan/census.py)."""
 
 
-def apply(x_ND: Float[Array, "N D"], experts_NK: Int[Array, "N K"], gates_NK: Float[Array, "N K"], weights: Weights,
-          platform: str, filled: float = 1.0) -> Float[Array, "N D"]:
+def apply(
+    x_ND: Float[Array, "N D"],
+    experts_NK: Int[Array, "N K"],
+    gates_NK: Float[Array, "N K"],
+    weights: Weights,
+    platform: str,
+    filled: float = 1.0,
+) -> Float[Array, "N D"]:
     """Sum over each token's experts of gate * expert(x); the expert E is nobody and gives zero. `filled`: the share of pairs
     that are expected not to be nobody's.
     """
@@ -39,8 +45,14 @@ def slots(experts_NK: Int[Array, "N K"], weights: Weights, platform: str) -> dis
     return checkpoint_name(dispatch.plan(experts_NK, held, block_rows(experts_NK.size, held, platform)), "routing")
 
 
-def in_slots(first: Callable[[Array, dispatch.Dispatch, str], Float[Array, "M 2*F"]], gates_NK: Float[Array, "N K"],
-             weights: Weights, to: dispatch.Dispatch, platform: str, filled: float = 1.0) -> Float[Array, "M D"]:
+def in_slots(
+    first: Callable[[Array, dispatch.Dispatch, str], Float[Array, "M 2*F"]],
+    gates_NK: Float[Array, "N K"],
+    weights: Weights,
+    to: dispatch.Dispatch,
+    platform: str,
+    filled: float = 1.0,
+) -> Float[Array, "M D"]:
     """gate * expert(row) of every slot; zero for padding, whatever row it has. first(gate_up, to, name): the rows in their
     slots times the first weights.
 

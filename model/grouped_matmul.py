@@ -107,16 +107,19 @@ def _scanned_weights(x, y, block_expert, num_experts, dtype):
 
 def _tpu_rows(x, w, block_expert, transposed):
     from model.kernels import grouped_matmul_tpu
+
     return grouped_matmul_tpu.rows(x, _unpacked(w, x.dtype), block_expert, transposed)
 
 
 def _tpu_weights(x, y, block_expert, num_experts, dtype):
     from model.kernels import grouped_matmul_tpu
+
     return grouped_matmul_tpu.weights(x, y, block_expert, num_experts, dtype)
 
 
 def _hopper_rows(x, w, block_expert, transposed):
     from model.kernels import grouped_matmul_decode, grouped_matmul_gpu
+
     block = len(x) // len(block_expert)
     if grouped_matmul_gpu.takes(x.dtype, block, *w.shape[1:]):
         return grouped_matmul_gpu.rows(x, _unpacked(w, x.dtype), block_expert, transposed)
@@ -127,11 +130,15 @@ def _hopper_rows(x, w, block_expert, transposed):
 
 def _hopper_weights(x, y, block_expert, num_experts, dtype):
     from model.kernels import grouped_matmul_gpu
+
     block = len(x) // len(block_expert)
     if not grouped_matmul_gpu.takes(x.dtype, block, x.shape[1], y.shape[1]):
-        warnings.warn("gradients of experts go through XLA, which copies weights for every block of rows: the Hopper kernels "
-                      f"take 16-bit floats, widths of whole {grouped_matmul_gpu.STEP}s and blocks of 64 rows (which every expert "
-                      f"must have), not {x.dtype.name}, {x.shape[1]} x {y.shape[1]} and blocks of {block}", stacklevel=2)
+        warnings.warn(
+            "gradients of experts go through XLA, which copies weights for every block of rows: the Hopper kernels "
+            f"take 16-bit floats, widths of whole {grouped_matmul_gpu.STEP}s and blocks of 64 rows (which every expert "
+            f"must have), not {x.dtype.name}, {x.shape[1]} x {y.shape[1]} and blocks of {block}",
+            stacklevel=2,
+        )
         return _batched_weights(x, y, block_expert, num_experts, dtype)
     return grouped_matmul_gpu.weights(x, y, block_expert, num_experts, dtype)
 
@@ -162,6 +169,7 @@ def implementation(platform: str) -> str:
     """Which entry the platform uses."""
     if platform == "hopper":
         from model.kernels import grouped_matmul_gpu
+
         return "hopper" if grouped_matmul_gpu.AVAILABLE else "batched"
     return {"cpu": "scanned", "tpu": "tpu"}.get(platform, "batched")
 
@@ -178,8 +186,9 @@ def block_rows(rows: int, num_experts: int, platform: str = "cpu") -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_matmul(x: Float[Array, "M D"], w: Float[Array, "E D F"] | Int4Weight, block_expert: Int[Array, "M/b"], name: str
-                   ) -> Float[Array, "M F"]:
+def grouped_matmul(
+    x: Float[Array, "M D"], w: Float[Array, "E D F"] | Int4Weight, block_expert: Int[Array, "M/b"], name: str
+) -> Float[Array, "M F"]:
     """Block i of `x` times w[block_expert[i]], where that is E zeros from zeros; `block_expert` ascends, `name` is a key of
     IMPLEMENTATIONS. An Int4Weight gives what its unpacked weights give; it has no gradient."""
     return IMPLEMENTATIONS[name].rows(x, w, block_expert, False)

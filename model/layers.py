@@ -43,10 +43,24 @@ class FeedForward(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, declare: Declare, hidden: int):
         D, F, std = cfg.hidden_size, hidden, cfg.initializer_range
-        self.gate_up = declare("gate_up", (D, 2, F), ("embed", "gate_up", "hidden"), init=std, update="muon",
-                               matrix=Matrix(("embed",), ("hidden",)), hf=gate_up_names(""))
-        self.down = declare("down", (F, D), ("hidden", "embed"), init=std, update="muon",
-                            matrix=Matrix(("hidden",), ("embed",)), hf="down_proj.weight")
+        self.gate_up = declare(
+            "gate_up",
+            (D, 2, F),
+            ("embed", "gate_up", "hidden"),
+            init=std,
+            update="muon",
+            matrix=Matrix(("embed",), ("hidden",)),
+            hf=gate_up_names(""),
+        )
+        self.down = declare(
+            "down",
+            (F, D),
+            ("hidden", "embed"),
+            init=std,
+            update="muon",
+            matrix=Matrix(("hidden",), ("embed",)),
+            hf="down_proj.weight",
+        )
 
     def __call__(self, x: Float[Array, "B S D"], call: Call) -> Float[Array, "B S D"]:
         return call.shards.total_over_tensor(self.part(x, call), self.down.spec)

@@ -37,24 +37,67 @@ class MLA(nnx.Module):
         nope, rot, v = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
         clip_q = ((nope, 0.5), (rot, 1.0))
         if cfg.q_lora_rank is None:
-            self.q = declare("q", (D, H, nope + rot), ("embed", "heads", "qk_dim"), init=std, update="muon",
-                             matrix=Matrix(("embed",), ("qk_dim",)), clip_powers=clip_q, hf="q_proj.weight")
+            self.q = declare(
+                "q",
+                (D, H, nope + rot),
+                ("embed", "heads", "qk_dim"),
+                init=std,
+                update="muon",
+                matrix=Matrix(("embed",), ("qk_dim",)),
+                clip_powers=clip_q,
+                hf="q_proj.weight",
+            )
         else:
             Q = cfg.q_lora_rank
-            self.q_a = declare("q_a", (D, Q), ("embed", "q_latent"), init=std, update="muon",
-                               matrix=Matrix(("embed",), ("q_latent",)), hf="q_a_proj.weight")
+            self.q_a = declare(
+                "q_a",
+                (D, Q),
+                ("embed", "q_latent"),
+                init=std,
+                update="muon",
+                matrix=Matrix(("embed",), ("q_latent",)),
+                hf="q_a_proj.weight",
+            )
             self.q_a_norm = RMSNorm(declare, "q_a_norm", Q, "q_latent", LATENT_EPS, "q_a_layernorm")
-            self.q = declare("q_b", (Q, H, nope + rot), ("q_latent", "heads", "qk_dim"), init=std, update="muon",
-                             matrix=Matrix(("q_latent",), ("qk_dim",)), clip_powers=clip_q, hf="q_b_proj.weight")
-        self.kv_a = declare("kv_a", (D, R + rot), ("embed", "kv_latent"), init=std, update="muon",
-                            matrix=Matrix(("embed",), ("kv_latent",), (R, rot), split_by_choice=True),
-                            hf="kv_a_proj_with_mqa.weight")
+            self.q = declare(
+                "q_b",
+                (Q, H, nope + rot),
+                ("q_latent", "heads", "qk_dim"),
+                init=std,
+                update="muon",
+                matrix=Matrix(("q_latent",), ("qk_dim",)),
+                clip_powers=clip_q,
+                hf="q_b_proj.weight",
+            )
+        self.kv_a = declare(
+            "kv_a",
+            (D, R + rot),
+            ("embed", "kv_latent"),
+            init=std,
+            update="muon",
+            matrix=Matrix(("embed",), ("kv_latent",), (R, rot), split_by_choice=True),
+            hf="kv_a_proj_with_mqa.weight",
+        )
         self.kv_a_norm = RMSNorm(declare, "kv_a_norm", R, "kv_norm", LATENT_EPS, "kv_a_layernorm")
-        self.kv_b = declare("kv_b", (R, H, nope + v), ("kv_norm", "heads", "kv_dim"), init=std, update="muon",
-                            matrix=Matrix(("kv_norm",), ("kv_dim",), (nope, v)), clip_powers=((nope, 0.5), (v, 0.0)),
-                            hf="kv_b_proj.weight")
-        self.o = declare("o", (H, v, D), ("heads", "v_dim", "embed"), init=std, update="muon",
-                         matrix=Matrix(("heads", "v_dim"), ("embed",)), hf="o_proj.weight")
+        self.kv_b = declare(
+            "kv_b",
+            (R, H, nope + v),
+            ("kv_norm", "heads", "kv_dim"),
+            init=std,
+            update="muon",
+            matrix=Matrix(("kv_norm",), ("kv_dim",), (nope, v)),
+            clip_powers=((nope, 0.5), (v, 0.0)),
+            hf="kv_b_proj.weight",
+        )
+        self.o = declare(
+            "o",
+            (H, v, D),
+            ("heads", "v_dim", "embed"),
+            init=std,
+            update="muon",
+            matrix=Matrix(("heads", "v_dim"), ("embed",)),
+            hf="o_proj.weight",
+        )
 
     def queries(self, x_BSD: Array, call: Call) -> tuple[Float[Array, "B S H nope"], Float[Array, "B S H rope"]]:
         """Unrotated and rotated parts."""
@@ -66,8 +109,7 @@ class MLA(nnx.Module):
 
     def latents(self, x_BSD: Array, call: Call) -> Float[Array, "B S R+rope"]:
         """What decoding caches per token: the normed key/value latent, then the rotated shared key."""
-        latent, k_rope = jnp.split(project("BSD,DR->BSR", x_BSD, call.weight(self.kv_a)),
-                                   [self.cfg.kv_lora_rank], axis=-1)
+        latent, k_rope = jnp.split(project("BSD,DR->BSR", x_BSD, call.weight(self.kv_a)), [self.cfg.kv_lora_rank], axis=-1)
         k_rope = rope.rotate(k_rope, *rope.rotation(self.cfg, call.positions))
         return checkpoint_name(jnp.concatenate([self.kv_a_norm(latent, call), k_rope], axis=-1), "kv_latent")
 
@@ -92,8 +134,14 @@ class MLA(nnx.Module):
         out = project("BSHv,HvD->BSD", out, call.weight(self.o))
         return call.shards.total_over_tensor(out, self.o.spec), LayerAux(max_logit), cached
 
-    def _expand_and_attend(self, q: Float[Array, "B S H nope+rope"], kv_b: Float[Array, "R H nope+v"],
-                           latents: Float[Array, "B T R+rope"], segments: Int[Array, "B T"], call: Call):
+    def _expand_and_attend(
+        self,
+        q: Float[Array, "B S H nope+rope"],
+        kv_b: Float[Array, "R H nope+v"],
+        latents: Float[Array, "B T R+rope"],
+        segments: Int[Array, "B T"],
+        call: Call,
+    ):
         """Output [B, S, H, v] and maximum logit of some heads; T: all positions, of which S are this device's."""
         cfg, nope = self.cfg, self.cfg.qk_nope_head_dim
         latent, k_rope = jnp.split(latents, [cfg.kv_lora_rank], axis=-1)
@@ -103,8 +151,9 @@ class MLA(nnx.Module):
         at = call.shards.own_positions(jnp.arange(k.shape[1]), 0)
         return attention.causal(q, k, v, segments, at, rope.softmax_scale(cfg), call.platform)
 
-    def decode(self, x_BSD: Array, cache_LBTR: Float[Array, "L B T R+rope"], layer: int | Int[Array, ""], call: Call
-               ) -> tuple[Array, Float[Array, "L B T R+rope"]]:
+    def decode(
+        self, x_BSD: Array, cache_LBTR: Float[Array, "L B T R+rope"], layer: int | Int[Array, ""], call: Call
+    ) -> tuple[Array, Float[Array, "L B T R+rope"]]:
         """A few new tokens per row against the cache, without expanding it: kv_b is absorbed into query and output.
 
         `call.positions` are the tokens' places in the cache, and what is cached behind a token's own is ignored.

@@ -20,12 +20,26 @@ class MoE(nnx.Module):
         self.cfg = cfg
         D, E, F, std = cfg.hidden_size, cfg.n_routed_experts, cfg.moe_intermediate_size, cfg.initializer_range
         self.router = router.Router(cfg, declare)
-        self.gate_up = declare("experts_gate_up", (E, D, 2, F), ("experts", "embed", "gate_up", "expert_hidden"),
-                               init=std, update="muon", matrix=Matrix(("embed",), ("expert_hidden",)), on_grid=True,
-                               hf=gate_up_names("experts.{expert}."))
-        self.down = declare("experts_down", (E, F, D), ("experts", "expert_hidden", "embed"), init=std, update="muon",
-                            matrix=Matrix(("expert_hidden",), ("embed",)), on_grid=True,
-                            hf="experts.{expert}.down_proj.weight")
+        self.gate_up = declare(
+            "experts_gate_up",
+            (E, D, 2, F),
+            ("experts", "embed", "gate_up", "expert_hidden"),
+            init=std,
+            update="muon",
+            matrix=Matrix(("embed",), ("expert_hidden",)),
+            on_grid=True,
+            hf=gate_up_names("experts.{expert}."),
+        )
+        self.down = declare(
+            "experts_down",
+            (E, F, D),
+            ("experts", "expert_hidden", "embed"),
+            init=std,
+            update="muon",
+            matrix=Matrix(("expert_hidden",), ("embed",)),
+            on_grid=True,
+            hf="experts.{expert}.down_proj.weight",
+        )
         self.shared = FeedForward(cfg, declare.at("shared", "shared_experts."), cfg.shared_hidden)
 
     def __call__(self, x_BSD: Float[Array, "B S D"], call: Call) -> tuple[Float[Array, "B S D"], MoEAux]:
@@ -36,7 +50,10 @@ class MoE(nnx.Module):
         weights = gate_up.reshape(*gate_up.shape[:2], -1), down
         routed = transport.routed(x_ND, experts_NK, gates_NK, weights, call.shards, call.platform, call.transport)
         out = call.shards.total_over_tensor(routed.reshape(B, S, D) + self.shared.part(x_BSD, call), self.down.spec)
-        aux = MoEAux(router.expert_counts(experts_NK, valid_N, self.cfg.n_routed_experts),
-                     router.sequence_balance_loss(experts_NK.reshape(B, S, -1), scores_NE.reshape(B, S, -1),
-                                                  call.segments > 0, call.shards))
+        aux = MoEAux(
+            router.expert_counts(experts_NK, valid_N, self.cfg.n_routed_experts),
+            router.sequence_balance_loss(
+                experts_NK.reshape(B, S, -1), scores_NE.reshape(B, S, -1), call.segments > 0, call.shards
+            ),
+        )
         return out, aux

@@ -20,6 +20,7 @@ def wrap(layer: Callable, policy: str) -> Callable:
     none: everything is kept. layer: only the layer's input is. names: the input and NAMES. offload: as names, with
     NAMES in the host's memory between the passes.
     """
+
     def run(layer, x, call):
         return layer(x, call)
 
@@ -27,9 +28,15 @@ def wrap(layer: Callable, policy: str) -> Callable:
     if policy == "names":
         run = jax.checkpoint(run, policy=keep.save_only_these_names(*NAMES))
     elif policy == "offload":
-        run = jax.checkpoint(run, policy=keep.save_and_offload_only_these_names(
-            names_which_can_be_saved=[], names_which_can_be_offloaded=list(NAMES),
-            offload_src="device", offload_dst="pinned_host"))
+        run = jax.checkpoint(
+            run,
+            policy=keep.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=list(NAMES),
+                offload_src="device",
+                offload_dst="pinned_host",
+            ),
+        )
     elif policy == "layer":
         run = jax.checkpoint(run)
     elif policy != "none":

@@ -30,13 +30,29 @@ class Router(nnx.Module):
     def __init__(self, cfg: ModelConfig, declare: Declare):
         self.cfg = cfg
         D, E = cfg.hidden_size, cfg.n_routed_experts
-        self.weight = declare("router", (D, E), ("embed", "experts"), init=cfg.initializer_range, update="muon",
-                              matrix=Matrix(("embed",), ("experts",)), hf="gate.weight")
-        self.bias = declare("router_bias", (E,), ("experts",), init="zeros", update="router_bias", decay=False,
-                            served="float32", hf="gate.e_score_correction_bias")
+        self.weight = declare(
+            "router",
+            (D, E),
+            ("embed", "experts"),
+            init=cfg.initializer_range,
+            update="muon",
+            matrix=Matrix(("embed",), ("experts",)),
+            hf="gate.weight",
+        )
+        self.bias = declare(
+            "router_bias",
+            (E,),
+            ("experts",),
+            init="zeros",
+            update="router_bias",
+            decay=False,
+            served="float32",
+            hf="gate.e_score_correction_bias",
+        )
 
-    def __call__(self, x_ND: Float[Array, "N D"], call: Call
-                 ) -> tuple[Int[Array, "N K"], Float[Array, "N K"], Float[Array, "N E"]]:
+    def __call__(
+        self, x_ND: Float[Array, "N D"], call: Call
+    ) -> tuple[Int[Array, "N K"], Float[Array, "N K"], Float[Array, "N E"]]:
         """Chosen experts, their gate weights, and all scores. The bias moves the choice only."""
         cfg = self.cfg
         logits = jnp.dot(x_ND.astype(jnp.float32), call.exact_weight(self.weight), precision="highest")
@@ -66,8 +82,9 @@ def expert_counts(experts_NK: Int[Array, "N K"], valid_N: Array, num_experts: in
     return jnp.zeros(num_experts, jnp.float32).at[experts_NK.reshape(-1)].add(weights.reshape(-1))
 
 
-def sequence_balance_loss(experts_BSK: Int[Array, "B S K"], scores_BSE: Float[Array, "B S E"], valid_BS: Array,
-                          shards: Shards = ONE_DEVICE) -> Float[Array, ""]:
+def sequence_balance_loss(
+    experts_BSK: Int[Array, "B S K"], scores_BSE: Float[Array, "B S E"], valid_BS: Array, shards: Shards = ONE_DEVICE
+) -> Float[Array, ""]:
     """DeepSeek-V3's equations 17-20, without alpha, summed over rows: sum_i f_i P_i per row, 1 at perfect balance.
 
     Where a row's positions lie on several devices, each gives its positions' share of the sum.

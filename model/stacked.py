@@ -77,16 +77,21 @@ def _backward(body, unroll, saved, gradients):
         tree = jax.tree.structure(totals)
 
         def into(number, total, gradient):
-            mine = saved.sums.add(lax.dynamic_index_in_dim(total, index, keepdims=False), gradient, saved.sums.seed,
-                                  index * tree.num_leaves + number)
+            mine = saved.sums.add(
+                lax.dynamic_index_in_dim(total, index, keepdims=False),
+                gradient,
+                saved.sums.seed,
+                index * tree.num_leaves + number,
+            )
             return lax.dynamic_update_index_in_dim(total, mine, index, 0)
 
         return (dx, jax.tree.map(into, tree.unflatten(range(tree.num_leaves)), totals, of_weights)), None
 
     dx, measured = gradients
     count = len(jax.tree.leaves(saved.layers)[0])
-    (dx, totals), _ = lax.scan(step, (dx, saved.sums.layers), (saved.layers, saved.kept, measured, jnp.arange(count)),
-                               reverse=True, unroll=unroll)
+    (dx, totals), _ = lax.scan(
+        step, (dx, saved.sums.layers), (saved.layers, saved.kept, measured, jnp.arange(count)), reverse=True, unroll=unroll
+    )
     return dx, None, Sums(totals, None, saved.sums.add), None
 
 

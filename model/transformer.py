@@ -54,17 +54,25 @@ class Transformer(nnx.Module):
         self.cfg = cfg
         V, D, L, dense = cfg.vocab_size, cfg.hidden_size, cfg.num_hidden_layers, cfg.first_k_dense_replace
         std, layer = cfg.initializer_range, "model.layers.{layer}."
-        self.embed = declare("embed", (V, D), ("vocab", "embed"), init=std, update="adamw",
-                             hf="model.embed_tokens.weight")
-        self.dense = nnx.List([Layer(cfg, declare.at(f"dense.{i}").over_layers((i,), layer, stacked=False), moe=False)
-                               for i in range(dense)])
+        self.embed = declare("embed", (V, D), ("vocab", "embed"), init=std, update="adamw", hf="model.embed_tokens.weight")
+        self.dense = nnx.List(
+            [Layer(cfg, declare.at(f"dense.{i}").over_layers((i,), layer, stacked=False), moe=False) for i in range(dense)]
+        )
         self.moe = Layer(cfg, declare.at("moe").over_layers(tuple(range(dense, L)), layer, stacked=True), moe=True)
         self.final_norm = RMSNorm(declare, "final_norm", D, "embed", cfg.rms_norm_eps, "model.norm")
-        self.head = declare("head", (D, V), ("embed", "vocab"), init=std, update="adamw",
-                            matrix=Matrix(("embed",), ("vocab",)), hf="lm_head.weight")
+        self.head = declare(
+            "head",
+            (D, V),
+            ("embed", "vocab"),
+            init=std,
+            update="adamw",
+            matrix=Matrix(("embed",), ("vocab",)),
+            hf="lm_head.weight",
+        )
 
-    def __call__(self, tokens_BS: Int[Array, "B S"], call: Call, sums: stacked.Sums | None = None
-                 ) -> tuple[Float[Array, "B S D"], ModelAux, Array]:
+    def __call__(
+        self, tokens_BS: Int[Array, "B S"], call: Call, sums: stacked.Sums | None = None
+    ) -> tuple[Float[Array, "B S D"], ModelAux, Array]:
         """Final normed hidden states, measurements per layer, and the latents [L, B, S, R+rope] of all layers. The gradients
         of the stacked layers are added to `sums`, where there are any (model/stacked.py)."""
         x = embedding.lookup(self.embed, tokens_BS, call)
@@ -87,8 +95,9 @@ class Transformer(nnx.Module):
             latents = jnp.concatenate([layer_latents[None], latents])
         return self.final_norm(x, call), ModelAux(aux, moe_aux, jnp.zeros(())), latents
 
-    def decode(self, tokens_BS: Int[Array, "B S"], cache_LBTR: Float[Array, "L B T R+rope"], call: Call
-               ) -> tuple[Float[Array, "B S D"], Array]:
+    def decode(
+        self, tokens_BS: Int[Array, "B S"], cache_LBTR: Float[Array, "L B T R+rope"], call: Call
+    ) -> tuple[Float[Array, "B S D"], Array]:
         """Final normed hidden states of tokens that go on where the cache ends (their places are `call.positions`), and
         the cache with them. The cache is a loop's carry here, so it is written in place."""
         x = call.weight(self.embed)[tokens_BS]

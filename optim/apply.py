@@ -34,18 +34,17 @@ def stochastic_round(x: Float[Array, "..."], key: PRNGKeyArray) -> Array:
     so are infinities and NaN.
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    rounded = jax.lax.bitcast_convert_type(((bits + (_noise(x.shape, key) >> 16)) >> 16).astype(jnp.uint16),
-                                           jnp.bfloat16)
+    rounded = jax.lax.bitcast_convert_type(((bits + (_noise(x.shape, key) >> 16)) >> 16).astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
-def apply_updates(params: Mapping[str, Array], updates: Mapping[str, Array],
-                  key: PRNGKeyArray | None) -> dict[str, Array]:
+def apply_updates(params: Mapping[str, Array], updates: Mapping[str, Array], key: PRNGKeyArray | None) -> dict[str, Array]:
     """params + updates. float32 weights: a plain sum. bfloat16 weights: the float32 sum, stochastically rounded.
 
     `key` may be None when no weight is bfloat16. Every array gets its own stream, derived from its place in the
     sorted order of the paths, so the order of the dict does not matter.
     """
+
     def add(index: int, path: str) -> Array:
         total = params[path].astype(jnp.float32) + updates[path]
         if params[path].dtype == jnp.float32:

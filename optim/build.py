@@ -36,16 +36,28 @@ class OptimizerState(NamedTuple):
     qk_clip: QKClipState
 
 
-def plan_of(specs: Specs, cfg: OptimConfig, platform: str, *, mesh: Mesh | AbstractMesh | None = None,
-            shardings: Mapping[str, NamedSharding] | None = None) -> tuple[Group, ...]:
+def plan_of(
+    specs: Specs,
+    cfg: OptimConfig,
+    platform: str,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+    shardings: Mapping[str, NamedSharding] | None = None,
+) -> tuple[Group, ...]:
     """What `build_optimizer` follows on a mesh of that platform; to print it, an abstract mesh will do."""
     paths = [path for path, rule in rules(specs, cfg).items() if rule == "muon"]
     coeffs = coefficients(cfg.newton_schulz, cfg.newton_schulz_steps)
     return make_plan(specs, paths, coeffs, platform, split_kv_a=cfg.split_kv_a, mesh=mesh, shardings=shardings)
 
 
-def build_optimizer(specs: Specs, cfg: OptimConfig, total_steps: int, *, mesh: Mesh | None = None,
-                    shardings: Mapping[str, NamedSharding] | None = None) -> optax.GradientTransformationExtraArgs:
+def build_optimizer(
+    specs: Specs,
+    cfg: OptimConfig,
+    total_steps: int,
+    *,
+    mesh: Mesh | None = None,
+    shardings: Mapping[str, NamedSharding] | None = None,
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer over flat dicts with the keys of `specs`.
 
     update(grads, state, params, *, max_logits, expert_counts, finite=True) -> (updates, state)
@@ -71,28 +83,33 @@ def build_optimizer(specs: Specs, cfg: OptimConfig, total_steps: int, *, mesh: M
         muon.orthogonalize(plan, carrier, mesh=mesh, shardings=shardings),
         muon.scale_by_matrix_shape(specs, cfg.matrix_scale, cfg.split_kv_a),
         add_decayed_weights(specs, cfg.weight_decay),
-        scale_by_rate(rate))
+        scale_by_rate(rate),
+    )
     vectors = optax.chain(
         scale_by_adam(cfg.adam_b1, cfg.adam_b2, cfg.adam_eps),
         add_decayed_weights(specs, cfg.weight_decay),
-        scale_by_rate(lambda step: cfg.adam_lr_ratio * rate(step)))
+        scale_by_rate(lambda step: cfg.adam_lr_ratio * rate(step)),
+    )
     clip = qk_clip(specs, cfg.qk_clip_tau) if cfg.qk_clip_tau is not None else None
     layout = fingerprint(specs, cfg)
 
     def check(tree: Mapping[str, Array], what: str, optional: list[str]) -> None:
         unknown, missing = set(tree) - set(specs), set(specs) - set(tree) - set(optional)
         if unknown or missing:
-            raise ConfigError(f"{what} and the parameter table differ: without spec {sorted(unknown)}, "
-                              f"missing {sorted(missing)}")
+            raise ConfigError(f"{what} and the parameter table differ: without spec {sorted(unknown)}, missing {sorted(missing)}")
 
     def pick(tree: Mapping[str, Array], rule: str) -> dict[str, Array]:
         return {path: tree[path] for path in group[rule]}
 
     def init(params):
         check(params, "the parameters", [])
-        return OptimizerState(jnp.asarray(layout, jnp.int32), jnp.zeros((), jnp.int32),
-                              matrices.init(pick(params, "muon")), vectors.init(pick(params, "adamw")),
-                              QKClipState(jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32)))
+        return OptimizerState(
+            jnp.asarray(layout, jnp.int32),
+            jnp.zeros((), jnp.int32),
+            matrices.init(pick(params, "muon")),
+            vectors.init(pick(params, "adamw")),
+            QKClipState(jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32)),
+        )
 
     def update(grads, state, params, *, max_logits=None, expert_counts=None, finite=True, **_):
         check(grads, "the gradients", group["router_bias"])
@@ -103,15 +120,15 @@ def build_optimizer(specs: Specs, cfg: OptimConfig, total_steps: int, *, mesh: M
         if cfg.clip_norm and cfg.clip == "adamw":
             small = clip_to(small, cfg.clip_norm)
 
-        updates, muon_state = matrices.update(pick(grads, "muon"), state.muon, pick(params, "muon"), step=state.step,
-                                              finite=finite)
+        updates, muon_state = matrices.update(
+            pick(grads, "muon"), state.muon, pick(params, "muon"), step=state.step, finite=finite
+        )
         adam_updates, adam_state = vectors.update(small, state.adamw, pick(params, "adamw"), step=state.step)
         updates = updates | adam_updates
         if group["router_bias"]:
             if expert_counts is None:
                 raise ConfigError("the router bias follows the experts' loads; pass expert_counts to update")
-            updates |= router_bias_updates(specs, group["router_bias"], cfg.router_bias_rate, cfg.router_bias_rule,
-                                           expert_counts)
+            updates |= router_bias_updates(specs, group["router_bias"], cfg.router_bias_rate, cfg.router_bias_rule, expert_counts)
         clip_state = state.qk_clip
         if clip is not None:
             if max_logits is None:
@@ -119,8 +136,9 @@ def build_optimizer(specs: Specs, cfg: OptimConfig, total_steps: int, *, mesh: M
             updates, clip_state = clip.update(updates, clip_state, params, max_logits=max_logits)
         updates = {path: jnp.where(finite, u, -0.0) for path, u in updates.items()}  # adding 0.0 would change a weight of -0.0
         new = state.step + 1, adam_state, clip_state
-        step, adam_state, clip_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new,
-                                                    (state.step, state.adamw, state.qk_clip))
+        step, adam_state, clip_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), new, (state.step, state.adamw, state.qk_clip)
+        )
         return updates, OptimizerState(state.layout, step, muon_state, adam_state, clip_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -129,9 +147,11 @@ def build_optimizer(specs: Specs, cfg: OptimConfig, total_steps: int, *, mesh: M
 def check_state(state: OptimizerState, specs: Specs, cfg: OptimConfig) -> None:
     """ConfigError if a restored state belongs to another layout version, other arrays or another routing."""
     if int(state.layout) != fingerprint(specs, cfg):
-        raise ConfigError("the optimizer state was written with another layout version or another routing of "
-                          "parameters; resume with the configuration it was written with, or start from its weights "
-                          "alone (train.init_from)")
+        raise ConfigError(
+            "the optimizer state was written with another layout version or another routing of "
+            "parameters; resume with the configuration it was written with, or start from its weights "
+            "alone (train.init_from)"
+        )
 
 
 def state_shardings(state: Any, mesh: Mesh, shardings: Mapping[str, NamedSharding]) -> Any:

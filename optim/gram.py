@@ -35,8 +35,9 @@ GUARD_SLACK = 1.1
 """A matrix whose RMS singular value exceeds the top of the band by this factor has exploded."""
 
 
-def gram_newton_schulz(x: Float[Array, "*B m n"], coeffs: Coefficients, segments: tuple[int, ...], dtype,
-                       product: str = "full") -> Float[Array, "*B m n"]:
+def gram_newton_schulz(
+    x: Float[Array, "*B m n"], coeffs: Coefficients, segments: tuple[int, ...], dtype, product: str = "full"
+) -> Float[Array, "*B m n"]:
     """As `newton_schulz`, restarting after each of `segments` (their sum is the number of steps).
 
     `product`: of optim/symmetric.py; every m x m product here is one of commuting symmetric matrices.
@@ -50,7 +51,7 @@ def gram_newton_schulz(x: Float[Array, "*B m n"], coeffs: Coefficients, segments
     start = 0
     for length in segments:
         r, q = symmetric(x, x), None
-        for i, (a, b, c) in enumerate(coeffs[start:start + length]):
+        for i, (a, b, c) in enumerate(coeffs[start : start + length]):
             p = a * identity + b * r + c * symmetric(r, r)
             q = p if q is None else symmetric(p, q)
             if i < length - 1:
@@ -76,8 +77,9 @@ def segments_for(coeffs: Coefficients, dtype: str) -> tuple[int, ...]:
     return tuple(s for s in (min(steps, first), *([length] * (rest // length)), rest % length) if s)
 
 
-def guarded(x: Float[Array, "*B m n"], coeffs: Coefficients, segments: tuple[int, ...], dtype, fallback_dtype,
-            product: str = "full") -> Float[Array, "*B m n"]:
+def guarded(
+    x: Float[Array, "*B m n"], coeffs: Coefficients, segments: tuple[int, ...], dtype, fallback_dtype, product: str = "full"
+) -> Float[Array, "*B m n"]:
     """`gram_newton_schulz`, replaced by the plain iteration for the whole batch if any matrix came out too large or
     not finite. Costs one pass over the result; the second computation runs only when it is needed."""
     y = gram_newton_schulz(x, coeffs, segments, dtype, product)

@@ -30,10 +30,12 @@ class MatrixLayout:
         matrix = spec.matrix
         whole = spec.shape[spec.axis(matrix.cols[-1])]
         declined = matrix.split_by_choice and not split_choice
-        return cls(batch=tuple(spec.axis(a) for a in spec.batch_axes()),
-                   rows=tuple(spec.axis(a) for a in matrix.rows),
-                   cols=tuple(spec.axis(a) for a in matrix.cols),
-                   splits=(whole,) if matrix.split is None or declined else matrix.split)
+        return cls(
+            batch=tuple(spec.axis(a) for a in spec.batch_axes()),
+            rows=tuple(spec.axis(a) for a in matrix.rows),
+            cols=tuple(spec.axis(a) for a in matrix.cols),
+            splits=(whole,) if matrix.split is None or declined else matrix.split,
+        )
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -47,12 +49,12 @@ class MatrixLayout:
     def blocks(self, x: Array) -> list[Array]:
         """One [batch..., m, n] array per block of columns."""
         x = x.transpose(self.order)
-        batch = x.shape[:len(self.batch)]
-        m = math.prod(x.shape[len(self.batch):len(self.batch) + len(self.rows)])
+        batch = x.shape[: len(self.batch)]
+        m = math.prod(x.shape[len(self.batch) : len(self.batch) + len(self.rows)])
         out, start = [], 0
         for size in self.splits:
-            piece = x[..., start:start + size] if len(self.splits) > 1 else x
-            n = math.prod(piece.shape[len(self.batch) + len(self.rows):])
+            piece = x[..., start : start + size] if len(self.splits) > 1 else x
+            n = math.prod(piece.shape[len(self.batch) + len(self.rows) :])
             out.append(piece.reshape(*batch, m, n))
             start += size
         return out
@@ -60,8 +62,11 @@ class MatrixLayout:
     def assemble(self, blocks: list[Array], shape: tuple[int, ...]) -> Array:
         """Inverse of `blocks` for an array of `shape`."""
         lead = [shape[a] for a in self.order[:-1]]
-        x = jnp.concatenate([b.reshape(*lead, size) for b, size in zip(blocks, self.splits)], axis=-1) \
-            if len(blocks) > 1 else blocks[0].reshape(*lead, self.splits[0])
+        x = (
+            jnp.concatenate([b.reshape(*lead, size) for b, size in zip(blocks, self.splits)], axis=-1)
+            if len(blocks) > 1
+            else blocks[0].reshape(*lead, self.splits[0])
+        )
         return x.transpose([self.order.index(i) for i in range(len(self.order))])
 
     def matrices(self, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:

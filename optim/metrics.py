@@ -19,6 +19,7 @@ from optim.transforms import global_norm
 def groups(specs: Specs, cfg: OptimConfig) -> dict[str, list[str]]:
     """Paths by what is reported of them together: experts, matrices (all others of Muon) and adamw, as far as a group has
     members."""
+
     def group(path: str, rule: str) -> str:
         if specs[path].matrix is None:
             return rule
@@ -33,14 +34,16 @@ def groups(specs: Specs, cfg: OptimConfig) -> dict[str, list[str]]:
 
 def gradient_metrics(specs: Specs, cfg: OptimConfig, grads: Mapping[str, Array]) -> dict[str, Array]:
     """float32 scalars: grad_norm of all and grad_norm/G of every group, before clipping."""
-    out = {f"grad_norm/{name}": global_norm({path: grads[path] for path in paths})
-           for name, paths in groups(specs, cfg).items()}
+    out = {f"grad_norm/{name}": global_norm({path: grads[path] for path in paths}) for name, paths in groups(specs, cfg).items()}
     return out | {"grad_norm": jnp.sqrt(sum(norm**2 for norm in out.values()))}
 
 
 def update_metrics(specs: Specs, cfg: OptimConfig, updates: Mapping[str, Array], state: OptimizerState) -> dict[str, Array]:
     """float32 scalars: update_rms/G of every group, of what is added to the weights, learning rate included; qk_clip/heads
     and qk_clip/gamma of the step that made `state`."""
-    out = {f"update_rms/{name}": global_norm({path: updates[path] for path in paths})
-           / math.sqrt(sum(specs[path].size for path in paths)) for name, paths in groups(specs, cfg).items()}
+    out = {
+        f"update_rms/{name}": global_norm({path: updates[path] for path in paths})
+        / math.sqrt(sum(specs[path].size for path in paths))
+        for name, paths in groups(specs, cfg).items()
+    }
     return out | {"qk_clip/heads": state.qk_clip.clipped.astype(jnp.float32), "qk_clip/gamma": state.qk_clip.smallest}

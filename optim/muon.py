@@ -45,8 +45,9 @@ def scale_by_momentum(decay: float, nesterov: bool, dtype=jnp.float32) -> optax.
 
     def update(grads, state, params=None, *, finite=True, **_):
         grads = {path: g.astype(jnp.float32) for path, g in grads.items()}
-        new = {path: (decay * state.momentum[path].astype(jnp.float32) + (1 - decay) * g).astype(dtype)
-               for path, g in grads.items()}
+        new = {
+            path: (decay * state.momentum[path].astype(jnp.float32) + (1 - decay) * g).astype(dtype) for path, g in grads.items()
+        }
         # Without the barrier XLA computes both results from the old momentum, and then has to copy it: the new one
         # is written over the old one. For the same reason the old one must not be asked for behind it.
         new = lax.optimization_barrier({path: jnp.where(finite, m, state.momentum[path]) for path, m in new.items()})
@@ -57,8 +58,9 @@ def scale_by_momentum(decay: float, nesterov: bool, dtype=jnp.float32) -> optax.
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def orthogonalize(plan: tuple[Group, ...], dtype, *, mesh: Mesh | None = None,
-                  shardings: Mapping[str, NamedSharding] | None = None) -> optax.GradientTransformation:
+def orthogonalize(
+    plan: tuple[Group, ...], dtype, *, mesh: Mesh | None = None, shardings: Mapping[str, NamedSharding] | None = None
+) -> optax.GradientTransformation:
     """Every matrix replaced by its orthogonal factor. Arrays are cast to `dtype` before anything moves, which on
     accelerators halves the bytes on the network."""
 
@@ -76,8 +78,7 @@ def matrix_scale(rule: str, m: int, n: int) -> float:
     keller     sqrt(max(1, n / m)); torch writes it with rows as outputs.
     unit_rms   sqrt(n / m): operator norm 1 from RMS to RMS (Bernstein).
     """
-    factors = {"match_rms": 0.2 * math.sqrt(max(m, n)), "keller": math.sqrt(max(1.0, n / m)),
-               "unit_rms": math.sqrt(n / m)}
+    factors = {"match_rms": 0.2 * math.sqrt(max(m, n)), "keller": math.sqrt(max(1.0, n / m)), "unit_rms": math.sqrt(n / m)}
     return factors[rule]
 
 
@@ -97,8 +98,7 @@ def scale_by_matrix_shape(specs: Specs, rule: str, split_kv_a: bool = True) -> o
 
     def update(updates, state, params=None):
         layouts = {path: MatrixLayout.of(specs[path], split_kv_a) for path in updates}
-        scaled = {path: u.astype(jnp.float32) * scale_vector(specs[path], layouts[path], rule)
-                  for path, u in updates.items()}
+        scaled = {path: u.astype(jnp.float32) * scale_vector(specs[path], layouts[path], rule) for path, u in updates.items()}
         return scaled, state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

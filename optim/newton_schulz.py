@@ -48,8 +48,7 @@ def _polar_express(steps: int) -> Coefficients:
     expects. Steps beyond the fifth act near 1, where their slope is below 1 and no such margin is needed."""
     table = _POLAR_EXPRESS + (_POLAR_EXPRESS[-1],) * max(0, steps - len(_POLAR_EXPRESS))
     s = _POLAR_SAFETY
-    return tuple((a / s, b / s**3, c / s**5) if i < _POLAR_SAFE_STEPS else (a, b, c)
-                 for i, (a, b, c) in enumerate(table[:steps]))
+    return tuple((a / s, b / s**3, c / s**5) if i < _POLAR_SAFE_STEPS else (a, b, c) for i, (a, b, c) in enumerate(table[:steps]))
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,10 @@ def coefficients(name: str, steps: int) -> Coefficients:
         raise ConfigError(f"optim.newton_schulz_steps must be at least 1, not {steps}")
     preset = PRESETS[name]
     if preset.steps is not None and steps != preset.steps:
-        raise ConfigError(f"optim.newton_schulz={name} defines exactly {preset.steps} steps, "
-                          f"but optim.newton_schulz_steps={steps}; set it to {preset.steps}")
+        raise ConfigError(
+            f"optim.newton_schulz={name} defines exactly {preset.steps} steps, "
+            f"but optim.newton_schulz_steps={steps}; set it to {preset.steps}"
+        )
     if name == "polar_express":
         return _polar_express(steps)
     return preset.table or (_KELLER,) * steps
@@ -144,8 +145,13 @@ def newton_schulz_cut(x: Float[Array, "*B m n"], coeffs: Coefficients, over: tup
     """
     x = normalize(x, over).astype(dtype)
     for a, b, c in coeffs:
-        g = jnp.einsum("...ik,...jk->...ij", x, x, preferred_element_type=jnp.float32,
-                       precision=lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT)
+        g = jnp.einsum(
+            "...ik,...jk->...ij",
+            x,
+            x,
+            preferred_element_type=jnp.float32,
+            precision=lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT,
+        )
         g = lax.psum(g, over).astype(dtype)
         p = b * g + c * matmul("...ik,...kj->...ij", g, g)
         x = a * x + matmul("...ik,...kj->...ij", p, x)

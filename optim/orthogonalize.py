@@ -45,8 +45,9 @@ def _where_it_lies(x: Array, layout: MatrixLayout, group: Group) -> Array:
     lead = layout.lead
     shape = x.shape
     merged = x.reshape(math.prod(shape[:lead]), *shape[lead:])
-    inner = MatrixLayout(*[tuple(a - lead + 1 for a in axes if a >= lead)
-                           for axes in (layout.batch, layout.rows, layout.cols)], layout.splits)
+    inner = MatrixLayout(
+        *[tuple(a - lead + 1 for a in axes if a >= lead) for axes in (layout.batch, layout.rows, layout.cols)], layout.splits
+    )
     inner = MatrixLayout((0,) + inner.batch, inner.rows, inner.cols, inner.splits)
 
     def body(part: Array) -> Array:
@@ -119,11 +120,14 @@ def _exchange(groups: list[Group], arrays: list[list[Array]], mesh: Mesh) -> lis
     to what the fullest owner receives, and an owner works on its own group only.
     """
     first = groups[0]
-    stacks = [jnp.concatenate([_pack(x, member, group, mesh) for x, member in zip(xs, group.members)])
-              for group, xs in zip(groups, arrays)]
+    stacks = [
+        jnp.concatenate([_pack(x, member, group, mesh) for x, member in zip(xs, group.members)])
+        for group, xs in zip(groups, arrays)
+    ]
     width = max(group.count_per_device * stack[0].size for group, stack in zip(groups, stacks))
-    rows = [_filled(stack, group.owners * group.count_per_device).reshape(group.owners, -1)
-            for group, stack in zip(groups, stacks)]
+    rows = [
+        _filled(stack, group.owners * group.count_per_device).reshape(group.owners, -1) for group, stack in zip(groups, stacks)
+    ]
     send = _filled(jnp.concatenate([_filled(row, width, axis=1) for row in rows]), first.shards)
 
     def own(group: Group, stack: Array) -> Callable[[Array], Array]:
@@ -132,6 +136,7 @@ def _exchange(groups: list[Group], arrays: list[list[Array]], mesh: Mesh) -> lis
             pieces = received[:, :used].reshape(group.shards, group.count_per_device, *stack.shape[1:])
             whole = _whole_matrices(_join(pieces, group, mesh), group)
             return _filled(_cut(whole, group, mesh).reshape(group.shards, used), width, axis=1)
+
         return work
 
     branches = [own(group, stack) for group, stack in zip(groups, stacks)]
@@ -146,8 +151,8 @@ def _exchange(groups: list[Group], arrays: list[list[Array]], mesh: Mesh) -> lis
     back = lax.all_to_all(done, first.axes, 0, 0)
     out = []
     for group, stack, xs in zip(groups, stacks, arrays):
-        mine = back[group.first:group.first + group.owners, :group.count_per_device * stack[0].size]
-        out.append(_separate(mine.reshape(-1, *stack.shape[1:])[:len(stack)], zip(xs, group.members)))
+        mine = back[group.first : group.first + group.owners, : group.count_per_device * stack[0].size]
+        out.append(_separate(mine.reshape(-1, *stack.shape[1:])[: len(stack)], zip(xs, group.members)))
     return out
 
 
@@ -180,7 +185,7 @@ def _separate(stack: Array, members: Iterable[tuple[Array, Member]]) -> list[Arr
     out, start = [], 0
     for x, member in members:
         count = x.size // math.prod(stack.shape[1:])
-        out.append(_unpack(stack[start:start + count], member, x.shape))
+        out.append(_unpack(stack[start : start + count], member, x.shape))
         start += count
     return out
 
@@ -193,12 +198,16 @@ def _local(group: Group, arrays: list[Array]) -> list[Array]:
     if len(small) > 1:
         whole = _whole_matrices(jnp.concatenate([_pack(x, member, group, None) for x, member in small]), group)
         done = {member.path: y for (_, member), y in zip(small, _separate(whole, small))}
-    return [done[member.path] if member.path in done else _where_it_lies(x, member.layout, group)
-            for x, member in pairs]
+    return [done[member.path] if member.path in done else _where_it_lies(x, member.layout, group) for x, member in pairs]
 
 
-def orthogonalize_tree(tree: Mapping[str, Array], plan: tuple[Group, ...], *, mesh: Mesh | None = None,
-                       shardings: Mapping[str, NamedSharding] | None = None) -> dict[str, Array]:
+def orthogonalize_tree(
+    tree: Mapping[str, Array],
+    plan: tuple[Group, ...],
+    *,
+    mesh: Mesh | None = None,
+    shardings: Mapping[str, NamedSharding] | None = None,
+) -> dict[str, Array]:
     """Every logical matrix of `tree` replaced by its orthogonal factor; shapes, dtypes and shardings stay."""
 
     def body(tree: dict[str, Array]) -> dict[str, Array]:

@@ -55,8 +55,9 @@ def share_exchanges(loads: list[Load], devices: int) -> list[list[int]]:
         return float("inf") if size is None else size
 
     while len(exchanges) > 1:
-        saved, a, b = max(((cost(a) + cost(b) - cost(a + b), a, b) for a, b in itertools.combinations(exchanges, 2)),
-                          key=lambda merge: merge[0])
+        saved, a, b = max(
+            ((cost(a) + cost(b) - cost(a + b), a, b) for a, b in itertools.combinations(exchanges, 2)), key=lambda merge: merge[0]
+        )
         if saved <= 0:
             break
         exchanges = [e for e in exchanges if e not in (a, b)] + [sorted(a + b)]

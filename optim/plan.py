@@ -191,9 +191,16 @@ def _merge(factors: list[Factor]) -> tuple[Factor, ...]:
     return tuple(merged)
 
 
-def make_plan(specs: Specs, paths: list[str], coeffs: Coefficients, platform: str, *, split_kv_a: bool = True,
-              mesh: Mesh | AbstractMesh | None = None,
-              shardings: Mapping[str, NamedSharding] | None = None) -> tuple[Group, ...]:
+def make_plan(
+    specs: Specs,
+    paths: list[str],
+    coeffs: Coefficients,
+    platform: str,
+    *,
+    split_kv_a: bool = True,
+    mesh: Mesh | AbstractMesh | None = None,
+    shardings: Mapping[str, NamedSharding] | None = None,
+) -> tuple[Group, ...]:
     """Groups of the matrices at `paths`. ConfigError if an array has no sharding on the mesh or does not divide."""
     found: dict[tuple, list[Member]] = defaultdict(list)
     for path in paths:
@@ -204,8 +211,9 @@ def make_plan(specs: Specs, paths: list[str], coeffs: Coefficients, platform: st
         for axis, size, names in zip(spec.axes, spec.shape, cut):
             parts = math.prod(mesh.shape[a] for a in names) if names else 1
             if size % parts:
-                raise ConfigError(f"{path}: axis {axis} of size {size} cannot be cut into {parts} equal parts "
-                                  f"over mesh axes {names}")
+                raise ConfigError(
+                    f"{path}: axis {axis} of size {size} cannot be cut into {parts} equal parts over mesh axes {names}"
+                )
         layout = MatrixLayout.of(spec, split_kv_a)
         rows = [(spec.shape[a], cut[a]) for a in layout.rows]
         cols = [(spec.shape[a], cut[a]) for a in layout.cols]
@@ -273,10 +281,18 @@ def plan_rows(plan: tuple[Group, ...], itemsize: int) -> list[tuple[str, ...]]:
         where = group.strategy.value + (f" over {'*'.join(group.axes)}={group.shards}" if group.axes else "")
         if group.strategy is Strategy.ALL_TO_ALL:
             where += f", exchange {group.exchange}: {group.owners} own {group.count_per_device}"
-        rows.append((f"{group.count} x {shapes}", ", ".join(member.path for member in group.members), where,
-                     " / ".join(form.describe() for form in group.forms), str(group.count_per_device),
-                     f"{group.flops_per_device:.3g}", f"{group.bytes_per_device(itemsize):.3g}",
-                     f"{group.memory_per_device(itemsize):.3g}"))
+        rows.append(
+            (
+                f"{group.count} x {shapes}",
+                ", ".join(member.path for member in group.members),
+                where,
+                " / ".join(form.describe() for form in group.forms),
+                str(group.count_per_device),
+                f"{group.flops_per_device:.3g}",
+                f"{group.bytes_per_device(itemsize):.3g}",
+                f"{group.memory_per_device(itemsize):.3g}",
+            )
+        )
     return rows
 
 

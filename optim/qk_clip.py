@@ -59,8 +59,10 @@ def qk_clip(specs: Specs, tau: float) -> optax.GradientTransformationExtraArgs:
         spec = specs[path]
         expected = spec.shape[spec.axis("layers")] if "layers" in spec.axes else 1
         if len(spec.layers) != expected:
-            raise ConfigError(f"{path} stands for {expected} layers but names {len(spec.layers)} of them in "
-                              "ParamSpec.layers, so QK-Clip cannot find its heads")
+            raise ConfigError(
+                f"{path} stands for {expected} layers but names {len(spec.layers)} of them in "
+                "ParamSpec.layers, so QK-Clip cannot find its heads"
+            )
         if spec.axes[-1] == "heads":
             raise ConfigError(f"{path}: clip_powers cut the last axis, which cannot be the heads axis itself")
     reached = sorted({layer for path in clipped_paths for layer in specs[path].layers})

@@ -14,8 +14,9 @@ from jaxtyping import Array, Num
 from configs.param_spec import Specs
 
 
-def router_bias_updates(specs: Specs, paths: list[str], rate: float, rule: str,
-                        expert_counts: Num[Array, "L E"]) -> dict[str, Array]:
+def router_bias_updates(
+    specs: Specs, paths: list[str], rate: float, rule: str, expert_counts: Num[Array, "L E"]
+) -> dict[str, Array]:
     """Additive float32 updates. `expert_counts`: tokens per MoE layer and expert of the whole global batch, all
     microbatches and shards summed; row i is the i-th layer that owns a router bias."""
     owners = sorted(layer for path in paths for layer in specs[path].layers)

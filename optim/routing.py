@@ -27,9 +27,14 @@ class Route:
 
     def cells(self) -> tuple[str, ...]:
         """Path, stored shape, logical matrices, rule, preset, scale; as printed."""
-        return (self.path, "x".join(map(str, self.shape)),
-                " + ".join(f"{count} x {m}x{n}" for count, m, n in self.matrices), self.rule, self.preset,
-                " / ".join(f"{s:.4g}" for s in self.scales))
+        return (
+            self.path,
+            "x".join(map(str, self.shape)),
+            " + ".join(f"{count} x {m}x{n}" for count, m, n in self.matrices),
+            self.rule,
+            self.preset,
+            " / ".join(f"{s:.4g}" for s in self.scales),
+        )
 
 
 def rules(specs: Specs, cfg: OptimConfig) -> dict[str, str]:
@@ -37,12 +42,15 @@ def rules(specs: Specs, cfg: OptimConfig) -> dict[str, str]:
     out = {}
     for path, spec in specs.items():
         if spec.update not in ("muon", "adamw", "router_bias"):
-            raise ConfigError(f"{path} asks for the update rule {spec.update!r}, which nobody offers; "
-                              "use muon, adamw or router_bias")
+            raise ConfigError(
+                f"{path} asks for the update rule {spec.update!r}, which nobody offers; use muon, adamw or router_bias"
+            )
         out[path] = "adamw" if spec.update == "muon" and cfg.matrices == "adamw" else spec.update
     if cfg.matrices == "muon" and "muon" not in out.values():
-        raise ConfigError("optim.matrices is muon, but not one parameter declares a matrix for it; "
-                          "check the specs or set optim.matrices to adamw")
+        raise ConfigError(
+            "optim.matrices is muon, but not one parameter declares a matrix for it; "
+            "check the specs or set optim.matrices to adamw"
+        )
     return out
 
 
@@ -52,9 +60,16 @@ def routing_table(specs: Specs, cfg: OptimConfig) -> list[Route]:
     for path, rule in rules(specs, cfg).items():
         spec = specs[path]
         matrices = MatrixLayout.of(spec, cfg.split_kv_a).matrices(spec.shape) if rule == "muon" else []
-        table.append(Route(path, spec.shape, rule, tuple(matrices),
-                           f"{cfg.newton_schulz} x{cfg.newton_schulz_steps}" if matrices else "",
-                           tuple(matrix_scale(cfg.matrix_scale, m, n) for _, m, n in matrices)))
+        table.append(
+            Route(
+                path,
+                spec.shape,
+                rule,
+                tuple(matrices),
+                f"{cfg.newton_schulz} x{cfg.newton_schulz_steps}" if matrices else "",
+                tuple(matrix_scale(cfg.matrix_scale, m, n) for _, m, n in matrices),
+            )
+        )
     return table
 
 

@@ -39,10 +39,15 @@ def rows(x: Float[Array, "*B m k"], y: Float[Array, "*B m k"], blocks: int) -> F
     """Every block row up to its diagonal block, and above that the mirror image of the rows below. Needs m divisible by
     `blocks`."""
     size = x.shape[-2] // blocks
-    lower = [matmul("...ik,...jk->...ij", x[..., i * size:(i + 1) * size, :], y[..., :(i + 1) * size, :])
-             for i in range(blocks)]
-    whole = [jnp.concatenate([lower[i], *(jnp.swapaxes(lower[j][..., i * size:(i + 1) * size], -1, -2)
-                                          for j in range(i + 1, blocks))], axis=-1) for i in range(blocks)]
+    lower = [
+        matmul("...ik,...jk->...ij", x[..., i * size : (i + 1) * size, :], y[..., : (i + 1) * size, :]) for i in range(blocks)
+    ]
+    whole = [
+        jnp.concatenate(
+            [lower[i], *(jnp.swapaxes(lower[j][..., i * size : (i + 1) * size], -1, -2) for j in range(i + 1, blocks))], axis=-1
+        )
+        for i in range(blocks)
+    ]
     return jnp.concatenate(whole, axis=-2)
 
 
@@ -71,9 +76,11 @@ def implementation(platform: str, m: int, n: int) -> str:
         return "full"
     if platform == "tpu":
         from optim import symmetric_tpu
+
         return "tpu" if m % symmetric_tpu.LANES == n % symmetric_tpu.LANES == 0 else "full"
     if platform == "hopper":
         from optim import symmetric_gpu
+
         if symmetric_gpu.takes(m, n):
             return "hopper"
     return "rows" if m % (128 * BLOCKS) == 0 else "full"

@@ -50,12 +50,20 @@ def symmetric(x: Float[Array, "*B m k"], y: Float[Array, "*B m k"], cores: int =
         which, row, column = at
         return which, row + worker * 64, column
 
-    tiles = hopper.Tiles(count * pairs, ((HEIGHT, STEP), (WIDTH, STEP)), (64, WIDTH), place, source, multiply, target,
-                         mirrored=True)
+    tiles = hopper.Tiles(
+        count * pairs, ((HEIGHT, STEP), (WIDTH, STEP)), (64, WIDTH), place, source, multiply, target, mirrored=True
+    )
     flops = 2 * count * pairs * HEIGHT * WIDTH * k
     moved = count * (pairs * (HEIGHT + WIDTH) * k + m * m) * x.dtype.itemsize
-    out = hopper.run(tiles, tuple(jnp.asarray(schedule)), (x.reshape(count, m, k), y.reshape(count, m, k)),
-                     jax.ShapeDtypeStruct((count, m, m), x.dtype), flops=flops, moved=moved, cores=cores)
+    out = hopper.run(
+        tiles,
+        tuple(jnp.asarray(schedule)),
+        (x.reshape(count, m, k), y.reshape(count, m, k)),
+        jax.ShapeDtypeStruct((count, m, m), x.dtype),
+        flops=flops,
+        moved=moved,
+        cores=cores,
+    )
     return out.reshape(*batch, m, m)
 
 
@@ -66,5 +74,6 @@ def share(m: int) -> float:
 
 def _schedule(m: int) -> Int[np.ndarray, "2 P"]:
     """Row and column of the tiles that reach the diagonal or lie under it. Neighbours share rows of x or y."""
-    return np.array([(i, j) for i in range(-(-m // HEIGHT)) for j in range((min((i + 1) * HEIGHT, m) - 1) // WIDTH + 1)],
-                    np.int32).T
+    return np.array(
+        [(i, j) for i in range(-(-m // HEIGHT)) for j in range((min((i + 1) * HEIGHT, m) - 1) // WIDTH + 1)], np.int32
+    ).T

@@ -37,19 +37,24 @@ def symmetric(x: Float[Array, "*B m k"], y: Float[Array, "*B m k"]) -> Float[Arr
     count, tile, step = math.prod(batch), _tile(m, LARGEST_TILE), _tile(k, LARGEST_STEP)
     schedule = _schedule(m // tile, k // step)
     spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=1, grid=(count, schedule.shape[1]),
-        in_specs=[pl.BlockSpec((1, tile, step), lambda b, s, at: (b, at[0, s], at[2, s])),
-                  pl.BlockSpec((1, tile, step), lambda b, s, at: (b, at[1, s], at[2, s]))],
+        num_scalar_prefetch=1,
+        grid=(count, schedule.shape[1]),
+        in_specs=[
+            pl.BlockSpec((1, tile, step), lambda b, s, at: (b, at[0, s], at[2, s])),
+            pl.BlockSpec((1, tile, step), lambda b, s, at: (b, at[1, s], at[2, s])),
+        ],
         out_specs=pl.BlockSpec((1, tile, tile), lambda b, s, at: (b, at[3, s], at[4, s])),
-        scratch_shapes=[pltpu.VMEM((tile, tile), jnp.float32)])
+        scratch_shapes=[pltpu.VMEM((tile, tile), jnp.float32)],
+    )
     pairs = (m // tile) * (m // tile + 1) // 2
     moved = count * (2 * pairs * tile * k + m * m) * x.dtype.itemsize
     run = pl.pallas_call(
-        partial(_kernel, steps=k // step, part=_part(tile)), grid_spec=spec,
+        partial(_kernel, steps=k // step, part=_part(tile)),
+        grid_spec=spec,
         out_shape=jax.ShapeDtypeStruct((count, m, m), x.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT),
-        cost_estimate=pl.CostEstimate(flops=round(2 * count * m * m * k * share(m)), bytes_accessed=moved,
-                                      transcendentals=0))
+        cost_estimate=pl.CostEstimate(flops=round(2 * count * m * m * k * share(m)), bytes_accessed=moved, transcendentals=0),
+    )
     out = run(jnp.asarray(schedule), x.reshape(count, m, k), y.reshape(count, m, k))
     return out.reshape(*batch, m, m)
 
@@ -99,12 +104,13 @@ def _kernel(at, x, y, out, total, *, steps: int, part: int):
     def _():
         def multiply(strip, n):
             total[:, strip] += dot(x[0], y[0, strip], 1, 1)
+
         strips(multiply)
 
     @pl.when(i == j)
     def _():
         for start in range(0, tile, part):
-            total[start:, start:start + part] += dot(x[0, start:], y[0, start:start + part], 1, 1)
+            total[start:, start : start + part] += dot(x[0, start:], y[0, start : start + part], 1, 1)
 
     @pl.when(multiplied & (i != j) & (k == steps - 1))
     def _():
@@ -115,10 +121,12 @@ def _kernel(at, x, y, out, total, *, steps: int, part: int):
         def mirror_above(strip, n):
             column = lax.broadcasted_iota(jnp.int32, (part, tile), 1) // part
             out[0, strip] = jnp.where(column <= n, total[strip], total[:, strip].T).astype(out.dtype)
+
         strips(mirror_above)
 
     @pl.when(jnp.logical_not(multiplied))
     def _():
         def mirror(strip, n):
             out[0, strip] = total[:, strip].T.astype(out.dtype)
+
         strips(mirror)

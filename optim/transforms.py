@@ -29,8 +29,9 @@ def add_decayed_weights(specs: Specs, rate: float) -> optax.GradientTransformati
     not multiplied by any shape factor (Moonlight, torch and optax agree)."""
 
     def update(updates, state, params):
-        decayed = {path: u + rate * params[path].astype(jnp.float32) if rate and specs[path].decay else u
-                   for path, u in updates.items()}
+        decayed = {
+            path: u + rate * params[path].astype(jnp.float32) if rate and specs[path].decay else u for path, u in updates.items()
+        }
         return decayed, state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -35,8 +35,9 @@ class BlockPaths:
     shared: str
 
 
-def awq_experts(params: Params, specs: Specs, group: int, calibration: Calibration, *, paths: BlockPaths,
-                codec: str = "mse") -> Quantized:
+def awq_experts(
+    params: Params, specs: Specs, group: int, calibration: Calibration, *, paths: BlockPaths, codec: str = "mse"
+) -> Quantized:
     """Scales searched per layer (gate and up) and per expert (down), then rounding to nearest with `codec`."""
     p = {name: params[path].astype(jnp.float32) for name, path in vars(paths).items()}
     into, powers = [], []
@@ -48,23 +49,25 @@ def awq_experts(params: Params, specs: Specs, group: int, calibration: Calibrati
         powers.append(float(power))
     s_in = jnp.stack(into)  # [L, D]
     per_expert = jax.vmap(lambda w, h: _search(w[None], h[None], CODECS[codec], group)[0])
-    s_hidden = jnp.stack(
-        [per_expert(p["down"][i], calibration.hessians[paths.down][i]) for i in range(len(into))]
-    )  # [L, E, F]
+    s_hidden = jnp.stack([per_expert(p["down"][i], calibration.hessians[paths.down][i]) for i in range(len(into))])  # [L, E, F]
     halves = jnp.stack([jnp.ones_like(s_hidden), 1 / s_hidden], axis=-2)  # only up is scaled back
     factors = {paths.gate_up: s_in[:, None, :, None, None] * halves[:, :, None], paths.down: s_hidden[..., None]}
     scaled = {paths.gate_up: p["gate_up"] * factors[paths.gate_up], paths.down: p["down"] * factors[paths.down]}
     rounded = nearest(scaled, {path: specs[path] for path in scaled}, group, codec)
-    folded = {paths.norm: p["norm"] / s_in, paths.router: p["router"] * s_in[..., None],
-              paths.shared: p["shared"] * s_in[:, :, None, None]}
+    folded = {
+        paths.norm: p["norm"] / s_in,
+        paths.router: p["router"] * s_in[..., None],
+        paths.shared: p["shared"] * s_in[:, :, None, None],
+    }
     note = f"input scales are powers {', '.join(f'{x:.1f}' for x in powers)} of the input size, layer by layer"
     undo = {path: 1 / factor for path, factor in factors.items()}
     return Quantized(rounded.codes, rounded.scales, group, folded, undo, (calibration.summary(), note))
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def _search(w: Float[Array, "E I O"], hessians: Float[Array, "E I I"], codec: Codec, group: int
-            ) -> tuple[Float[Array, "I"], Float[Array, ""]]:
+def _search(
+    w: Float[Array, "E I O"], hessians: Float[Array, "E I I"], codec: Codec, group: int
+) -> tuple[Float[Array, "I"], Float[Array, ""]]:
     """One vector of input scales for all matrices: the power of the inputs' size with the least output error."""
     size = jnp.sqrt(jnp.einsum("eii->i", hessians))
     size = jnp.where(size > 0, size, 1.0)

@@ -71,6 +71,7 @@ class Calibration:
 @partial(jax.jit, static_argnums=4)
 def _moments(x, experts, gates, gate_up, num_experts):
     """([E, D, D] of the tokens, [E, F, F] of the gated hidden values, [E] counts) of one batch."""
+
     def one(e):
         gate = jnp.sum(jnp.where(experts == e, gates, 0), axis=-1)
         mine = jnp.where(jnp.any(experts == e, axis=-1) & (gate > 0), 1.0, 0.0)
@@ -83,15 +84,14 @@ def _moments(x, experts, gates, gate_up, num_experts):
     return jax.lax.map(one, jnp.arange(num_experts))
 
 
-def calibrate(inputs: Iterable[ExpertInputs], gate_up: Float[Array, "L E D 2 F"], gate_up_path: str, down_path: str
-              ) -> Calibration:
+def calibrate(
+    inputs: Iterable[ExpertInputs], gate_up: Float[Array, "L E D 2 F"], gate_up_path: str, down_path: str
+) -> Calibration:
     """Sum up any number of batches; `gate_up` are the unquantised weights."""
     layers, experts = gate_up.shape[:2]
     sums: dict[int, list[Array]] = {}
     for batch in inputs:
-        new = _moments(
-            batch.x.astype(jnp.float32), batch.experts, batch.gates, gate_up[batch.layer].astype(jnp.float32), experts
-        )
+        new = _moments(batch.x.astype(jnp.float32), batch.experts, batch.gates, gate_up[batch.layer].astype(jnp.float32), experts)
         old = sums.get(batch.layer)
         sums[batch.layer] = list(new) if old is None else [a + b for a, b in zip(old, new)]
     missing = [layer for layer in range(layers) if layer not in sums]

@@ -54,7 +54,7 @@ def _single_word(data: bytes, values: np.ndarray, was: Fingerprint) -> str | Non
         return None
     restored = words.copy()
     restored[at] = before
-    if digest(restored.tobytes()[:len(data)]) != was.sha256:
+    if digest(restored.tobytes()[: len(data)]) != was.sha256:
         return None
     per_row = values.shape[-1] * values.itemsize / 4 if values.ndim > 1 else 0
     place = f"word {at}" + (f" (row {int(at // per_row)})" if per_row else "")
@@ -76,10 +76,7 @@ def _rearrangements(name: str, values: np.ndarray, checkpoint: Checkpoint) -> It
         if scale in checkpoint and len(checkpoint.shape(scale)) == 2:
             groups = checkpoint.shape(scale)[1]
             yield "the groups of every row are in reverse order", lambda v: _groups(v, groups)[:, ::-1].reshape(v.shape)
-            yield (
-                "the groups of every row are shifted by one",
-                lambda v: np.roll(_groups(v, groups), -1, 1).reshape(v.shape),
-            )
+            yield ("the groups of every row are shifted by one", lambda v: np.roll(_groups(v, groups), -1, 1).reshape(v.shape))
             yield (
                 "the groups of every row are shifted back by one",
                 lambda v: np.roll(_groups(v, groups), 1, 1).reshape(v.shape),
@@ -100,6 +97,7 @@ def _nibble_orders() -> Iterator[tuple[str, Undo]]:
         def undo(words):
             codes = unpack(words)
             return pack(codes.reshape(-1, PER_WORD)[:, order].reshape(codes.shape))
+
         return undo
 
     yield "the nibbles of every word are in reverse order", reorder([7, 6, 5, 4, 3, 2, 1, 0])

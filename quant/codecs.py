@@ -137,16 +137,19 @@ def microscaled_values(codes: Array, scales: Array, axis: int, group: int) -> Ar
 
 KIMI7 = Codec("kimi7", -7, 7, True, grid.quantize)
 
-CODECS = {codec.name: codec for codec in (
-    KIMI7,
-    Codec("ct75", -8, 7, False, partial(absmax_over, steps=7.5)),
-    Codec("int3", -3, 3, True, partial(grid.quantize, levels=grid.LEVELS["int3"])),
-    Codec("mse", -8, 7, False, partial(least_squares, signed=False)),
-    Codec("mse3", -4, 3, False, partial(least_squares, signed=False, high=3)),
-    Codec("mse_signed", -8, 7, False, partial(least_squares, signed=True)),
-    Codec("hqq", -8, 7, False, half_quadratic),
-    Codec("mxfp4", 0, 15, True, microscaled, microscaled_values),
-)}
+CODECS = {
+    codec.name: codec
+    for codec in (
+        KIMI7,
+        Codec("ct75", -8, 7, False, partial(absmax_over, steps=7.5)),
+        Codec("int3", -3, 3, True, partial(grid.quantize, levels=grid.LEVELS["int3"])),
+        Codec("mse", -8, 7, False, partial(least_squares, signed=False)),
+        Codec("mse3", -4, 3, False, partial(least_squares, signed=False, high=3)),
+        Codec("mse_signed", -8, 7, False, partial(least_squares, signed=True)),
+        Codec("hqq", -8, 7, False, half_quadratic),
+        Codec("mxfp4", 0, 15, True, microscaled, microscaled_values),
+    )
+}
 """By name; all but mxfp4 can be written into the same pack-quantized file."""
 
 

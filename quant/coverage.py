@@ -70,5 +70,7 @@ def require_whole_groups(specs: Specs, shardings: Mapping[str, Sharding], quant:
         local = shardings[path].shard_shape(spec.shape)[group_axis(spec)]
         if local % quant.group_size:
             parts = math.ceil(spec.shape[group_axis(spec)] / local)
-            raise ConfigError(f"the mesh cuts the inputs of {path} into {parts} parts of {local}, but a group of "
-                              f"{quant.group_size} must lie on one device; use a smaller mesh axis there")
+            raise ConfigError(
+                f"the mesh cuts the inputs of {path} into {parts} parts of {local}, but a group of "
+                f"{quant.group_size} must lie on one device; use a smaller mesh axis there"
+            )

@@ -59,10 +59,13 @@ class Distortion:
         reached = np.flatnonzero(np.isfinite(kl))
         return {
             "weight_error": float(np.mean([r.weight_error for r in self.experts])),
-            "function_error": float(errors.mean()), "function_error_p99": float(np.percentile(errors, 99)),
+            "function_error": float(errors.mean()),
+            "function_error_p99": float(np.percentile(errors, 99)),
             "function_error_per_decade_of_tokens": _slope(np.log10([r.tokens for r in seen]), errors),
-            "overlap_first_layer": self.routing[0].overlap, "overlap_last_layer": self.routing[-1].overlap,
-            "kl": float(kl[reached].mean()), "kl_per_decade_of_position": _slope(np.log10(reached + 1), kl[reached]),
+            "overlap_first_layer": self.routing[0].overlap,
+            "overlap_last_layer": self.routing[-1].overlap,
+            "kl": float(kl[reached].mean()),
+            "kl_per_decade_of_position": _slope(np.log10(reached + 1), kl[reached]),
             "experts_without_tokens": float(len(self.experts) - len(seen)),
         }
 
@@ -104,13 +107,9 @@ def measure(
             mine.gates,
             *(w[layer].astype(jnp.float32) for w in (reference.gate_up, reference.down, other.gate_up, other.down)),
         )
-        weight_errors = _weight_errors(
-            *(w[layer] for w in (reference.gate_up, reference.down, other.gate_up, other.down))
-        )
+        weight_errors = _weight_errors(*(w[layer] for w in (reference.gate_up, reference.down, other.gate_up, other.down)))
         experts += [
-            ExpertRow(
-                layer, e, int(tokens[e]), float(weight_errors[e]), float(errors[e]) if tokens[e] else float("nan")
-            )
+            ExpertRow(layer, e, int(tokens[e]), float(weight_errors[e]), float(errors[e]) if tokens[e] else float("nan"))
             for e in range(len(tokens))
         ]
         routing.append(_routing(mine, theirs, len(tokens)))
@@ -118,8 +117,9 @@ def measure(
 
 
 @jax.jit
-def kl_by_position(logits: Float[Array, "B S V"], other: Float[Array, "B S V"], positions: Int[Array, "B S"],
-                   valid: Bool[Array, "B S"]) -> Float[Array, "S"]:
+def kl_by_position(
+    logits: Float[Array, "B S V"], other: Float[Array, "B S V"], positions: Int[Array, "B S"], valid: Bool[Array, "B S"]
+) -> Float[Array, "S"]:
     """Mean KL(softmax(logits) || softmax(other)) in nats over the valid tokens at each position of their document; NaN
     at positions that no document reaches."""
     p, q = jax.nn.log_softmax(logits.astype(jnp.float32)), jax.nn.log_softmax(other.astype(jnp.float32))
@@ -132,7 +132,9 @@ def kl_by_position(logits: Float[Array, "B S V"], other: Float[Array, "B S V"], 
 def _weight_errors(gate_up, down, other_gate_up, other_down):
     def squares(a, b):
         return jnp.sum(jnp.square(a.astype(jnp.float32)).reshape(len(a), -1), -1) + jnp.sum(
-            jnp.square(b.astype(jnp.float32)).reshape(len(b), -1), -1)
+            jnp.square(b.astype(jnp.float32)).reshape(len(b), -1), -1
+        )
+
     return jnp.sqrt(squares(gate_up - other_gate_up, down - other_down) / squares(gate_up, down))
 
 
@@ -165,10 +167,10 @@ def _routing(mine: ExpertInputs, theirs: ExpertInputs, count: int) -> RoutingRow
     a, b = a[valid], b[valid]
     overlap = ((a & b).sum(-1) / (a | b).sum(-1)).mean()
     first = [
-        np.take_along_axis(np.asarray(t.experts), np.asarray(t.gates).argmax(-1)[:, None], 1)[valid, 0]
-        for t in (mine, theirs)
+        np.take_along_axis(np.asarray(t.experts), np.asarray(t.gates).argmax(-1)[:, None], 1)[valid, 0] for t in (mine, theirs)
     ]
     # Half a token everywhere: an expert that one model never uses would make the KL infinite.
     load = [(x.sum(0) + 0.5) / (x.sum() + 0.5 * count) for x in (a, b)]
-    return RoutingRow(mine.layer, float(overlap), float((first[0] == first[1]).mean()),
-                      float((load[0] * np.log(load[0] / load[1])).sum()))
+    return RoutingRow(
+        mine.layer, float(overlap), float((first[0] == first[1]).mean()), float((load[0] * np.log(load[0] / load[1])).sum())
+    )

@@ -77,17 +77,22 @@ def words_of(data: bytes | memoryview) -> np.ndarray:
 def word_sums(words: np.ndarray) -> tuple[int, int]:
     total, weighted = 0, 0
     for start in range(0, len(words), CHUNK):
-        part = words[start:start + CHUNK].astype(np.uint64)
+        part = words[start : start + CHUNK].astype(np.uint64)
         total += int(part.sum())
         weighted += int((part * np.arange(start, start + len(part), dtype=np.uint64)).sum())
     return total, weighted % 2**64
 
 
-def record(tensors: Mapping[str, Fingerprint], config: Mapping[str, Any], files: Mapping[str, str],
-           probe: Probe | None) -> dict[str, Any]:
+def record(
+    tensors: Mapping[str, Fingerprint], config: Mapping[str, Any], files: Mapping[str, str], probe: Probe | None
+) -> dict[str, Any]:
     """The content of evidence.json; `files` are the SHA-256 of files that hold neither tensors nor the config, by name."""
-    content: dict[str, Any] = {"version": 1, "config": dict(config), "files": dict(sorted(files.items())),
-                               "tensors": {name: tensors[name].to_json() for name in sorted(tensors)}}
+    content: dict[str, Any] = {
+        "version": 1,
+        "config": dict(config),
+        "files": dict(sorted(files.items())),
+        "tensors": {name: tensors[name].to_json() for name in sorted(tensors)},
+    }
     if probe is not None:
         content["probe"] = {"tokens": probe.tokens.tolist(), "next_token_logprobs": probe.logprobs.tolist()}
     return content

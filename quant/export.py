@@ -74,9 +74,11 @@ def tensor_table(slot: Slot, model: ModelConfig, quant: QuantConfig) -> Table:
     if inputs % quant.group_size or inputs % PER_WORD:
         raise ConfigError(f"{slot.name} has {inputs} inputs, which quant.group_size={quant.group_size} does not divide")
     stem = slot.name.removesuffix(".weight")
-    return {f"{stem}.weight_packed": (I32, (out, inputs // PER_WORD)),
-            f"{stem}.weight_scale": (BF16, (out, inputs // quant.group_size)),
-            f"{stem}.weight_shape": (I32, (2,))}
+    return {
+        f"{stem}.weight_packed": (I32, (out, inputs // PER_WORD)),
+        f"{stem}.weight_scale": (BF16, (out, inputs // quant.group_size)),
+        f"{stem}.weight_shape": (I32, (2,)),
+    }
 
 
 def _plain_dtype(slot: Slot, model: ModelConfig) -> np.dtype:
@@ -91,8 +93,9 @@ def on_kimi_grid(slot: Slot, weight: np.ndarray, group: int) -> Encoded:
     return _nearest(weight, -1, group)
 
 
-def encode(slot: Slot, block: np.ndarray, model: ModelConfig, quant: QuantConfig,
-           quantizer: Quantizer = on_kimi_grid) -> dict[str, np.ndarray]:
+def encode(
+    slot: Slot, block: np.ndarray, model: ModelConfig, quant: QuantConfig, quantizer: Quantizer = on_kimi_grid
+) -> dict[str, np.ndarray]:
     """The tensors of `tensor_table` with their values, from a block of masters."""
     weight = slot.to_hf(block)
     if not (slot.spec.on_grid and quant.grid != "none"):
@@ -101,9 +104,11 @@ def encode(slot: Slot, block: np.ndarray, model: ModelConfig, quant: QuantConfig
         return {slot.name: plain}
     codes, scales = quantizer(slot, weight.astype(np.float32), quant.group_size)
     stem = slot.name.removesuffix(".weight")
-    return {f"{stem}.weight_packed": pack(np.asarray(codes)),
-            f"{stem}.weight_scale": np.asarray(scales).astype(BF16),
-            f"{stem}.weight_shape": np.array(slot.shape, I32)}
+    return {
+        f"{stem}.weight_packed": pack(np.asarray(codes)),
+        f"{stem}.weight_scale": np.asarray(scales).astype(BF16),
+        f"{stem}.weight_shape": np.array(slot.shape, I32),
+    }
 
 
 def plan_shards(tables: list[Table], limit: int) -> list[list[int]]:
@@ -124,6 +129,7 @@ def plan_shards(tables: list[Table], limit: int) -> list[list[int]]:
 def written_whole(target: Path) -> Iterator[Path]:
     """A path in a hidden directory beside `target`; what the block writes there, a file or a directory, becomes `target` when it
     ends. After an error, Ctrl-C or SIGTERM nothing is left; the last two are a ConfigError."""
+
     def stop(number: int, _frame: Any) -> None:
         ignore()
         raise KeyboardInterrupt(signal.Signals(number).name)
@@ -150,10 +156,21 @@ def written_whole(target: Path) -> Iterator[Path]:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def export_model(weights: WeightSource, specs: Specs, model: ModelConfig, quant: QuantConfig, out_dir: str | Path, *,
-                 tokenizer: SavesTokenizer | None = None, report: Mapping[str, Any] | None = None, rounded: bool = False,
-                 probe: evidence.Probe | None = None, progress: Callable[[int, int], None] | None = None,
-                 quantizer: Quantizer = on_kimi_grid, shard_bytes: int = SHARD_BYTES) -> ExportSummary:
+def export_model(
+    weights: WeightSource,
+    specs: Specs,
+    model: ModelConfig,
+    quant: QuantConfig,
+    out_dir: str | Path,
+    *,
+    tokenizer: SavesTokenizer | None = None,
+    report: Mapping[str, Any] | None = None,
+    rounded: bool = False,
+    probe: evidence.Probe | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    quantizer: Quantizer = on_kimi_grid,
+    shard_bytes: int = SHARD_BYTES,
+) -> ExportSummary:
     """Write `out_dir`: safetensors with index, config and generation config, tokenizer, README.md, evidence.json.
 
     weights   masters, read one block at a time
@@ -174,9 +191,7 @@ def export_model(weights: WeightSource, specs: Specs, model: ModelConfig, quant:
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out_dir.parent).free
     if total > free:
-        raise ConfigError(
-            f"the export needs {total / 2**30:.1f} GiB, but {out_dir.parent} has {free / 2**30:.1f} GiB free"
-        )
+        raise ConfigError(f"the export needs {total / 2**30:.1f} GiB, but {out_dir.parent} has {free / 2**30:.1f} GiB free")
 
     with written_whole(out_dir) as partial_dir:
         partial_dir.mkdir()
@@ -186,13 +201,25 @@ def export_model(weights: WeightSource, specs: Specs, model: ModelConfig, quant:
         files = {path.name: evidence.digest(path.read_bytes()) for path in partial_dir.iterdir() if path.is_file()}
         source = LastBlock(weights)
         marks, index = _write_tensors(
-            slots, tables, plan_shards(tables, shard_bytes), partial_dir, progress,
-            lambda slot: encode(slot, source.read(slot.path, slot.block), model, quant, quantizer))
-        summary = ExportSummary(out_dir, len(set(index.values())), len(index), total,
-                                sum(math.prod(s.shape) for s in slots if s.spec.on_grid and quant.grid != "none"),
-                                sum(math.prod(s.shape) for s in slots))
-        _write_json(partial_dir / "model.safetensors.index.json",
-                    {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))})
+            slots,
+            tables,
+            plan_shards(tables, shard_bytes),
+            partial_dir,
+            progress,
+            lambda slot: encode(slot, source.read(slot.path, slot.block), model, quant, quantizer),
+        )
+        summary = ExportSummary(
+            out_dir,
+            len(set(index.values())),
+            len(index),
+            total,
+            sum(math.prod(s.shape) for s in slots if s.spec.on_grid and quant.grid != "none"),
+            sum(math.prod(s.shape) for s in slots),
+        )
+        _write_json(
+            partial_dir / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))},
+        )
         config = write_config(model, quant)
         _write_json(partial_dir / "config.json", config)
         _write_json(partial_dir / evidence.FILE, evidence.record(marks, config, files, probe))
@@ -200,8 +227,14 @@ def export_model(weights: WeightSource, specs: Specs, model: ModelConfig, quant:
     return summary
 
 
-def _write_tensors(slots: list[Slot], tables: list[Table], shards: list[list[int]], directory: Path,
-                   progress: Callable[[int, int], None] | None, tensors_of: Callable[[Slot], dict[str, np.ndarray]]):
+def _write_tensors(
+    slots: list[Slot],
+    tables: list[Table],
+    shards: list[list[int]],
+    directory: Path,
+    progress: Callable[[int, int], None] | None,
+    tensors_of: Callable[[Slot], dict[str, np.ndarray]],
+):
     """Every file, tensor by tensor; returns {tensor: fingerprint} and {tensor: file}."""
     marks: dict[str, evidence.Fingerprint] = {}
     index: dict[str, str] = {}

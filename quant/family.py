@@ -10,9 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 NEEDED = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "first_k_dense_replace", "num_attention_heads", "kv_lora_rank",
-    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size", "moe_intermediate_size",
-    "n_routed_experts", "n_shared_experts",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "first_k_dense_replace",
+    "num_attention_heads",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "n_routed_experts",
+    "n_shared_experts",
 )
 """Fields without which no shape is known."""
 
@@ -49,27 +59,41 @@ class Family:
         if not name.startswith(self.prefix):
             return True
         parts = name.removeprefix(self.prefix).split(".")
-        return (parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdecimal()
-                and int(parts[2]) >= self.text_config["num_hidden_layers"])
+        return (
+            parts[:2] == ["model", "layers"]
+            and len(parts) > 2
+            and parts[2].isdecimal()
+            and int(parts[2]) >= self.text_config["num_hidden_layers"]
+        )
 
 
 def _mlp(stem: str, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
-    return {f"{stem}.gate_proj.weight": (hidden, width), f"{stem}.up_proj.weight": (hidden, width),
-            f"{stem}.down_proj.weight": (width, hidden)}
+    return {
+        f"{stem}.gate_proj.weight": (hidden, width),
+        f"{stem}.up_proj.weight": (hidden, width),
+        f"{stem}.down_proj.weight": (width, hidden),
+    }
 
 
 def _attention(c: dict[str, Any], stem: str) -> dict[str, tuple[int, ...]]:
     width, heads, latent = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"]
     qk = c["qk_nope_head_dim"] + c["qk_rope_head_dim"]
     rank = c.get("q_lora_rank")
-    query = {f"{stem}.q_proj.weight": (heads * qk, width)} if rank is None else {
-        f"{stem}.q_a_proj.weight": (rank, width), f"{stem}.q_a_layernorm.weight": (rank,),
-        f"{stem}.q_b_proj.weight": (heads * qk, rank)}
+    query = (
+        {f"{stem}.q_proj.weight": (heads * qk, width)}
+        if rank is None
+        else {
+            f"{stem}.q_a_proj.weight": (rank, width),
+            f"{stem}.q_a_layernorm.weight": (rank,),
+            f"{stem}.q_b_proj.weight": (heads * qk, rank),
+        }
+    )
     return query | {
         f"{stem}.kv_a_proj_with_mqa.weight": (latent + c["qk_rope_head_dim"], width),
         f"{stem}.kv_a_layernorm.weight": (latent,),
         f"{stem}.kv_b_proj.weight": (heads * (c["qk_nope_head_dim"] + c["v_head_dim"]), latent),
-        f"{stem}.o_proj.weight": (width, heads * c["v_head_dim"])}
+        f"{stem}.o_proj.weight": (width, heads * c["v_head_dim"]),
+    }
 
 
 def expected_tensors(family: Family) -> dict[str, tuple[int, ...]]:

@@ -109,9 +109,7 @@ def write_gguf(directory: str | Path, out_file: str | Path, pre_tokenizer: str |
     try:
         import gguf
     except ImportError:
-        raise ConfigError(
-            "GGUF export needs the gguf package; install it, or the `gguf` extra of this project"
-        ) from None
+        raise ConfigError("GGUF export needs the gguf package; install it, or the `gguf` extra of this project") from None
     out_file = Path(out_file)
     if out_file.exists():
         raise ConfigError(f"{out_file} exists; choose another name or remove it first")
@@ -127,13 +125,9 @@ def write_gguf(directory: str | Path, out_file: str | Path, pre_tokenizer: str |
         count = _write_tensors(writer, source, gguf)
     notes = list(config.notes)
     if source.inexact:
-        notes.append(
-            f"{source.inexact} of {source.groups} scales lie below 2**-17 or above 65504 and were rounded to fp16"
-        )
+        notes.append(f"{source.inexact} of {source.groups} scales lie below 2**-17 or above 65504 and were rounded to fp16")
     if config.model.yarn_factor != 1 and config.model.yarn_beta_fast != 32:
-        notes.append(
-            f"llama.cpp ignores the file's beta_fast: run it with --yarn-beta-fast {config.model.yarn_beta_fast:g}"
-        )
+        notes.append(f"llama.cpp ignores the file's beta_fast: run it with --yarn-beta-fast {config.model.yarn_beta_fast:g}")
     return GGUFSummary(out_file, count, source.groups, source.inexact, tuple(notes))
 
 
@@ -178,10 +172,18 @@ class _Source:
         def heads() -> np.ndarray:
             return self._read(tensor).reshape(m.num_attention_heads, -1, m.kv_lora_rank)
 
-        yield _Tensor(f"{block}.attn_k_b.weight", (m.num_attention_heads, m.kv_lora_rank, m.qk_nope_head_dim), kind,
-                      lambda: heads()[:, :m.qk_nope_head_dim].transpose(0, 2, 1))
-        yield _Tensor(f"{block}.attn_v_b.weight", (m.num_attention_heads, m.v_head_dim, m.kv_lora_rank), kind,
-                      lambda: heads()[:, m.qk_nope_head_dim:])
+        yield _Tensor(
+            f"{block}.attn_k_b.weight",
+            (m.num_attention_heads, m.kv_lora_rank, m.qk_nope_head_dim),
+            kind,
+            lambda: heads()[:, : m.qk_nope_head_dim].transpose(0, 2, 1),
+        )
+        yield _Tensor(
+            f"{block}.attn_v_b.weight",
+            (m.num_attention_heads, m.v_head_dim, m.kv_lora_rank),
+            kind,
+            lambda: heads()[:, m.qk_nope_head_dim :],
+        )
 
     def _experts(self, stem: str, part: str, name: str) -> _Tensor:
         stems = [f"{self.prefix}{stem}.{e}.{part}_proj" for e in range(self.model.n_routed_experts)]

@@ -96,7 +96,10 @@ def read_vocabulary(directory: Path, m: ModelConfig, pre_tokenizer: str | None) 
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     template = directory / "chat_template.jinja"
     return Vocabulary(
-        tokens, types, merges, pre_tokenizer or "gpt-2",
+        tokens,
+        types,
+        merges,
+        pre_tokenizer or "gpt-2",
         {"bos": m.bos_token_id, "eos": m.eos_token_id, "pad": m.pad_token_id},
         template.read_text() if template.exists() else None,
     )

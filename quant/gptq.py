@@ -20,8 +20,9 @@ DAMPING = 0.01
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5))
-def gptq(w: Float[Array, "E O I"], hessian: Float[Array, "E I I"], scales: Float[Array, "E O G"], group: int,
-         low: int, high: int) -> Int8[Array, "E O I"]:
+def gptq(
+    w: Float[Array, "E O I"], hessian: Float[Array, "E I I"], scales: Float[Array, "E O G"], group: int, low: int, high: int
+) -> Int8[Array, "E O I"]:
     """Codes of E matrices [O, I]. `hessian` is the sum of x xT over calibration rows."""
     return jax.vmap(partial(_one, group=group, low=low, high=high))(w, hessian, scales)
 

@@ -36,11 +36,12 @@ def split_groups(w: Array, axis: int, group: int) -> Array:
     if size % group:
         raise ValueError(f"an axis of {size} inputs cannot be cut into groups of {group}")
     at = w.ndim + axis
-    return w.reshape(*w.shape[:at], size // group, group, *w.shape[at + 1:])
+    return w.reshape(*w.shape[:at], size // group, group, *w.shape[at + 1 :])
 
 
-def quantize(w: Float[Array, "..."], axis: int, group: int, levels: int = LEVELS["int4"]
-             ) -> tuple[Int8[Array, "..."], Float[Array, "..."]]:
+def quantize(
+    w: Float[Array, "..."], axis: int, group: int, levels: int = LEVELS["int4"]
+) -> tuple[Int8[Array, "..."], Float[Array, "..."]]:
     """Codes (int8 in [-levels, levels], shape of `w`) and scales (bf16 values as float32, `axis` shortened to I/group)."""
     x = split_groups(w.astype(jnp.float32), axis, group)
     absmax = bf16_round(jnp.max(jnp.abs(x), axis=axis, keepdims=True))

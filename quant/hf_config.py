@@ -12,30 +12,63 @@ from typing import Any
 from configs.schema import ModelConfig, QuantConfig
 
 SAME_NAME = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "first_k_dense_replace", "num_attention_heads", "q_lora_rank",
-    "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size",
-    "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_shared_experts", "norm_topk_prob",
-    "routed_scaling_factor", "n_group", "topk_group", "rms_norm_eps", "rope_theta", "max_position_embeddings",
-    "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "first_k_dense_replace",
+    "num_attention_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "n_shared_experts",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "n_group",
+    "topk_group",
+    "rms_norm_eps",
+    "rope_theta",
+    "max_position_embeddings",
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
 )
 """Fields that ModelConfig and config.json spell alike."""
 
 ROPE_SCALING = {
-    "factor": "yarn_factor", "original_max_position_embeddings": "yarn_original_positions",
-    "beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow",
-    "mscale": "yarn_mscale", "mscale_all_dim": "yarn_mscale_all_dim",
+    "factor": "yarn_factor",
+    "original_max_position_embeddings": "yarn_original_positions",
+    "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+    "mscale": "yarn_mscale",
+    "mscale_all_dim": "yarn_mscale_all_dim",
 }
 """Keys of `rope_scaling` and our fields."""
 
 FIXED = {
-    "hidden_act": "silu", "attention_bias": False, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
-    "moe_layer_freq": 1, "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "moe_layer_freq": 1,
+    "tie_word_embeddings": False,
 }
 """What the family's mathematics takes for granted; a file that says otherwise is another architecture."""
 
 HARMLESS = {
-    "attention_dropout": 0.0, "use_cache": True, "num_nextn_predict_layers": 0, "pretraining_tp": 1, "ep_size": 1,
-    "seq_aux": True, "aux_loss_alpha": 0.0,
+    "attention_dropout": 0.0,
+    "use_cache": True,
+    "num_nextn_predict_layers": 0,
+    "pretraining_tp": 1,
+    "ep_size": 1,
+    "seq_aux": True,
+    "aux_loss_alpha": 0.0,
 }
 """Written because older readers ask for them; they do not change a forward pass."""
 
@@ -45,11 +78,27 @@ IGNORED_MODULES = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.
 
 def quantization_config(group_size: int) -> dict[str, Any]:
     """The compressed-tensors section for symmetric INT4 groups along the inputs."""
-    weights = {"actorder": None, "block_structure": None, "dynamic": False, "group_size": group_size, "num_bits": 4,
-               "observer": "minmax", "observer_kwargs": {}, "strategy": "group", "symmetric": True, "type": "int"}
+    weights = {
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": False,
+        "group_size": group_size,
+        "num_bits": 4,
+        "observer": "minmax",
+        "observer_kwargs": {},
+        "strategy": "group",
+        "symmetric": True,
+        "type": "int",
+    }
     group = {"input_activations": None, "output_activations": None, "targets": ["Linear"], "weights": weights}
-    return {"config_groups": {"group_0": group}, "format": "pack-quantized", "ignore": IGNORED_MODULES,
-            "kv_cache_scheme": None, "quant_method": "compressed-tensors", "quantization_status": "compressed"}
+    return {
+        "config_groups": {"group_0": group},
+        "format": "pack-quantized",
+        "ignore": IGNORED_MODULES,
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+    }
 
 
 def stops(model: ModelConfig) -> int | list[int]:
@@ -73,5 +122,11 @@ def write_config(model: ModelConfig, quant: QuantConfig) -> dict[str, Any]:
 
 def generation_config(model: ModelConfig) -> dict[str, Any]:
     """The content of generation_config.json."""
-    return {"bos_token_id": model.bos_token_id, "eos_token_id": stops(model), "pad_token_id": model.pad_token_id,
-            "do_sample": True, "temperature": 1.0, "max_length": model.max_position_embeddings}
+    return {
+        "bos_token_id": model.bos_token_id,
+        "eos_token_id": stops(model),
+        "pad_token_id": model.pad_token_id,
+        "do_sample": True,
+        "temperature": 1.0,
+        "max_length": model.max_position_embeddings,
+    }

@@ -75,9 +75,7 @@ class Imported:
         if name in self.checkpoint:
             entry, where = self.checkpoint.tensors[name], self.checkpoint.files[name]
             if entry.dtype not in READABLE:
-                raise ConfigError(
-                    f"{where}: {name} is {entry.dtype}; convert the checkpoint to bf16, f32 or INT4 groups first"
-                )
+                raise ConfigError(f"{where}: {name} is {entry.dtype}; convert the checkpoint to bf16, f32 or INT4 groups first")
             shape, names = entry.shape, {name}
         elif stem in self._packed:
             shape, names = self._packed[stem].shape, parts
@@ -85,17 +83,16 @@ class Imported:
             if f"{stem}.weight_shape" not in self.checkpoint:
                 raise ConfigError(f"{where}: {stem} lacks weight_shape")
         elif parts & self.checkpoint.tensors.keys():
-            raise ConfigError(
-                f"{stem} is packed, but its words and scales do not fit together; run verify on the directory"
-            )
+            raise ConfigError(f"{stem} is packed, but its words and scales do not fit together; run verify on the directory")
         else:
             raise ConfigError(f"{self.checkpoint.directory.name} has no tensor {name}; the checkpoint is incomplete")
         if self._groups and slot.spec.on_grid:
             group = self._packed[stem].group if stem in self._packed else None
             if group != self._groups:
                 found = f"has groups of {group}" if group else f"is {self.checkpoint.tensors[name].dtype}"
-                raise ConfigError(f"{where}: {name} {found}, but config.json says INT4 in groups of {self._groups}; they do not "
-                                  "belong together")
+                raise ConfigError(
+                    f"{where}: {name} {found}, but config.json says INT4 in groups of {self._groups}; they do not belong together"
+                )
         if shape != slot.shape:
             raise ConfigError(f"{where}: {name} has shape {list(shape)}, but config.json implies {list(slot.shape)}")
         return names
@@ -105,8 +102,10 @@ class Imported:
         for name in sorted(self.checkpoint.tensors.keys() - used):
             reason = self._why_unused(name, last_layer)
             if reason is None:
-                raise ConfigError(f"{self.checkpoint.files[name]}: {name} is no tensor of this network; the config and the "
-                                  "weights do not belong together")
+                raise ConfigError(
+                    f"{self.checkpoint.files[name]}: {name} is no tensor of this network; the config and the "
+                    "weights do not belong together"
+                )
             skipped[reason].append(name)
         return dict(skipped)
 
@@ -128,8 +127,10 @@ class Imported:
         name = f"{stem}.weight_scale" if stem in self._packed else self._prefix + slot.name
         values = self._unpacked(slot) if stem in self._packed else self.checkpoint.read(name).astype(np.float32)
         if not np.isfinite(values).all():
-            raise ConfigError(f"{self.checkpoint.files[name]}: {name} holds NaN or infinity; the file was damaged, or written "
-                              "by a run that had diverged")
+            raise ConfigError(
+                f"{self.checkpoint.files[name]}: {name} holds NaN or infinity; the file was damaged, or written "
+                "by a run that had diverged"
+            )
         return values
 
     def _unpacked(self, slot: Slot) -> np.ndarray:
@@ -155,22 +156,25 @@ class Imported:
     def int4_layer(self, path: str, number: int) -> Int4Weight:
         """[1, ...]: one layer of it."""
         spec, blocks = self.specs[path], (b for other, b in self._slots if other == path and b[0] == number)
-        codes, scales = jax.tree.map(lambda *experts: jnp.asarray(np.stack(experts))[None],
-                                     *(self._encoded(path, block) for block in blocks))
+        codes, scales = jax.tree.map(
+            lambda *experts: jnp.asarray(np.stack(experts))[None], *(self._encoded(path, block) for block in blocks)
+        )
         group = spec.shape[group_axis(spec)] // scales.shape[group_axis(spec)]
         return Int4Weight(codes.astype(jnp.int4), scales, group_axis(spec), group)
 
     def _encoded(self, path: str, block: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Codes (int8) and scales (bf16) of one block in stored layout."""
         spec = self.specs[path]
-        codes = np.empty(spec.shape[len(block):], np.int8)
+        codes = np.empty(spec.shape[len(block) :], np.int8)
         scales = np.empty(codes.shape, ml_dtypes.bfloat16)
         for slot in self._slots[path, block]:
             projection = self._packed[self._stem(slot)]
             stored = projection.scales(self.checkpoint)
             if stored.dtype != scales.dtype:
-                raise ConfigError(f"{projection.stem} has scales in {stored.dtype}, and only bf16 ones are kept at four "
-                                  "bits; leave :int4 out, or write the scales as bf16")
+                raise ConfigError(
+                    f"{projection.stem} has scales in {stored.dtype}, and only bf16 ones are kept at four "
+                    "bits; leave :int4 out, or write the scales as bf16"
+                )
             slot.into(projection.codes(self.checkpoint), codes)
             slot.into(np.repeat(stored, projection.group, axis=1), scales)
         return codes, scales.take(range(0, codes.shape[group_axis(spec)], projection.group), group_axis(spec))

@@ -55,14 +55,14 @@ class Slot:
 
 
 def _slot(path: str, spec: ParamSpec, hf: HFTensor, lead: tuple[str, ...], block: tuple[int, ...]) -> Slot:
-    names, sizes = spec.axes[len(lead):], spec.shape[len(lead):]
+    names, sizes = spec.axes[len(lead) :], spec.shape[len(lead) :]
     fixed = dict(hf.index)
     within = tuple(fixed.get(a, slice(None)) for a in names)
     kept = [(a, n) for a, n in zip(names, sizes) if a not in fixed]
     rows = [i for i, (a, _) in enumerate(kept) if (a in spec.matrix.rows if spec.matrix else i == 0)]
     order = tuple(rows + [i for i in range(len(kept)) if i not in rows])
     kept_sizes = tuple(n for _, n in kept)
-    shape = (math.prod(kept_sizes[i] for i in rows), math.prod(kept_sizes[i] for i in order[len(rows):]))
+    shape = (math.prod(kept_sizes[i] for i in rows), math.prod(kept_sizes[i] for i in order[len(rows) :]))
     transposed = hf.transposed and len(kept) > 1
     shape = kept_sizes if len(kept) == 1 else shape[::-1] if transposed else shape
     where = dict(zip(lead, block))
@@ -73,13 +73,11 @@ def _slot(path: str, spec: ParamSpec, hf: HFTensor, lead: tuple[str, ...], block
 
 def slots_of(path: str, spec: ParamSpec) -> Iterator[Slot]:
     """Every tensor of one stored array, block by block."""
-    spelled = [
-        a for a, key in (("layers", "{layer}"), ("experts", "{expert}")) if a in spec.axes and key in spec.hf[0].name
-    ]
+    spelled = [a for a, key in (("layers", "{layer}"), ("experts", "{expert}")) if a in spec.axes and key in spec.hf[0].name]
     lead = tuple(spelled)
-    if spec.axes[:len(lead)] != lead:
+    if spec.axes[: len(lead)] != lead:
         raise ValueError(f"{path}: axes {lead} are named in {spec.hf[0].name} and must come first, not {spec.axes}")
-    for block in itertools.product(*(range(n) for n in spec.shape[:len(lead)])):
+    for block in itertools.product(*(range(n) for n in spec.shape[: len(lead)])):
         for hf in spec.hf:
             yield _slot(path, spec, hf, lead, block)
 
@@ -102,6 +100,4 @@ def all_slots(specs: Specs) -> list[Slot]:
             raise ValueError(f"{slot.name} is claimed by {seen[slot.name]} and by {slot.path}")
         seen[slot.name] = slot.path
     # The sort is stable: tensors of one block stay neighbours, so a reader of blocks reads each once.
-    return sorted(
-        slots, key=lambda s: (-1 if s.layer is None else s.layer, s.spec.on_grid, s.block[-1] if s.spec.on_grid else 0)
-    )
+    return sorted(slots, key=lambda s: (-1 if s.layer is None else s.layer, s.spec.on_grid, s.block[-1] if s.spec.on_grid else 0))

@@ -17,8 +17,9 @@ from quant.codecs import Encoded
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def learned_grid(w: Float[Array, "..."], scales: Float[Array, "..."], axis: int, group: int, high: int = 7
-                 ) -> Float[Array, "..."]:
+def learned_grid(
+    w: Float[Array, "..."], scales: Float[Array, "..."], axis: int, group: int, high: int = 7
+) -> Float[Array, "..."]:
     """bf16(code * bf16(scale)) as float32, codes in [-high - 1, high]: what a pack-quantized file with these scales serves."""
     return grid.dequantize(*encode(w, scales, axis, group, high), axis, group)
 

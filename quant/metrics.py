@@ -28,14 +28,12 @@ class CodeHistory:
 
 def codes_of(params: dict[str, Array], specs: Specs, group: int, levels: int = LEVELS["int4"]) -> dict[str, Int8[Array, "..."]]:
     """Codes of every parameter on the grid."""
-    return {
-        path: grid.quantize(params[path], group_axis(spec), group, levels)[0]
-        for path, spec in specs.items() if spec.on_grid
-    }
+    return {path: grid.quantize(params[path], group_axis(spec), group, levels)[0] for path, spec in specs.items() if spec.on_grid}
 
 
-def code_flow(history: CodeHistory, params: dict[str, Array], specs: Specs, group: int,
-              levels: int = LEVELS["int4"]) -> tuple[CodeHistory, dict[str, Float[Array, ""]]]:
+def code_flow(
+    history: CodeHistory, params: dict[str, Array], specs: Specs, group: int, levels: int = LEVELS["int4"]
+) -> tuple[CodeHistory, dict[str, Float[Array, ""]]]:
     """quant/flipped: share of codes that differ from the history's; quant/oscillating: share that moved against the
     direction of their own last move that was seen. Costs two bytes per weight on the grid."""
     codes = codes_of(params, specs, group, levels)

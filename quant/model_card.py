@@ -15,8 +15,10 @@ The routed experts are stored as INT4: {group} consecutive inputs share one bf16
 `bf16(code * scale)`. {origin} Everything else is stored in {dtype}. Format: compressed-tensors `pack-quantized`.
 """
 
-TRAINED = ("These are the values that the forward pass of quantisation-aware training uses, so serving the directory in bf16 "
-           "arithmetic changes no weight.")
+TRAINED = (
+    "These are the values that the forward pass of quantisation-aware training uses, so serving the directory in bf16 "
+    "arithmetic changes no weight."
+)
 ROUNDED = "Training did not see these values: its weights were rounded afterwards."
 
 USE_TEXT = """\
@@ -33,8 +35,7 @@ SHA-256 of every tensor: `launch.py verify DIRECTORY` checks the directory again
 """
 
 
-def model_card(model: ModelConfig, quant: QuantConfig, summary: ExportSummary, report: Mapping[str, Any],
-               rounded: bool) -> str:
+def model_card(model: ModelConfig, quant: QuantConfig, summary: ExportSummary, report: Mapping[str, Any], rounded: bool) -> str:
     """Markdown text; `report` rows become a table. rounded: training did not see the experts on the grid."""
     served = "INT4 experts" if quant.grid != "none" else model.dtype
     parts = [
@@ -48,7 +49,9 @@ def model_card(model: ModelConfig, quant: QuantConfig, summary: ExportSummary, r
     if quant.grid != "none":
         parts.append(INT4_TEXT.format(group=quant.group_size, dtype=model.dtype, origin=ROUNDED if rounded else TRAINED))
     if report:
-        rows = "\n".join(f"| {label} | {value:.4g} |" if isinstance(value, float) else f"| {label} | {value} |"
-                         for label, value in report.items())
+        rows = "\n".join(
+            f"| {label} | {value:.4g} |" if isinstance(value, float) else f"| {label} | {value} |"
+            for label, value in report.items()
+        )
         parts.append(f"## Measured\n\n| | |\n|---|---|\n{rows}\n")
     return "\n".join([*parts, USE_TEXT])

@@ -32,11 +32,17 @@ def unpaired(bytes_: UInt8[Array, "..."], axis: int, group: int) -> Int8[Array, 
 def _merged(x: Array, axis: int) -> Array:
     """The inverse of `grid.split_groups`."""
     at = x.ndim + axis
-    return x.reshape(*x.shape[:at - 1], -1, *x.shape[at + 1:])
+    return x.reshape(*x.shape[: at - 1], -1, *x.shape[at + 1 :])
 
 
-def gather_on_grid(part: Float[Array, "..."], axis: int, group: int, dtype: str, gather: Callable[[Array], Array],
-                   levels: int = grid.LEVELS["int4"]) -> Float[Array, "..."]:
+def gather_on_grid(
+    part: Float[Array, "..."],
+    axis: int,
+    group: int,
+    dtype: str,
+    gather: Callable[[Array], Array],
+    levels: int = grid.LEVELS["int4"],
+) -> Float[Array, "..."]:
     """Inside `jax.shard_map`: the grid values, in `dtype`, of the array whose parts of the masters the devices hold.
 
     axis    the grouped one, counted from the end; `group` is even
@@ -44,6 +50,7 @@ def gather_on_grid(part: Float[Array, "..."], axis: int, group: int, dtype: str,
 
     Backward: as if the values had been gathered in `dtype`, straight through to the masters.
     """
+
     @jax.custom_vjp
     def gathered(part):
         codes, scales = grid.quantize(part, axis, group, levels)

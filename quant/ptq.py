@@ -49,13 +49,17 @@ class Quantized:
 
     def effective(self, specs: Specs) -> dict[str, Array]:
         """Values of the arrays on the grid, comparable weight by weight to the unquantised ones."""
-        return {path: _values(codes, self.scales[path], group_axis(specs[path]), self.group) * self.undo.get(path, 1.0)
-                for path, codes in self.codes.items()}
+        return {
+            path: _values(codes, self.scales[path], group_axis(specs[path]), self.group) * self.undo.get(path, 1.0)
+            for path, codes in self.codes.items()
+        }
 
     def quantizer(self):
         """For export_model: each projection's codes and scales from this table."""
+
         def lookup(slot: Slot, weight: np.ndarray, group: int) -> Encoded:
             return tuple(slot.to_hf(np.asarray(table[slot.path][slot.block])) for table in (self.codes, self.scales))
+
         return lookup
 
 
@@ -99,7 +103,5 @@ def gptq_experts(params: Params, specs: Specs, group: int, calibration: Calibrat
             s.append(restore_matrices(layer_scales, shape))
         codes[path], scales[path] = jnp.stack(q), jnp.stack(s)
         few = int((np.asarray(counts) < spec.shape[group_axis(spec)]).sum())
-        notes.append(
-            f"{path}: {few} of {np.size(counts)} experts saw fewer tokens than inputs and were rounded to nearest"
-        )
+        notes.append(f"{path}: {few} of {np.size(counts)} experts saw fewer tokens than inputs and were rounded to nearest")
     return Quantized(codes, scales, group, notes=(calibration.summary(), *notes))

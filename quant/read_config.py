@@ -20,20 +20,65 @@ OPTIONAL = {"initializer_range": 0.02, "bos_token_id": 0, "eos_token_id": 1}
 """Fields of ours that a forward pass does not need, and what transformers takes where a file has none."""
 
 SILENT = set(HARMLESS) | {
-    "architectures", "auto_map", "model_type", "transformers_version", "torch_dtype", "dtype", "quantization_config",
-    "rope_theta", "rope_scaling", "rope_parameters", "num_key_value_heads", "head_dim", "qk_head_dim", "max_length",
-    "output_router_logits", "_name_or_path", "tokenizer_class", "pad_token_id",
+    "architectures",
+    "auto_map",
+    "model_type",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "quantization_config",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "num_key_value_heads",
+    "head_dim",
+    "qk_head_dim",
+    "max_length",
+    "output_router_logits",
+    "_name_or_path",
+    "tokenizer_class",
+    "pad_token_id",
     # What transformers 4 wrote into every config inside another one: of generation, of classifiers, of its own outputs.
-    "begin_suppress_tokens", "chunk_size_feed_forward", "decoder_start_token_id", "diversity_penalty", "do_sample",
-    "early_stopping", "encoder_no_repeat_ngram_size", "finetuning_task", "id2label", "label2id", "length_penalty",
-    "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
-    "output_hidden_states", "prefix", "problem_type", "repetition_penalty", "return_dict", "return_dict_in_generate",
-    "sep_token_id", "suppress_tokens", "temperature", "tf_legacy_loss", "top_k", "top_p", "typical_p",
+    "begin_suppress_tokens",
+    "chunk_size_feed_forward",
+    "decoder_start_token_id",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "finetuning_task",
+    "id2label",
+    "label2id",
+    "length_penalty",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "prefix",
+    "problem_type",
+    "repetition_penalty",
+    "return_dict",
+    "return_dict_in_generate",
+    "sep_token_id",
+    "suppress_tokens",
+    "temperature",
+    "tf_legacy_loss",
+    "top_k",
+    "top_p",
+    "typical_p",
 }
 """Keys read elsewhere, or without influence on a forward pass."""
 
-KINDS = {int: ("a whole number", int), bool: ("true or false", bool), float: ("a number", (int, float)),
-         str: ("a text", str), dict: ("an object", dict)}
+KINDS = {
+    int: ("a whole number", int),
+    bool: ("true or false", bool),
+    float: ("a number", (int, float)),
+    str: ("a text", str),
+    dict: ("an object", dict),
+}
 """Types of fields, in words, and what JSON has for them."""
 
 
@@ -58,14 +103,20 @@ def read_config(directory: str | Path) -> ReadConfig:
         text, prefix = config["text_config"], "language_model."
         text.setdefault("quantization_config", config.get("quantization_config"))
         notes.append("only the language model is imported, not the towers around it")
-    require(text.get("model_type") in MODEL_TYPES, f"{path.name} describes model_type {text.get('model_type')!r}; only the "
-            f"DeepSeek-V3 family ({', '.join(MODEL_TYPES)}) is read")
+    require(
+        text.get("model_type") in MODEL_TYPES,
+        f"{path.name} describes model_type {text.get('model_type')!r}; only the "
+        f"DeepSeek-V3 family ({', '.join(MODEL_TYPES)}) is read",
+    )
     _refuse_other_mathematics(text)
     if text.get("num_nextn_predict_layers"):
-        notes.append(f"{text['num_nextn_predict_layers']} multi-token-prediction layers are skipped: they are not part of the "
-                     "language model")
-    model = ModelConfig(**_same_names(text), **_stops(text, path.with_name("generation_config.json")), **_rope(text),
-                        dtype=_dtype(text))
+        notes.append(
+            f"{text['num_nextn_predict_layers']} multi-token-prediction layers are skipped: they are not part of the "
+            "language model"
+        )
+    model = ModelConfig(
+        **_same_names(text), **_stops(text, path.with_name("generation_config.json")), **_rope(text), dtype=_dtype(text)
+    )
     return ReadConfig(model, _quantization(text.get("quantization_config")), prefix, tuple(notes))
 
 
@@ -89,15 +140,21 @@ def _typed(key: str, value: Any, kind: type) -> Any:
 def _refuse_other_mathematics(text: dict[str, Any]) -> None:
     for key, want in FIXED.items():
         require(text.get(key, want) == want, f"config.json: {key} is {text.get(key)!r}, but this network computes {want!r}")
-    require(text.get("rope_interleave", True) is True,
-            "config.json: rope_interleave is false, but this network rotates interleaved pairs")
+    require(
+        text.get("rope_interleave", True) is True,
+        "config.json: rope_interleave is false, but this network rotates interleaved pairs",
+    )
     heads = text.get("num_attention_heads")
-    require(text.get("num_key_value_heads", heads) == heads, "config.json: num_key_value_heads differs from "
-            "num_attention_heads; latent attention has no grouped queries")
+    require(
+        text.get("num_key_value_heads", heads) == heads,
+        "config.json: num_key_value_heads differs from num_attention_heads; latent attention has no grouped queries",
+    )
     known = SILENT | set(SAME_NAME) | set(FIXED) | {"rope_interleave"}
     for key, value in text.items():
-        require(key in known or not value, f"config.json: {key} = {value!r} is not known here and may change the mathematics; "
-                "remove it if it does not")
+        require(
+            key in known or not value,
+            f"config.json: {key} = {value!r} is not known here and may change the mathematics; remove it if it does not",
+        )
 
 
 def _same_names(text: dict[str, Any]) -> dict[str, Any]:
@@ -120,8 +177,11 @@ def _stops(text: dict[str, Any], generation: Path) -> dict[str, Any]:
         stops += [_typed("eos_token_id", i, int) for i in (ids if isinstance(ids, list) else [] if ids is None else [ids])]
     stops = list(dict.fromkeys(stops)) or [OPTIONAL["eos_token_id"]]
     pad = text.get("pad_token_id")
-    return {"eos_token_id": stops[0], "stop_token_ids": tuple(stops[1:]),
-            "pad_token_id": stops[0] if pad is None else _typed("pad_token_id", pad, int)}
+    return {
+        "eos_token_id": stops[0],
+        "stop_token_ids": tuple(stops[1:]),
+        "pad_token_id": stops[0] if pad is None else _typed("pad_token_id", pad, int),
+    }
 
 
 def _rope(text: dict[str, Any]) -> dict[str, Any]:
@@ -143,16 +203,19 @@ def _rope(text: dict[str, Any]) -> dict[str, Any]:
     # Absent multipliers mean 0.1 ln(factor) + 1 on the cosines and an unchanged softmax scale: mscale 1 over 0.
     defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
     values = {key: float(_typed(f"rope_scaling.{key}", value, float)) for key, value in (defaults | rope).items()}
-    require(values["mscale_all_dim"] != 0 or values["mscale"] == 1,
-            "config.json: rope_scaling.mscale without mscale_all_dim is read differently by different programs")
+    require(
+        values["mscale_all_dim"] != 0 or values["mscale"] == 1,
+        "config.json: rope_scaling.mscale without mscale_all_dim is read differently by different programs",
+    )
     ours = {field: values[key] for key, field in ROPE_SCALING.items()}
     return {"rope_theta": theta, **ours, "yarn_original_positions": int(values["original_max_position_embeddings"])}
 
 
 def _dtype(text: dict[str, Any]) -> str:
     dtype = str(text.get("dtype") or text.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    require(dtype in ("bfloat16", "float32"), f"config.json: weights of {dtype} are not read; convert them to bfloat16 or "
-            "float32")
+    require(
+        dtype in ("bfloat16", "float32"), f"config.json: weights of {dtype} are not read; convert them to bfloat16 or float32"
+    )
     return dtype
 
 
@@ -160,17 +223,26 @@ def _quantization(section: dict[str, Any] | None) -> QuantConfig:
     if not section:
         return QuantConfig(grid="none")
     method = _typed("quantization_config", section, dict).get("quant_method")
-    require(method != "fp8", "config.json: the weights are stored in fp8, which is not read; convert them to bf16 first, as "
-            "DeepSeek's fp8_cast_bf16.py does, and remove quantization_config")
-    require((method, section.get("format")) == ("compressed-tensors", "pack-quantized"),
-            f"config.json: quantisation {method!r} / {section.get('format')!r} is not read; compressed-tensors pack-quantized "
-            "INT4 is, and so are bf16 and f32")
+    require(
+        method != "fp8",
+        "config.json: the weights are stored in fp8, which is not read; convert them to bf16 first, as "
+        "DeepSeek's fp8_cast_bf16.py does, and remove quantization_config",
+    )
+    require(
+        (method, section.get("format")) == ("compressed-tensors", "pack-quantized"),
+        f"config.json: quantisation {method!r} / {section.get('format')!r} is not read; compressed-tensors pack-quantized "
+        "INT4 is, and so are bf16 and f32",
+    )
     groups = list(_typed("quantization_config.config_groups", section.get("config_groups"), dict).values())
     group = groups[0] if len(groups) == 1 and isinstance(groups[0], dict) else {}
     weights = group.get("weights") if isinstance(group.get("weights"), dict) else {}
     want = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
-    require(all(weights.get(key) == value for key, value in want.items()) and not weights.get("actorder"), "config.json: "
-            "quantization_config must hold one group of symmetric 4-bit integers without reordering")
-    require(not group.get("input_activations") and not group.get("output_activations"),
-            "config.json: quantization_config rounds activations too, which this network does not")
+    require(
+        all(weights.get(key) == value for key, value in want.items()) and not weights.get("actorder"),
+        "config.json: quantization_config must hold one group of symmetric 4-bit integers without reordering",
+    )
+    require(
+        not group.get("input_activations") and not group.get("output_activations"),
+        "config.json: quantization_config rounds activations too, which this network does not",
+    )
     return QuantConfig(grid="int4", group_size=_typed("group_size", weights.get("group_size"), int))

@@ -56,6 +56,7 @@ def settled_step(quant: QuantConfig) -> int | None:
 
 def _straight_through(value: Array, master: Array) -> Array:
     """`value` forward, identity to `master` backward."""
+
     @jax.custom_vjp
     def through(value, master):
         return value
@@ -64,9 +65,7 @@ def _straight_through(value: Array, master: Array) -> Array:
     return through(jax.lax.stop_gradient(value), master)
 
 
-def as_served(
-    w: Float[Array, "..."], spec: ParamSpec, serving: Serving, amount: Float[Array, ""]
-) -> Float[Array, "..."]:
+def as_served(w: Float[Array, "..."], spec: ParamSpec, serving: Serving, amount: Float[Array, ""]) -> Float[Array, "..."]:
     """Forward value (float32) of a master weight; leading stacked axes of the spec may be sliced away."""
     master = w.astype(jnp.float32)
     value = master

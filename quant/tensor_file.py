@@ -18,9 +18,17 @@ import numpy as np
 from configs.schema import ConfigError
 
 DTYPES = {
-    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "I16": np.dtype("<i2"), "I8": np.dtype("i1"), "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 """Names of the format to numpy dtypes."""
 
@@ -118,13 +126,17 @@ def read_header(path: Path) -> dict[str, Entry]:
     need = max((e.start + e.size for e in entries.values()), default=8 + length)
     lost = [name for name, e in sorted(entries.items(), key=lambda item: item[1].start) if e.start + e.size > size]
     if lost:
-        raise DamagedFile(f"{path.name} is cut off: it has {size} bytes, its header announces {need}, and {lost[0]} is the "
-                          "first tensor that is not whole; copy the file again")
+        raise DamagedFile(
+            f"{path.name} is cut off: it has {size} bytes, its header announces {need}, and {lost[0]} is the "
+            "first tensor that is not whole; copy the file again"
+        )
     end, before = 8 + length, "the header"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
         if entry.start != end:
-            raise DamagedFile(f"{path.name}: {name} starts at byte {entry.start}, but {before} ends at {end}; other readers "
-                              "refuse a file with shared or unused bytes, so write or copy it again")
+            raise DamagedFile(
+                f"{path.name}: {name} starts at byte {entry.start}, but {before} ends at {end}; other readers "
+                "refuse a file with shared or unused bytes, so write or copy it again"
+            )
         end, before = entry.start + entry.size, name
     if size != need:
         raise DamagedFile(f"{path.name} has {size} bytes, but its header announces {need}; copy the file again")

@@ -34,9 +34,13 @@ def _check(report: Report, name: str, failed: str) -> Iterator[None]:
         report.error(name, f"{failed}: {error if isinstance(error, ConfigError) else repr(error)}")
 
 
-def verify(directory: str | Path, *, training: Training | None = None,
-           logits: Callable[[np.ndarray], np.ndarray] | None = None,
-           progress: Callable[[int, int], None] | None = None) -> Report:
+def verify(
+    directory: str | Path,
+    *,
+    training: Training | None = None,
+    logits: Callable[[np.ndarray], np.ndarray] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
     """Check a directory.
 
     training  the masters and the forward pass that every weight is compared with

@@ -37,8 +37,11 @@ def stated_group(config: dict[str, Any]) -> int | None:
 def check_config(config: dict[str, Any], report: Report) -> None:
     """All of config.json that can be judged without the tensors."""
     if config.get("model_type") == "kimi_k2":
-        report.warn("config", "model_type kimi_k2: transformers without remote code loads random experts and only "
-                    "warns; deepseek_v3 is the same network")
+        report.warn(
+            "config",
+            "model_type kimi_k2: transformers without remote code loads random experts and only "
+            "warns; deepseek_v3 is the same network",
+        )
     section = _stated_section(config)
     _need_object(section, "quantization_config", report)
     if not section:
@@ -75,15 +78,17 @@ def _check_group(label: str, group: dict[str, Any], report: Report) -> None:
     weights = _object(group.get("weights"))
     for key, want in (("num_bits", 4), ("type", "int"), ("symmetric", True), ("strategy", "group")):
         if weights.get(key) != want:
-            report.error("config", f"{label}.weights.{key} is {weights.get(key)!r}, the packed words need {want!r}; "
-                         "transformers believes the config and decodes wrong weights")
+            report.error(
+                "config",
+                f"{label}.weights.{key} is {weights.get(key)!r}, the packed words need {want!r}; "
+                "transformers believes the config and decodes wrong weights",
+            )
     if type(weights.get("group_size")) is not int:
         report.error("config", f"{label}.weights.group_size is {weights.get('group_size')!r}, not a whole number")
     if weights.get("actorder"):
         report.error("config", f"{label}.weights.actorder is set, but no order of groups is stored")
     if group.get("targets") != ["Linear"]:
-        report.warn("config", f"{label}.targets is {group.get('targets')}; SGLang finds its scheme only under "
-                    '["Linear"]')
+        report.warn("config", f'{label}.targets is {group.get("targets")}; SGLang finds its scheme only under ["Linear"]')
 
 
 def _check_readers(text: dict[str, Any], report: Report) -> None:
@@ -103,8 +108,7 @@ def _check_readers(text: dict[str, Any], report: Report) -> None:
     if rope.get("type", rope.get("rope_type")) != "yarn":
         return
     if rope.get("beta_fast") != 32:
-        report.warn("config", f"YaRN beta_fast is {rope.get('beta_fast')}: llama.cpp uses 32 unless told "
-                    "--yarn-beta-fast")
+        report.warn("config", f"YaRN beta_fast is {rope.get('beta_fast')}: llama.cpp uses 32 unless told --yarn-beta-fast")
     if rope.get("mscale") != rope.get("mscale_all_dim") or not rope.get("mscale"):
         report.warn("config", "YaRN mscale and mscale_all_dim differ or are 0: llama.cpp computes another function")
 
@@ -117,8 +121,13 @@ def _check_widths(text: dict[str, Any], group: int | None, report: Report) -> No
     if group not in (32, 64, 128, -1):
         report.warn("engine limits", f"group_size {group}: vLLM's Marlin kernel takes 32, 64 or 128")
     if hidden % 128 or expert % 128:
-        report.warn("engine limits", f"hidden_size {hidden} and moe_intermediate_size {expert} should be multiples of "
-                    "128: the Marlin kernels of vLLM and SGLang refuse others or fall back to slow ones")
+        report.warn(
+            "engine limits",
+            f"hidden_size {hidden} and moe_intermediate_size {expert} should be multiples of "
+            "128: the Marlin kernels of vLLM and SGLang refuse others or fall back to slow ones",
+        )
     whole = [str(n) for n in (1, 2, 4, 8, 16, 32) if expert and expert % (n * max(64, group)) == 0]
-    report.note("engine limits", f"tensor parallelism over {', '.join(whole) or 'no number of'} devices keeps the "
-                "groups of down_proj whole")
+    report.note(
+        "engine limits",
+        f"tensor parallelism over {', '.join(whole) or 'no number of'} devices keeps the groups of down_proj whole",
+    )

@@ -53,14 +53,13 @@ def load_evidence(directory: Path, report: Report) -> dict[str, Any] | None:
     return None
 
 
-def check_evidence(
-    checkpoint: Checkpoint, config: dict[str, Any] | None, evidence: dict[str, Any], report: Report
-) -> None:
+def check_evidence(checkpoint: Checkpoint, config: dict[str, Any] | None, evidence: dict[str, Any], report: Report) -> None:
     """Every tensor's bytes, every field of the config, and the tokenizer's files; changed tensors are named with a cause
     where one fits. Files that were not exported are the user's own."""
     recorded: dict[str, Fingerprint] = evidence["tensors"]
-    now = {name: Fingerprint.of(entry.dtype, entry.shape, checkpoint.raw(name))
-           for name, entry in sorted(checkpoint.tensors.items())}
+    now = {
+        name: Fingerprint.of(entry.dtype, entry.shape, checkpoint.raw(name)) for name, entry in sorted(checkpoint.tensors.items())
+    }
     for name in sorted(recorded.keys() - now.keys()):
         report.error("evidence", f"{name} was exported but is gone")
     for name in sorted(now.keys() - recorded.keys()):
@@ -82,8 +81,11 @@ def check_evidence(
 
 def _check_files(directory: Path, recorded: dict[str, str] | None, report: Report) -> None:
     if recorded is None:
-        report.add("not checkable", "evidence", "the export recorded no hashes of the tokenizer's files: whether they are "
-                   "those that were exported cannot be seen")
+        report.add(
+            "not checkable",
+            "evidence",
+            "the export recorded no hashes of the tokenizer's files: whether they are those that were exported cannot be seen",
+        )
         return
     for name, was in recorded.items():
         path = directory / name
@@ -104,5 +106,7 @@ def check_probe(evidence: dict[str, Any], logits: Callable[[np.ndarray], np.ndar
         if error <= PROBE_TOLERANCE:
             report.note("probe", f"log-probabilities of the probe agree to {error:.2g}")
         else:
-            report.error("probe", f"log-probabilities of the probe differ by {error:.3g}: the config or the reader computes "
-                         "another function")
+            report.error(
+                "probe",
+                f"log-probabilities of the probe differ by {error:.3g}: the config or the reader computes another function",
+            )

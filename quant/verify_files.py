@@ -74,14 +74,16 @@ def check_tensors(checkpoint: Checkpoint, config: dict[str, Any], report: Report
     for stem in sorted(stems):
         _check_parts(checkpoint, stem, group, report)
     if stems and not section:
-        report.error("config", f"{len(stems)} projections are packed, but config.json says nothing of it: loaders drop "
-                     "them")
+        report.error("config", f"{len(stems)} projections are packed, but config.json says nothing of it: loaders drop them")
     _check_ignore(checkpoint, stems, section.get("ignore") or [], report)
     family = Family.of(config)
     if family is None:
         kind = config.get("model_type")
-        report.add("not checkable", "names", f"model_type {kind!r} is not of the DeepSeek-V3 family: which tensors it "
-                   "needs is not known here")
+        report.add(
+            "not checkable",
+            "names",
+            f"model_type {kind!r} is not of the DeepSeek-V3 family: which tensors it needs is not known here",
+        )
     else:
         _check_names(checkpoint, stems, family, report)
 
@@ -96,8 +98,11 @@ def _check_parts(checkpoint: Checkpoint, stem: str, group: int | None, report: R
         report.error("dtype", f"{stem}.weight_packed is {words.dtype}, packed words are I32")
         return
     if scale.dtype != "BF16":
-        report.error("dtype", f"{stem}.weight_scale is {scale.dtype}: the format has BF16, and a wider scale gives "
-                     "other weights than a bf16 reader gets")
+        report.error(
+            "dtype",
+            f"{stem}.weight_scale is {scale.dtype}: the format has BF16, and a wider scale gives "
+            "other weights than a bf16 reader gets",
+        )
     if shape.dtype not in ("I32", "I64") or shape.shape != (2,):
         report.error("dtype", f"{stem}.weight_shape is {shape.dtype} {list(shape.shape)}, not two integers")
         return
@@ -107,11 +112,16 @@ def _check_parts(checkpoint: Checkpoint, stem: str, group: int | None, report: R
     out, inputs = words.shape[0], words.shape[1] * PER_WORD
     stated = checkpoint.read(f"{stem}.weight_shape").tolist()
     if stated != [out, inputs]:
-        report.error("shape", f"{stem}.weight_shape says {stated}, the words hold {[out, inputs]}; transformers "
-                     "believes the former without complaint")
+        report.error(
+            "shape",
+            f"{stem}.weight_shape says {stated}, the words hold {[out, inputs]}; transformers "
+            "believes the former without complaint",
+        )
     if group and group > 0 and (inputs % group or scale.shape != (out, inputs // group)):
-        report.error("shape", f"{stem}.weight_scale is {list(scale.shape)}; {inputs} inputs in groups of {group} need "
-                     f"{[out, inputs // group]}")
+        report.error(
+            "shape",
+            f"{stem}.weight_scale is {list(scale.shape)}; {inputs} inputs in groups of {group} need {[out, inputs // group]}",
+        )
 
 
 def _check_ignore(checkpoint: Checkpoint, stems: set[str], ignore: Any, report: Report) -> None:
@@ -133,13 +143,11 @@ def _check_ignore(checkpoint: Checkpoint, stems: set[str], ignore: Any, report: 
 
     for stem in sorted(stems):
         if ignored(stem):
-            report.error("ignore list", f"{stem} is packed but matched by the ignore list: loaders look for plain "
-                         "weights")
+            report.error("ignore list", f"{stem} is packed but matched by the ignore list: loaders look for plain weights")
     for name in sorted(n for n in checkpoint.tensors if n.endswith(LINEAR_ENDINGS)):
         module = name.removesuffix(".weight")
         if not ignored(module):
-            report.error("ignore list", f"{module} is stored plain but not in the ignore list: loaders look for packed "
-                         "weights")
+            report.error("ignore list", f"{module} is stored plain but not in the ignore list: loaders look for packed weights")
 
 
 def _check_names(checkpoint: Checkpoint, stems: set[str], family: Family, report: Report) -> None:
@@ -164,8 +172,11 @@ def _check_names(checkpoint: Checkpoint, stems: set[str], family: Family, report
             report.error("names", f"{name} is no tensor of this network: loaders drop it")
     extra = [checkpoint.tensors[name].size for name in unknown if family.is_extra(name)]
     if extra:
-        report.note("names", f"{len(extra)} tensors ({sum(extra):,} bytes) of multi-token prediction or of towers "
-                    "around the language model are not checked")
+        report.note(
+            "names",
+            f"{len(extra)} tensors ({sum(extra):,} bytes) of multi-token prediction or of towers "
+            "around the language model are not checked",
+        )
 
 
 def _unpacked_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...] | None:

@@ -61,11 +61,19 @@ def _check_grid(groups: set[int], training: Training, report: Report) -> None:
     """Says why weights will differ, where files and run do not mean the same grid."""
     serving = training.serving
     if groups and (serving.grid == "none" or training.amount < 1):
-        report.error("reference", "the files hold experts on the INT4 grid, on which the training forward of this step did not "
-                                  "have them: they were rounded afterwards")
+        report.error(
+            "reference",
+            "the files hold experts on the INT4 grid, on which the training forward of this step did not "
+            "have them: they were rounded afterwards",
+        )
     elif not groups and serving.grid != "none" and training.amount > 0:
-        report.error("reference", f"the files hold experts off the grid, and the training forward of this step had them on "
-                                  f"{serving.grid.upper()}")
+        report.error(
+            "reference",
+            f"the files hold experts off the grid, and the training forward of this step had them on {serving.grid.upper()}",
+        )
     elif groups and groups != {serving.group_size}:
-        report.error("reference", f"the files hold groups of {', '.join(map(str, sorted(groups)))}, the training forward had "
-                                  f"groups of {serving.group_size}")
+        report.error(
+            "reference",
+            f"the files hold groups of {', '.join(map(str, sorted(groups)))}, the training forward had "
+            f"groups of {serving.group_size}",
+        )

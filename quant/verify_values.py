@@ -37,8 +37,9 @@ def is_fixed_point(codes: np.ndarray, scales: np.ndarray) -> bool:
     return bool((np.asarray(again) == codes).all() and (np.asarray(scales_again) == scales)[live].all())
 
 
-def check_values(checkpoint: Checkpoint, packed: dict[str, Packed], report: Report,
-                 progress: Callable[[int, int], None] | None = None) -> None:
+def check_values(
+    checkpoint: Checkpoint, packed: dict[str, Packed], report: Report, progress: Callable[[int, int], None] | None = None
+) -> None:
     """Scales and codes of every packed projection, and every plain tensor for infinities and zeros."""
     parts = {f"{stem}.{p}" for stem in packed for p in ("weight_packed", "weight_scale", "weight_shape")}
     plain = [n for n in checkpoint.tensors if n not in parts]
@@ -92,5 +93,8 @@ def _conclude(grids: Counter, moved: int, total: int, report: Report) -> None:
     if grids["kimi7"] and len(grids) > 1:
         report.warn("grid", f"{total - grids['kimi7']} of {total} projections are not on the grid of the others")
     if moved:
-        report.note("fixed point", f"{moved} of {total} projections change when quantised again: serving is fine, "
-                    "continued training on the grid needs the original masters")
+        report.note(
+            "fixed point",
+            f"{moved} of {total} projections change when quantised again: serving is fine, "
+            "continued training on the grid needs the original masters",
+        )

@@ -17,17 +17,26 @@ from train.expert_inputs import expert_inputs
 from train.scale_learning import learned_scales
 from train.session import Session
 
-BLOCK = BlockPaths("moe.mlp.experts_gate_up", "moe.mlp.experts_down", "moe.post_norm", "moe.mlp.router",
-                   "moe.mlp.shared.gate_up")
+BLOCK = BlockPaths("moe.mlp.experts_gate_up", "moe.mlp.experts_down", "moe.post_norm", "moe.mlp.router", "moe.mlp.shared.gate_up")
 
-ROUNDED = {"rtn": "kimi7", "rtn75": "ct75", "mse": "mse", "mse_signed": "mse_signed", "hqq": "hqq", "rtn3": "int3",
-           "mse3": "mse3"}
+ROUNDED = {
+    "rtn": "kimi7",
+    "rtn75": "ct75",
+    "mse": "mse",
+    "mse_signed": "mse_signed",
+    "hqq": "hqq",
+    "rtn3": "int3",
+    "mse3": "mse3",
+}
 """Rounding to nearest: name -> rule of quant/codecs.py. rtn is the training grid, absmax / 7; rtn75 compressed-tensors'
 absmax / 7.5; mse, mse_signed and hqq search their scales; rtn3 and mse3 have three bits in the same file."""
 
 CALIBRATED: dict[str, Callable[..., Quantized]] = {
-    "gptq": gptq_experts, "awq": partial(awq_experts, paths=BLOCK),
-    "gptq3": partial(gptq_experts, codec="mse3"), "awq3": partial(awq_experts, paths=BLOCK, codec="mse3")}
+    "gptq": gptq_experts,
+    "awq": partial(awq_experts, paths=BLOCK),
+    "gptq3": partial(gptq_experts, codec="mse3"),
+    "awq3": partial(awq_experts, paths=BLOCK, codec="mse3"),
+}
 """Methods that look at the run's training data first; all on scales of a least-squares search."""
 
 LEARNED = {"lsq": "mse", "lsq3": "mse3"}
@@ -47,13 +56,17 @@ def served_plain(session: Session, params: dict[str, Array]) -> dict[str, Array]
 def calibration_of(session: Session, params: dict[str, Array], data: Data, batches: int) -> Calibration:
     """Second moments of what enters every expert in the bf16 model, over the run's first training batches."""
     reference = served_plain(session, params)
-    layers = (entry for step in range(batches)
-              for entry in expert_inputs(session.cfg.model, reference, data.batch(step), session.platform)[0])
+    layers = (
+        entry
+        for step in range(batches)
+        for entry in expert_inputs(session.cfg.model, reference, data.batch(step), session.platform)[0]
+    )
     return calibrate(layers, reference[BLOCK.gate_up], BLOCK.gate_up, BLOCK.down)
 
 
-def baseline(session: Session, params: dict[str, Array], name: str, opened: Callable[[], Data],
-             calibration: Calibration | None = None) -> Quantized:
+def baseline(
+    session: Session, params: dict[str, Array], name: str, opened: Callable[[], Data], calibration: Calibration | None = None
+) -> Quantized:
     """Codes and scales of a baseline; a calibrated one takes `calibration`, or the first training batches of the data that
     `opened` gives."""
     group = session.cfg.quant.group_size

@@ -131,10 +131,13 @@ class Checkpoints:
             logging.getLogger("absl").addFilter(_not_of_orbax)
             policies = ocp.training.preservation_policies
             self._checkpointer = ocp.training.Checkpointer(
-                self.directory, preservation_policy=policies.AnyPreservationPolicy(
-                    [policies.LatestN(self.keep), policies.CustomSteps(self.landmarks)]),
+                self.directory,
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(self.keep), policies.CustomSteps(self.landmarks)]
+                ),
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-                cleanup_tmp_directories=True)
+                cleanup_tmp_directories=True,
+            )
         return self._checkpointer
 
     def steps(self) -> list[int]:
@@ -165,8 +168,10 @@ class Checkpoints:
     def _newest_sound(self, load: Callable[[int], Any], step: int | None) -> tuple[Any, int, list[str]]:
         candidates = [s for s in self.steps() if step is None or s == step]
         if not candidates:
-            raise CheckpointError(f"no checkpoint{'' if step is None else f' of step {step}'} in {self.directory}; "
-                                  f"there are: {self.steps() or 'none'}")
+            raise CheckpointError(
+                f"no checkpoint{'' if step is None else f' of step {step}'} in {self.directory}; "
+                f"there are: {self.steps() or 'none'}"
+            )
         damaged = []
         for candidate in reversed(candidates):
             try:
@@ -178,8 +183,9 @@ class Checkpoints:
     def _load(self, step: int, like: Any) -> Any:
         wanted, trouble = flat(like), None
         try:
-            found = _partly_loaded(self.directory / str(step), {
-                "state": wanted, "fingerprint": {name: np.zeros((), np.uint32) for name in wanted}})
+            found = _partly_loaded(
+                self.directory / str(step), {"state": wanted, "fingerprint": {name: np.zeros((), np.uint32) for name in wanted}}
+            )
         except Exception as error:  # Orbax and TensorStore raise many types for one fact: it cannot be read.
             trouble = error
         if (where := processes.failing(trouble is None)) is not None:
@@ -201,8 +207,10 @@ class Checkpoints:
     def _compare(self, step: int, found: dict[str, Any], saved: dict[str, Any]) -> None:
         bad = [name for name in found if int(found[name]) != int(saved[name])]
         if bad:
-            raise CheckpointError(f"checkpoint {self.directory / str(step)} is damaged: {len(bad)} of {len(found)} "
-                                  f"arrays differ from what was saved, the first is {bad[0]}")
+            raise CheckpointError(
+                f"checkpoint {self.directory / str(step)} is damaged: {len(bad)} of {len(found)} "
+                f"arrays differ from what was saved, the first is {bad[0]}"
+            )
 
     def set_aside(self, newer_than: int) -> None:
         """Rename checkpoints newer than a step to `damaged-STEP`, or `damaged-STEP-2` and so on where that was damaged before:
@@ -223,8 +231,9 @@ class Checkpoints:
             if said is None:
                 raise
             on = f": it goes on from step {self.steps()[-1]}" if self.steps() else ""
-            raise CheckpointError(f"{self.directory} cannot be written ({said}); free some space and run the same command "
-                                  f"again{on}") from error
+            raise CheckpointError(
+                f"{self.directory} cannot be written ({said}); free some space and run the same command again{on}"
+            ) from error
 
     def close(self) -> None:
         """Wait until everything that was started is on disk."""

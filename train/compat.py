@@ -109,9 +109,15 @@ def abstract_devices(platform: str, name: str, slices: int = 1, gpu_target: str 
     from importlib.util import find_spec
 
     # Before libtpu is loaded: no cloud machine's metadata, and other processes may hold its lock file.
-    for variable, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3",
-                            "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_WORKER_HOSTNAMES": "localhost",
-                            "TPU_ACCELERATOR_TYPE": name.replace(":", "-")}.items():
+    for variable, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": name.replace(":", "-"),
+    }.items():
         os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
@@ -138,8 +144,9 @@ def device_grid(sizes: tuple[int, ...], devices: list) -> np.ndarray:
     slices = len({getattr(d, "slice_index", 0) or 0 for d in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, *[1] * (len(sizes) - 1)), devices,
-                                                allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // slices, *sizes[1:]), (slices, *[1] * (len(sizes) - 1)), devices, allow_split_physical_axes=True
+    )
 
 
 def once_options(platform: str) -> dict:

@@ -11,7 +11,7 @@ from typing import Any
 TPU = {
     # Takes reductions of gradients out of the loop over microbatches, which would keep whole gradients instead of parts;
     # in libtpu 0.0.50 it fails on ours.
-    "xla_disable_hlo_passes": "while-loop-all-reduce-code-motion",
+    "xla_disable_hlo_passes": "while-loop-all-reduce-code-motion"
 }
 
 SPARSE_CORES = TPU | {

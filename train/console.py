@@ -38,9 +38,17 @@ class Bar:
 
     def __enter__(self):
         if console.is_terminal:
-            self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                                 TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"),
-                                 TimeRemainingColumn(), console=console, transient=True)
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+                transient=True,
+            )
             self._task = self._bar.add_task(self.what, total=self.total, rate="")
             self._bar.start()
         return self
@@ -53,8 +61,9 @@ class Bar:
             self._bar.update(self._task, advance=count, rate=f"{rate:.3g} {self.unit}/s")
         elif now - self.last > self.quiet and self.done < self.total:
             self.last = now
-            console.print(f"{self.what}: {self.done}/{self.total}, {rate:.3g} {self.unit}/s, "
-                          f"{clock((self.total - self.done) / rate)} left")
+            console.print(
+                f"{self.what}: {self.done}/{self.total}, {rate:.3g} {self.unit}/s, {clock((self.total - self.done) / rate)} left"
+            )
 
     def reach(self, done: int, total: int) -> None:
         """`done` of `total` are there: for work whose size is known only once it runs."""

@@ -40,7 +40,8 @@ def parameters(cfg: ModelConfig, specs: Specs) -> Parameters:
         active=sum(active.values()),
         active_without_embed=sum(active.values()) - specs["embed"].size,
         matmul=sum(active[path] for path, spec in specs.items() if spec.matrix is not None),
-        routed=sum(spec.size for spec in specs.values() if spec.on_grid))
+        routed=sum(spec.size for spec in specs.values() if spec.on_grid),
+    )
 
 
 def train_flops_per_token(cfg: ModelConfig, specs: Specs, seq_len: int) -> int:
@@ -56,9 +57,17 @@ def train_flops_per_token(cfg: ModelConfig, specs: Specs, seq_len: int) -> int:
 def state_bytes(specs: Specs, optim: OptimConfig) -> dict[str, int]:
     """Bytes of the training state: masters, and the optimizer's moments (one of Muon, two of AdamW, none of a bias)."""
     muon = optim.matrices == "muon"
-    moments = sum(spec.size * (0 if spec.update == "router_bias" else
-                               WIDTH[optim.momentum_dtype] if spec.update == "muon" and muon else 2 * WIDTH["float32"])
-                  for spec in specs.values())
+    moments = sum(
+        spec.size
+        * (
+            0
+            if spec.update == "router_bias"
+            else WIDTH[optim.momentum_dtype]
+            if spec.update == "muon" and muon
+            else 2 * WIDTH["float32"]
+        )
+        for spec in specs.values()
+    )
     masters = sum(spec.size * (4 if spec.update == "router_bias" else WIDTH[optim.master_dtype]) for spec in specs.values())
     return {"masters": masters, "moments": moments}
 

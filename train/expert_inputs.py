@@ -35,8 +35,9 @@ def _run(cfg: ModelConfig, params: dict[str, Array], batch: dict[str, Array], pl
     return network.logits(network.final_norm(x, call), call), layers
 
 
-def expert_inputs(cfg: ModelConfig, params: dict[str, Array], batch: dict[str, Array], platform: str
-                  ) -> tuple[list[ExpertInputs], Float[Array, "B S V"]]:
+def expert_inputs(
+    cfg: ModelConfig, params: dict[str, Array], batch: dict[str, Array], platform: str
+) -> tuple[list[ExpertInputs], Float[Array, "B S V"]]:
     """One entry per MoE layer, and the logits, computed in float32 from served weights (model/decode/served_params.py).
 
     `batch` has tokens, positions and segments as in training; padding tokens come out with gates of 0.

@@ -48,14 +48,28 @@ def export_run(source: str, out: Path | None, form: str) -> int:
     rounded = form == "int4" and grid_share(cfg.quant, step) < 1
     if rounded:
         begins = f", which begins at step {cfg.quant.start_step}" if cfg.quant.grid == "int4" else ""
-        console.print(f"[yellow]in training the experts of step {step} were not on the INT4 grid{begins}[/]: these files hold "
-                      "them rounded afterwards")
+        console.print(
+            f"[yellow]in training the experts of step {step} were not on the INT4 grid{begins}[/]: these files hold "
+            "them rounded afterwards"
+        )
     evidence = _probe(session, params, quant)
     with Bar(f"exporting {out}", 1, "tensor") as bar:
-        summary = export_model(params, session.specs, cfg.model, quant, out, tokenizer=_TokenizerFiles(session),
-                               report=_measured(run, step, quant), rounded=rounded, probe=evidence, progress=bar.reach)
-    console.print(f"wrote {out}: {human(summary.weights)} weights of step {step} in {summary.bytes / 1e6:.2f} MB "
-                  f"({summary.bits_per_weight:.2f} bits per weight), {summary.files} file(s), {summary.tensors} tensors")
+        summary = export_model(
+            params,
+            session.specs,
+            cfg.model,
+            quant,
+            out,
+            tokenizer=_TokenizerFiles(session),
+            report=_measured(run, step, quant),
+            rounded=rounded,
+            probe=evidence,
+            progress=bar.reach,
+        )
+    console.print(
+        f"wrote {out}: {human(summary.weights)} weights of step {step} in {summary.bytes / 1e6:.2f} MB "
+        f"({summary.bits_per_weight:.2f} bits per weight), {summary.files} file(s), {summary.tensors} tensors"
+    )
     console.print(f"check it with: python launch.py verify {out} --run {run.path}@{step}")
     return 0
 
@@ -93,8 +107,10 @@ def export_gguf(source: str, out: Path | None, pre_tokenizer: str | None) -> int
         cfg = session.cfg
         exported = Training(stored.state, session.specs, Serving(cfg.model.dtype, "int4", cfg.quant.group_size))
         if not _verified(directory, exported, None).ok:
-            raise ConfigError(f"{directory} is damaged or not of step {stored.step}: launch.py verify {directory} --run "
-                              f"{run.path}@{stored.step} says where; move it away, and a new one is made")
+            raise ConfigError(
+                f"{directory} is damaged or not of step {stored.step}: launch.py verify {directory} --run "
+                f"{run.path}@{stored.step} says where; move it away, and a new one is made"
+            )
     summary = write_gguf(directory, out, pre_tokenizer)
     console.print(f"wrote {out}: {summary.tensors} tensors, {summary.groups} groups of codes as they are in {directory}")
     for note in summary.notes:
@@ -143,11 +159,11 @@ def _verified(directory: Path, training: Training | None, logits: Callable | Non
 
 def _logits_of(directory: Path):
     """The directory's forward pass, for the recorded probe, a layer at a time as it was recorded."""
+
     def logits(rows: np.ndarray) -> np.ndarray:
         config = read_config(directory)
         specs = param_specs(config.model)
         files = Imported(directory, specs, prefix=config.prefix)
-        return probe.logits(files, specs, config.model, Serving(config.model.dtype, "none"), rows,
-                            platform_of(jax.devices()[0]))
+        return probe.logits(files, specs, config.model, Serving(config.model.dtype, "none"), rows, platform_of(jax.devices()[0]))
 
     return logits

@@ -48,17 +48,29 @@ def sums(params: dict[str, Array], batch: Batch, amount: Array, setting: Setting
     run = partial(_own_sums, setting=setting)
     if shards_of(setting.mesh) == ONE_DEVICE:
         return run(params, batch, amount)
-    return jax.shard_map(run, mesh=setting.mesh, in_specs=(stored_parts(setting.model, setting.mesh),
-                                                           batch_sharding(setting.mesh).spec, P()),
-                         out_specs=P(), check_vma=False)(params, batch, amount)
+    return jax.shard_map(
+        run,
+        mesh=setting.mesh,
+        in_specs=(stored_parts(setting.model, setting.mesh), batch_sharding(setting.mesh).spec, P()),
+        out_specs=P(),
+        check_vma=False,
+    )(params, batch, amount)
 
 
 def _own_sums(params: dict[str, Array], batch: Batch, amount: Array, setting: Setting) -> Float[Array, "2"]:
     shards = shards_of(setting.mesh)
 
     def of_rows(rows: Batch) -> Float[Array, "2"]:
-        call = Call(rows["positions"], rows["segments"], amount, setting.serving, setting.dtype, setting.platform,
-                    shards=shards, transport=setting.transport)
+        call = Call(
+            rows["positions"],
+            rows["segments"],
+            amount,
+            setting.serving,
+            setting.dtype,
+            setting.platform,
+            shards=shards,
+            transport=setting.transport,
+        )
         network = bind(setting.model, params)
         nll, _ = cross_entropy.losses(network(rows["tokens"], call)[0], network.head, rows["targets"], call)
         weights = rows["weights"].reshape(-1)
@@ -80,8 +92,10 @@ def require_same_ids(session: Session, weights) -> None:
     """ConfigError if an train.weights.Weights reads the ids of a run's data as other text."""
     same = weights.tokenizer is session.tokenizer or weights.tokenizer.fingerprint() == session.tokenizer.fingerprint()
     if not same or weights.model.vocab_size != session.cfg.model.vocab_size:
-        raise ConfigError(f"{weights.name} has another {'vocabulary' if same else 'tokenizer'} than the run's data; evaluate it "
-                          "with a run of its own (weights without a tokenizer file count as bytes)")
+        raise ConfigError(
+            f"{weights.name} has another {'vocabulary' if same else 'tokenizer'} than the run's data; evaluate it "
+            "with a run of its own (weights without a tokenizer file count as bytes)"
+        )
 
 
 class Evaluator:
@@ -103,11 +117,19 @@ class Evaluator:
     def _setting(self, serving: Serving, model: ModelConfig) -> Setting:
         """A device that looks at a run that others trained has all of their rows to go through."""
         session, cfg = self.session, self.session.cfg
-        trained, here = (math.prod(max(size, 1) for size in sizes)
-                         for sizes in ([getattr(cfg.mesh, axis) for axis in ROW_AXES],
-                                       [session.mesh.shape[axis] for axis in ROW_AXES]))
-        return Setting(model, serving, session.compute_dtype, session.platform,
-                       cfg.train.accumulate * max(trained // here, 1), cfg.train.transport, session.mesh)
+        trained, here = (
+            math.prod(max(size, 1) for size in sizes)
+            for sizes in ([getattr(cfg.mesh, axis) for axis in ROW_AXES], [session.mesh.shape[axis] for axis in ROW_AXES])
+        )
+        return Setting(
+            model,
+            serving,
+            session.compute_dtype,
+            session.platform,
+            cfg.train.accumulate * max(trained // here, 1),
+            cfg.train.transport,
+            session.mesh,
+        )
 
     def _evaluate(self, params, amount: float, serving: Serving, batches: int, model: ModelConfig | None = None):
         session = self.session

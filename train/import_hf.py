@@ -68,8 +68,9 @@ def import_checkpoint(sources: Sequence[Path], base: RunConfig, preset: str, run
         return _import(directory, ", ".join(map(str, sources)), base, preset, run)
 
 
-def _place(files: Imported, specs: Specs, shardings: dict[str, jax.sharding.Sharding], dtype: jnp.dtype, named: str
-           ) -> dict[str, jax.Array]:
+def _place(
+    files: Imported, specs: Specs, shardings: dict[str, jax.sharding.Sharding], dtype: jnp.dtype, named: str
+) -> dict[str, jax.Array]:
     """Every array on its devices. The host holds one device's part of one array at a time, and one tensor of the files;
     what several devices hold alike is read once."""
     holders: dict[str, dict[tuple, list[jax.Device]]] = {path: defaultdict(list) for path in specs}
@@ -94,23 +95,36 @@ def _place(files: Imported, specs: Specs, shardings: dict[str, jax.sharding.Shar
 def _import(directory: Path, named: str, base: RunConfig, preset: str, run: RunDir) -> int:
     whole = bool(Checkpoints(run.checkpoints).steps())
     if run.exists() and not whole and run.load_facts().get("imported_from"):
-        raise ConfigError(f"{run.path} holds an import that is not whole; if it is not being written just now, remove it, or "
-                          "name a new directory with --run")
+        raise ConfigError(
+            f"{run.path} holds an import that is not whole; if it is not being written just now, remove it, or "
+            "name a new directory with --run"
+        )
     if run.exists() or whole:
         raise ConfigError(f"{run.path} exists; name a new directory with --run")
     found = read_config(directory)
     beside = tokenizer_file(directory)
     tokenizer = str(Path(beside).resolve()) if beside else base.data.tokenizer  # links do not outlive the import
     rows = min(base.train.seq_len, found.model.max_position_embeddings)
-    cfg = dataclasses.replace(base, model=found.model, quant=found.quant, train=dataclasses.replace(base.train, seq_len=rows),
-                              data=dataclasses.replace(base.data, tokenizer=tokenizer, **template_settings(directory))).checked()
+    cfg = dataclasses.replace(
+        base,
+        model=found.model,
+        quant=found.quant,
+        train=dataclasses.replace(base.train, seq_len=rows),
+        data=dataclasses.replace(base.data, tokenizer=tokenizer, **template_settings(directory)),
+    ).checked()
     session = open_session(cfg)
-    files = Imported(directory, session.specs, prefix=found.prefix,
-                     trained_groups=found.quant.group_size if found.quant.grid != "none" else None)
+    files = Imported(
+        directory,
+        session.specs,
+        prefix=found.prefix,
+        trained_groups=found.quant.group_size if found.quant.grid != "none" else None,
+    )
     shardings = param_shardings(session.specs, session.mesh)
     params = _place(files, session.specs, shardings, jnp.dtype(cfg.optim.master_dtype), named)
-    left_out = (f"left out, {reason}: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-                for reason, names in files.skipped.items())
+    left_out = (
+        f"left out, {reason}: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        for reason, names in files.skipped.items()
+    )
     for note in (*found.notes, *left_out):
         console.print(note, markup=False)
     processes.meet("before anything is written")
@@ -127,7 +141,9 @@ def _import(directory: Path, named: str, base: RunConfig, preset: str, run: RunD
         checkpoints.save(0, {"params": params})
         checkpoints.close()
     held = "INT4 grid" if found.quant.grid != "none" else found.model.dtype
-    console.print(f"imported {human(sum(s.size for s in session.specs.values()))} weights into {run.path} ({held}, kept in "
-                  f"{cfg.optim.master_dtype}); train on with: python launch.py train --preset {preset} --run {run.path}-tuned "
-                  f"--train.init-from {run.path}")
+    console.print(
+        f"imported {human(sum(s.size for s in session.specs.values()))} weights into {run.path} ({held}, kept in "
+        f"{cfg.optim.master_dtype}); train on with: python launch.py train --preset {preset} --run {run.path}-tuned "
+        f"--train.init-from {run.path}"
+    )
     return 0

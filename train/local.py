@@ -46,8 +46,12 @@ def run(arguments: list[str], processes: int, devices: int) -> int:
     command = [sys.executable, str(Path(__file__).parent.parent / "launch.py"), *arguments]
     address = f"127.0.0.1:{_free_port()}"
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
-    common = os.environ | {COORDINATOR: address, COUNT: str(processes), "JAX_PLATFORMS": "cpu", "XLA_FLAGS":
-                           f"{flags} --xla_force_host_platform_device_count={devices}".strip()}
+    common = os.environ | {
+        COORDINATOR: address,
+        COUNT: str(processes),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}".strip(),
+    }
     children = [subprocess.Popen(command, env=common | {INDEX: str(i)}, start_new_session=True) for i in range(processes)]
 
     def pass_on(_number, _frame):
@@ -83,8 +87,13 @@ def _lost(children: list[subprocess.Popen], index: int) -> int:
     if code == EXIT_USAGE:  # it has said what is wrong; so will the others
         deadline = time.monotonic() + GRACE_SECONDS
     else:
-        how = ("failed" if code == EXIT_FAILED else
-               f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}")
+        how = (
+            "failed"
+            if code == EXIT_FAILED
+            else f"was killed by {signal.Signals(-code).name}"
+            if code < 0
+            else f"ended with code {code}"
+        )
         then = "" if code == EXIT_FAILED else ", and the same command goes on from the newest checkpoint"
         print(f"error: process {index} of {len(children)} {how}; the others are ended{then}", file=sys.stderr, flush=True)
         deadline = time.monotonic() + GRACE_SECONDS / 5

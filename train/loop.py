@@ -69,8 +69,9 @@ def build(session: Session) -> Machine:
         that must stay as it is there may be no room for all updates."""
         logits = jnp.zeros((cfg.model.num_hidden_layers, cfg.model.num_attention_heads))
         counts = jnp.ones((cfg.model.num_moe_layers, cfg.model.n_routed_experts))
-        updates, _ = program.optimizer.update(state.params, state.optimizer, state.params, max_logits=logits,
-                                              expert_counts=counts)
+        updates, _ = program.optimizer.update(
+            state.params, state.optimizer, state.params, max_logits=logits, expert_counts=counts
+        )
         return jax.tree.map(jnp.sum, updates)
 
     def time_update(state) -> float:
@@ -100,8 +101,10 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
     if not facts and Checkpoints(run.checkpoints).steps():
         raise ConfigError(f"{run.path} holds checkpoints but no config.json; restore it, or name a new directory with --run")
     if facts.get("imported_from"):
-        raise ConfigError(f"{run.path} holds imported weights; name a new directory with --run and start there with "
-                          f"--train.init-from {run.path}")
+        raise ConfigError(
+            f"{run.path} holds imported weights; name a new directory with --run and start there with "
+            f"--train.init-from {run.path}"
+        )
     known = before_edit(run.load_config(), cfg, remix) if facts else cfg.checked()
     session = open_session(cfg, kept_dtype(cfg, facts))
     if session.platform == "cpu":
@@ -147,33 +150,60 @@ def _announce(run: RunDir, session: Session, data: Data, mixtures: Table, step: 
     """Write what the run is into its directory, and print what will be trained on what."""
     cfg = session.cfg
     if processes.first():
-        run.write_config(cfg, {"compute_dtype": session.compute_dtype, "plan_hash": data.plan_hash,
-                               "plan_version": PLAN_VERSION, "mixtures": mixtures,
-                               "platform": session.platform, "device": jax.devices()[0].device_kind,
-                               "devices": jax.device_count(), "versions": interpreter(),
-                               "flops_per_token": train_flops_per_token(cfg.model, session.specs, cfg.train.seq_len)})
-    processes.require_all(run.appears(), f"see {run.path}, which the first one has just written: on several hosts it must be a "
-                                        "directory that all of them share")
+        run.write_config(
+            cfg,
+            {
+                "compute_dtype": session.compute_dtype,
+                "plan_hash": data.plan_hash,
+                "plan_version": PLAN_VERSION,
+                "mixtures": mixtures,
+                "platform": session.platform,
+                "device": jax.devices()[0].device_kind,
+                "devices": jax.device_count(),
+                "versions": interpreter(),
+                "flops_per_token": train_flops_per_token(cfg.model, session.specs, cfg.train.seq_len),
+            },
+        )
+    processes.require_all(
+        run.appears(),
+        f"see {run.path}, which the first one has just written: on several hosts it must be a directory that all of them share",
+    )
     if data.account.rejected and processes.first():
         run.left_out.write_text("\n".join(data.account.rejected) + "\n")
         console.print(f"[yellow]{len(data.account.rejected)} rows or files are left out[/]: {run.left_out} says which and why")
     if data.account.remarks and processes.first():
-        console.print(f"[yellow]{len(data.account.remarks)} remarks on conversations that are trained[/]: `launch.py data` with "
-                      "the same settings shows them")
-    console.print(f"run {run.path} (config {config_hash(cfg)}), data: "
-                  + ", ".join(f"{k} {v}" for k, v in data.describe().items()))
+        console.print(
+            f"[yellow]{len(data.account.remarks)} remarks on conversations that are trained[/]: `launch.py data` with "
+            "the same settings shows them"
+        )
+    console.print(
+        f"run {run.path} (config {config_hash(cfg)}), data: " + ", ".join(f"{k} {v}" for k, v in data.describe().items())
+    )
     if cfg.quant.grid != "none":
         console.print(str(coverage(session.specs, cfg.quant)), markup=False)
         if cfg.quant.start_step >= cfg.train.steps:
-            console.print(f"[yellow]no step trains the experts on the grid[/]: it begins at step {cfg.quant.start_step} and the "
-                          f"run ends at {cfg.train.steps}; set --quant.start-step lower")
-    console.print(f"{human(sum(s.size for s in session.specs.values()))} parameters on {jax.device_count()} x "
-                  f"{jax.devices()[0].device_kind}, compute in {session.compute_dtype}, {cfg.train.steps - step} steps of "
-                  f"{human(cfg.train.batch_size * cfg.train.seq_len)} tokens to do")
+            console.print(
+                f"[yellow]no step trains the experts on the grid[/]: it begins at step {cfg.quant.start_step} and the "
+                f"run ends at {cfg.train.steps}; set --quant.start-step lower"
+            )
+    console.print(
+        f"{human(sum(s.size for s in session.specs.values()))} parameters on {jax.device_count()} x "
+        f"{jax.devices()[0].device_kind}, compute in {session.compute_dtype}, {cfg.train.steps - step} steps of "
+        f"{human(cfg.train.batch_size * cfg.train.seq_len)} tokens to do"
+    )
 
 
-def run_steps(machine: Machine, data: Data, state: TrainState, step: int, checkpoints: Checkpoints, run: RunDir,
-              stop: StopSignal, started: float, compiling: Callable[[], float]) -> tuple[TrainState, int]:
+def run_steps(
+    machine: Machine,
+    data: Data,
+    state: TrainState,
+    step: int,
+    checkpoints: Checkpoints,
+    run: RunDir,
+    stop: StopSignal,
+    started: float,
+    compiling: Callable[[], float],
+) -> tuple[TrainState, int]:
     """Steps until the end or a signal; the last one is saved either way."""
     cfg, sharding = machine.session.cfg, batch_sharding(machine.session.mesh)
     rows = processes.my_rows(sharding, cfg.train.batch_size, cfg.train.seq_len)

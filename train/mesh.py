@@ -26,12 +26,17 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
     sizes = dataclasses.asdict(cfg)
     others = int(np.prod([size for axis, size in sizes.items() if axis != "data"]))
     sizes["data"] = sizes["data"] or max(len(devices) // others, 1)
-    require(sizes["data"] * others == len(devices),
-            f"the mesh {' x '.join(f'{k}={v}' for k, v in sizes.items())} has {sizes['data'] * others} places but there are "
-            f"{len(devices)} devices; choose axes whose product is {len(devices)}")
+    require(
+        sizes["data"] * others == len(devices),
+        f"the mesh {' x '.join(f'{k}={v}' for k, v in sizes.items())} has {sizes['data'] * others} places but there are "
+        f"{len(devices)} devices; choose axes whose product is {len(devices)}",
+    )
     slices = len({getattr(d, "slice_index", 0) or 0 for d in devices})
-    require(sizes["data"] % slices == 0, f"mesh.data={sizes['data']} is no multiple of the {slices} slices: only copies of the "
-                                         f"model may lie apart; set mesh.data to a multiple of {slices}")
+    require(
+        sizes["data"] % slices == 0,
+        f"mesh.data={sizes['data']} is no multiple of the {slices} slices: only copies of the "
+        f"model may lie apart; set mesh.data to a multiple of {slices}",
+    )
     grid = device_grid(tuple(sizes.values()), list(devices))
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
@@ -39,9 +44,11 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
 def check_rows(batch_size: int, accumulate: int, sizes: Mapping[str, int]) -> None:
     """Every device must get the same number of rows of every microbatch."""
     ways = int(np.prod([sizes[axis] for axis in ROW_AXES]))
-    require(batch_size % (ways * accumulate) == 0,
-            f"train.batch_size={batch_size} cannot be split over {ways} devices and train.accumulate={accumulate}; "
-            f"the nearest that can: {max(round(batch_size / (ways * accumulate)), 1) * ways * accumulate}")
+    require(
+        batch_size % (ways * accumulate) == 0,
+        f"train.batch_size={batch_size} cannot be split over {ways} devices and train.accumulate={accumulate}; "
+        f"the nearest that can: {max(round(batch_size / (ways * accumulate)), 1) * ways * accumulate}",
+    )
 
 
 def check_sizes(cfg: RunConfig, sizes: Mapping[str, int]) -> None:
@@ -55,9 +62,11 @@ def check_sizes(cfg: RunConfig, sizes: Mapping[str, int]) -> None:
 def check_mesh(cfg: RunConfig, mesh: Mesh) -> None:
     """The same for a mesh of devices, and that they know the run's transport."""
     check_sizes(cfg, mesh.shape)
-    require(mesh.shape["expert"] == 1 or cfg.train.transport != "ragged_all_to_all" or platform(mesh) != "cpu",
-            "train.transport ragged_all_to_all does not exist on cpu devices; take all_to_all, which moves the same and the "
-            "padding of its buffers, or auto")
+    require(
+        mesh.shape["expert"] == 1 or cfg.train.transport != "ragged_all_to_all" or platform(mesh) != "cpu",
+        "train.transport ragged_all_to_all does not exist on cpu devices; take all_to_all, which moves the same and the "
+        "padding of its buffers, or auto",
+    )
 
 
 def param_sharding(spec: ParamSpec, mesh: Mesh) -> NamedSharding:

@@ -9,9 +9,22 @@ from typing import Any
 
 import numpy as np
 
-PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H200": 989.0, "H200 NVL": 835.0,
-               "B200": 2250.0, "GB200": 2500.0, "TPU v5 lite": 197.0, "TPU v5e": 197.0, "TPU v5": 459.0,
-               "TPU v6 lite": 918.0, "TPU v6e": 918.0, "TPU7x": 1153.5}
+PEAK_TFLOPS = {
+    "A100": 312.0,
+    "H100": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H200": 989.0,
+    "H200 NVL": 835.0,
+    "B200": 2250.0,
+    "GB200": 2500.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5e": 197.0,
+    "TPU v5": 459.0,
+    "TPU v6 lite": 918.0,
+    "TPU v6e": 918.0,
+    "TPU7x": 1153.5,
+}
 """Dense bf16 peak per jax device (a tpu7x chip is two devices), vendors' figures; model FLOPs utilisation is defined
 against these (docs/performance.md)."""
 

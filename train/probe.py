@@ -26,8 +26,9 @@ HEAD_COLUMNS = 1 << 14
 """Of the vocabulary at a time."""
 
 
-def logits(weights: WeightSource, specs: Specs, model: ModelConfig, serving: Serving, rows: np.ndarray, platform: str
-           ) -> np.ndarray:
+def logits(
+    weights: WeightSource, specs: Specs, model: ModelConfig, serving: Serving, rows: np.ndarray, platform: str
+) -> np.ndarray:
     """[N, S] tokens -> [N, S, V] float32 logits of masters as `serving` sees them (amount 1), computed in float32."""
     run = partial(_run, model=model, platform=platform)
     stacked = [path for path, spec in specs.items() if spec.axes[0] == "layers"]
@@ -40,8 +41,13 @@ def logits(weights: WeightSource, specs: Specs, model: ModelConfig, serving: Ser
     x = run({"final_norm": _serve_one(weights.read("final_norm", ()), "final_norm", specs, serving)}, x, part="final_norm")
     head = weights.read("head", ())
     columns = range(0, head.shape[1], HEAD_COLUMNS)
-    return np.concatenate([np.asarray(run({"head": _serve_one(head[:, at:at + HEAD_COLUMNS], "head", specs, serving)}, x,
-                                          part="head")) for at in columns], axis=-1)
+    return np.concatenate(
+        [
+            np.asarray(run({"head": _serve_one(head[:, at : at + HEAD_COLUMNS], "head", specs, serving)}, x, part="head"))
+            for at in columns
+        ],
+        axis=-1,
+    )
 
 
 def _serve_one(w: np.ndarray, path: str, specs: Specs, serving: Serving) -> Array:
@@ -75,4 +81,5 @@ def _parts(model: ModelConfig) -> dict[str, Callable[[Transformer, str, Array, C
         "dense": lambda net, part, x, call: net.dense[int(part.partition(".")[2])](x, call)[0],
         "moe": lambda net, _, x, call: jax.lax.scan(lambda x, layer: (layer(x, call)[0], None), x, net.moe)[0],
         "final_norm": lambda net, _, x, call: net.final_norm(x, call),
-        "head": lambda net, _, x, call: net.logits(x, call)}
+        "head": lambda net, _, x, call: net.logits(x, call),
+    }

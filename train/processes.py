@@ -41,14 +41,18 @@ def join(cluster: bool = False) -> None:
     address = os.environ.get(COORDINATOR)
     if not address and not cluster:
         return
-    place = dict(coordinator_address=address, num_processes=int(os.environ[COUNT]),
-                 process_id=int(os.environ[INDEX])) if address else {}
+    place = (
+        dict(coordinator_address=address, num_processes=int(os.environ[COUNT]), process_id=int(os.environ[INDEX]))
+        if address
+        else {}
+    )
     try:
-        jax.distributed.initialize(**place, initialization_timeout=START_SECONDS,
-                                   heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(**place, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"the processes could not be joined ({str(error).splitlines()[0]}); start the same command on every "
-                          f"host, and check that {address or 'the first one'} can be reached from each") from error
+        raise ConfigError(
+            f"the processes could not be joined ({str(error).splitlines()[0]}); start the same command on every "
+            f"host, and check that {address or 'the first one'} can be reached from each"
+        ) from error
 
 
 def joined_by_launcher() -> bool:
@@ -77,8 +81,10 @@ def require_same(what: str, *values: object) -> None:
         digest = int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:4], "big") >> 1
         theirs = multihost_utils.process_allgather(np.int32(digest)).reshape(-1)
         if other := [i for i, one in enumerate(theirs) if one != theirs[0]]:
-            raise ConfigError(f"{what} are not the same in process {other[0]} as in the first one; start the same command with "
-                              f"the same files on every host")
+            raise ConfigError(
+                f"{what} are not the same in process {other[0]} as in the first one; start the same command with "
+                f"the same files on every host"
+            )
 
 
 def failing(fine: bool) -> int | None:
@@ -105,8 +111,9 @@ def alone(run: RunDir, new: bool = False) -> Iterator[None]:
     held = run.lock() if first() else None
     try:
         if failing(not first() or (held is not None and not (new and run.exists()))) is not None:
-            raise ConfigError(f"{run.path} is being trained by another process; wait until that has ended, or name another "
-                              "directory with --run")
+            raise ConfigError(
+                f"{run.path} is being trained by another process; wait until that has ended, or name another directory with --run"
+            )
         yield
     finally:
         if held:
@@ -153,8 +160,7 @@ def my_rows(sharding: NamedSharding, batch_size: int, seq_len: int) -> slice:
     """The smallest range of rows that holds all rows of this process's devices."""
     if not several():
         return slice(0, batch_size)
-    rows = [index[0].indices(batch_size) for index in
-            sharding.addressable_devices_indices_map((batch_size, seq_len)).values()]
+    rows = [index[0].indices(batch_size) for index in sharding.addressable_devices_indices_map((batch_size, seq_len)).values()]
     return slice(min(r[0] for r in rows), max(r[1] for r in rows))
 
 
@@ -166,7 +172,7 @@ def place(batch: dict[str, np.ndarray], sharding: NamedSharding, rows: slice, ba
     def array(local: np.ndarray) -> jax.Array:
         def part(index):
             start, stop, _ = index[0].indices(batch_size)
-            return local[start - rows.start:stop - rows.start, index[1]]
+            return local[start - rows.start : stop - rows.start, index[1]]
 
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, part)
 

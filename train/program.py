@@ -43,8 +43,9 @@ class StepProgram:
     def jitted(self, settled: bool, options: dict[str, Any] | None = None) -> Callable:
         """(state, batch) -> (state, metrics), the state written over in place; compiled when it is first called."""
         placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        return jax.jit(self.step(settled), donate_argnums=0, out_shardings=(placed, replicated(self.mesh)),
-                       compiler_options=options or None)
+        return jax.jit(
+            self.step(settled), donate_argnums=0, out_shardings=(placed, replicated(self.mesh)), compiler_options=options or None
+        )
 
 
 def step_program(cfg: RunConfig, specs: Specs, mesh: Mesh, compute_dtype: str) -> StepProgram:

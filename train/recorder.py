@@ -60,8 +60,9 @@ class GridWatch:
 class Recorder:
     """Writes a step's metrics while the next one already computes, and prints a line every log_every steps."""
 
-    def __init__(self, session: Session, run: RunDir, first_step: int, started: float,
-                 compiling: Callable[[], float], history: str = ""):
+    def __init__(
+        self, session: Session, run: RunDir, first_step: int, started: float, compiling: Callable[[], float], history: str = ""
+    ):
         self.session = session
         self.first_step, self.started, self.compiling = first_step, started, compiling
         self.history = history
@@ -119,8 +120,13 @@ class Recorder:
         # Chained over all steps: two runs with equal hashes saw equal data.
         self.history = hashlib.sha256(f"{self.history}{values.pop('data_print')}".encode()).hexdigest()[:16]
         rate = float(values["tokens"]) / values["seconds"]
-        row = {"loss": values.pop("loss"), "tokens_per_second": rate,
-               "mfu": rate * self.flops_per_token / self.peak if self.peak else "n/a", "data_hash": self.history, **values}
+        row = {
+            "loss": values.pop("loss"),
+            "tokens_per_second": rate,
+            "mfu": rate * self.flops_per_token / self.peak if self.peak else "n/a",
+            "data_hash": self.history,
+            **values,
+        }
         if step == self.first_step:
             row["seconds_to_first_step"] = time.monotonic() - self.started
             row["compile_seconds"] = self.compiling()
@@ -134,10 +140,12 @@ class Recorder:
         first = ""
         if "seconds_to_first_step" in row:
             first = f"  (first step after {row['seconds_to_first_step']:.0f} s, {row['compile_seconds']:.0f} of them compiling)"
-        console.print(f"step {step:>5}/{self.session.cfg.train.steps}  loss {float(row['loss']):.4f}  "
-                      f"{human(row['tokens_per_second'])} tok/s  load max/mean "
-                      f"{float(np.max(row['load_max_over_mean'])):.2f}  max logit {float(row['max_logit']):.1f}  "
-                      f"grid error {float(row['grid_error']):.3f}{first}")
+        console.print(
+            f"step {step:>5}/{self.session.cfg.train.steps}  loss {float(row['loss']):.4f}  "
+            f"{human(row['tokens_per_second'])} tok/s  load max/mean "
+            f"{float(np.max(row['load_max_over_mean'])):.2f}  max logit {float(row['max_logit']):.1f}  "
+            f"grid error {float(row['grid_error']):.3f}{first}"
+        )
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """Write and print a held-out loss."""

@@ -26,10 +26,14 @@ def before_edit(old: RunConfig, cfg: RunConfig, remix: bool) -> RunConfig:
     same = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, mixture=old.data.mixture)) if remix else cfg
     changed = differences(old, same)
     hint = "; a new data.mixture needs --remix" if any(d.startswith("data.mixture") for d in changed) else ""
-    require(not changed, f"the run was trained with another config ({'; '.join(changed)}); set these back, or name a new "
-                         f"directory with --run{hint}")
+    require(
+        not changed,
+        f"the run was trained with another config ({'; '.join(changed)}); set these back, or name a new "
+        f"directory with --run{hint}",
+    )
     edited = old.data.mixture != cfg.data.mixture
-    require(not edited or bool(old.data.mixture and cfg.data.mixture),
-            "--remix changes the weights of a data.mixture; a run that began without one keeps taking everything once an "
-            "epoch")
+    require(
+        not edited or bool(old.data.mixture and cfg.data.mixture),
+        "--remix changes the weights of a data.mixture; a run that began without one keeps taking everything once an epoch",
+    )
     return same

@@ -18,8 +18,11 @@ def data_of(session: Session, run: RunDir) -> Data:
     data = open_data(session.cfg, session.tokenizer, table_of(facts))
     if session.cfg.data.paths and facts.get("plan_hash", data.plan_hash) != data.plan_hash:
         there = facts.get("plan_version", 1)
-        why = ("put its files back as they were" if there == PLAN_VERSION else
-               f"it has data plan {there} and this program plan {PLAN_VERSION}: look at it with the program that trained it")
+        why = (
+            "put its files back as they were"
+            if there == PLAN_VERSION
+            else f"it has data plan {there} and this program plan {PLAN_VERSION}: look at it with the program that trained it"
+        )
         raise ConfigError(f"{run.path} may have been trained on rows that are held out now; {why}")
     return data
 
@@ -28,9 +31,13 @@ def require_same_order(run: RunDir, facts: dict[str, Any], data: Data) -> None:
     """ConfigError if a resumed run would see other rows than it was started with."""
     version = facts.get("plan_version", 1)
     if "plan_hash" in facts and version != PLAN_VERSION:
-        raise ConfigError(f"{run.path} was started with data plan {version}; this program has plan {PLAN_VERSION}, which puts "
-                          "rows in another order: finish the run with the program that started it, or go on from its "
-                          f"weights in a new directory with --train.init-from {run.path}")
+        raise ConfigError(
+            f"{run.path} was started with data plan {version}; this program has plan {PLAN_VERSION}, which puts "
+            "rows in another order: finish the run with the program that started it, or go on from its "
+            f"weights in a new directory with --train.init-from {run.path}"
+        )
     if facts.get("plan_hash", data.plan_hash) != data.plan_hash:
-        raise ConfigError(f"the data of {run.path} has changed since it was started (plan {facts['plan_hash']} -> "
-                          f"{data.plan_hash}); put the files back, or name a new directory with --run")
+        raise ConfigError(
+            f"the data of {run.path} has changed since it was started (plan {facts['plan_hash']} -> "
+            f"{data.plan_hash}); put the files back, or name a new directory with --run"
+        )

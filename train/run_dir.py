@@ -24,12 +24,32 @@ from configs.schema import (
     TrainConfig,
 )
 
-SECTIONS = {"model": ModelConfig, "optim": OptimConfig, "quant": QuantConfig, "data": DataConfig, "train": TrainConfig,
-            "mesh": MeshConfig, "profile": ProfileConfig}
+SECTIONS = {
+    "model": ModelConfig,
+    "optim": OptimConfig,
+    "quant": QuantConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "mesh": MeshConfig,
+    "profile": ProfileConfig,
+}
 
-MAY_CHANGE = {"mesh", "profile", "train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every",
-              "train.keep", "train.steps", "train.remat", "train.layers", "train.accumulate", "train.transport",
-              "train.init_from", "train.fork_from"}
+MAY_CHANGE = {
+    "mesh",
+    "profile",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.steps",
+    "train.remat",
+    "train.layers",
+    "train.accumulate",
+    "train.transport",
+    "train.init_from",
+    "train.fork_from",
+}
 """What a resumed run may set anew: where and how it runs, how long, what it prints. The rest would change what is trained."""
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -130,8 +150,9 @@ class RunDir:
         """What config.json says: the config, its hash, and where and on what the run was started."""
         file = self.path / "config.json"
         if not file.exists():
-            raise ConfigError(f"{self.path} is not a run directory: it has no config.json; train there first, "
-                              f"or name another with --run")
+            raise ConfigError(
+                f"{self.path} is not a run directory: it has no config.json; train there first, or name another with --run"
+            )
         try:
             facts = json.loads(file.read_text())
         except ValueError as error:  # no JSON, or no UTF-8
@@ -144,12 +165,16 @@ class RunDir:
         """The config the run was started with; a tokenizer that lies in the directory is found wherever that was moved."""
         facts = self.load_facts()
         if "model_type" in facts:
-            raise ConfigError(f"{self.path} is a Hugging Face directory, not a run; import it first: python launch.py import "
-                              f"{self.path} --run runs/NEW")
+            raise ConfigError(
+                f"{self.path} is a Hugging Face directory, not a run; import it first: python launch.py import "
+                f"{self.path} --run runs/NEW"
+            )
         try:
             if _hash(facts["config"]) != facts["hash"]:
-                raise ConfigError(f"{self.path / 'config.json'} was damaged or edited, its settings have another hash than it "
-                                  "says; restore it from a copy, and change settings by flags")
+                raise ConfigError(
+                    f"{self.path / 'config.json'} was damaged or edited, its settings have another hash than it "
+                    "says; restore it from a copy, and change settings by flags"
+                )
             cfg = from_dict(facts["config"])
             own = self.tokenizer.absolute() / Path(cfg.data.tokenizer).name
         except (AttributeError, KeyError, TypeError) as error:

@@ -26,8 +26,9 @@ PASSES, RATE = 4, 1e-2
 """Over the calibration batches; Adam's first learning rate, relative to a scale, which falls to zero along a cosine."""
 
 
-def learned_scales(session: Session, params: dict[str, Array], reference: dict[str, Array], data: Data, batches: int,
-                   codec: str = "mse") -> Quantized:
+def learned_scales(
+    session: Session, params: dict[str, Array], reference: dict[str, Array], data: Data, batches: int, codec: str = "mse"
+) -> Quantized:
     """Codes and scales for masters `params`. `reference` are the weights as served without the grid, whose function is to
     be kept on the run's first training batches; `codec` gives the first scales and the range of codes."""
     specs, group, high = session.specs, session.cfg.quant.group_size, CODECS[codec].high
@@ -35,8 +36,9 @@ def learned_scales(session: Session, params: dict[str, Array], reference: dict[s
     optimizer = optax.adam(optax.cosine_decay_schedule(RATE, PASSES * batches))
     ratios = jax.tree.map(jnp.ones_like, first)
     state = optimizer.init(ratios)
-    update = _updater(session.cfg.model, {path: group_axis(specs[path]) for path in first}, group, high, session.platform,
-                      optimizer)
+    update = _updater(
+        session.cfg.model, {path: group_axis(specs[path]) for path in first}, group, high, session.platform, optimizer
+    )
     kls = []
     for _ in range(PASSES):
         for step in range(batches):
@@ -45,19 +47,24 @@ def learned_scales(session: Session, params: dict[str, Array], reference: dict[s
     codes, scales = {}, {}
     for path in first:
         codes[path], scales[path] = encode(params[path], first[path] * ratios[path], group_axis(specs[path]), group, high)
-    before, after = (float(sum(kls[at:at + batches])) / batches for at in (0, len(kls) - batches))
-    note = (f"scales of {codec} learned in {len(kls)} steps on {batches} batches; KL to the unquantised model from "
-            f"{before:.2g} in the first pass to {after:.2g} in the last")
+    before, after = (float(sum(kls[at : at + batches])) / batches for at in (0, len(kls) - batches))
+    note = (
+        f"scales of {codec} learned in {len(kls)} steps on {batches} batches; KL to the unquantised model from "
+        f"{before:.2g} in the first pass to {after:.2g} in the last"
+    )
     return Quantized(codes, scales, group, notes=(note,))
 
 
-def _updater(model: ModelConfig, axes: dict[str, int], group: int, high: int, platform: str,
-             optimizer: optax.GradientTransformation):
+def _updater(
+    model: ModelConfig, axes: dict[str, int], group: int, high: int, platform: str, optimizer: optax.GradientTransformation
+):
     """One step: (ratios to the first scales, Adam's state, first scales, masters, reference, batch) -> new ones and KL.
     `axes`: the grouped axis of every array on the grid."""
+
     def divergence(ratios, first, masters, reference, batch):
-        experts = {path: learned_grid(masters[path], first[path] * ratios[path], axis, group, high)
-                   for path, axis in axes.items()}
+        experts = {
+            path: learned_grid(masters[path], first[path] * ratios[path], axis, group, high) for path, axis in axes.items()
+        }
         call = Call(batch["positions"], batch["segments"], jnp.float32(0), SERVED, "float32", platform)
         student, teacher = bind(model, reference | experts), bind(model, reference)
         hidden, taught = (network(batch["tokens"], call)[0] for network in (student, teacher))

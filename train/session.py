@@ -57,8 +57,10 @@ def open_session(cfg: RunConfig, compute_dtype: str | None = None, mesh: Mesh | 
     the one it was started with); `mesh` takes the place of the config's."""
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     if tokenizer.vocab_size > cfg.model.vocab_size:
-        raise ConfigError(f"tokenizer {cfg.data.tokenizer} has {tokenizer.vocab_size} ids but model.vocab_size is "
-                          f"{cfg.model.vocab_size}; set --model.vocab-size {-(-tokenizer.vocab_size // 64) * 64}")
+        raise ConfigError(
+            f"tokenizer {cfg.data.tokenizer} has {tokenizer.vocab_size} ids but model.vocab_size is "
+            f"{cfg.model.vocab_size}; set --model.vocab-size {-(-tokenizer.vocab_size // 64) * 64}"
+        )
     dtype = compute_dtype or (cfg.train.compute_dtype if cfg.train.compute_dtype != "auto" else fastest_dtype())
     mesh = mesh or make_mesh(cfg.mesh)
     check_mesh(cfg, mesh)
@@ -96,8 +98,10 @@ def load_params(session: Session, run: RunDir, step: int | None = None) -> tuple
     checkpoints were passed over."""
     shardings = param_shardings(session.specs, session.mesh)
     stored, wanted = run.load_config().optim.master_dtype, session.cfg.optim.master_dtype
-    like = {path: jax.ShapeDtypeStruct(spec.shape, jnp.float32 if spec.update == "router_bias" else stored,
-                                       sharding=shardings[path]) for path, spec in session.specs.items()}
+    like = {
+        path: jax.ShapeDtypeStruct(spec.shape, jnp.float32 if spec.update == "router_bias" else stored, sharding=shardings[path])
+        for path, spec in session.specs.items()
+    }
     restored = Checkpoints(run.checkpoints).restore({"params": like}, step)
     say_passed_over(restored)
     params = restored.state["params"]

@@ -33,8 +33,9 @@ def kept_dtype(cfg: RunConfig, facts: dict[str, Any]) -> str | None:
     return facts.get("compute_dtype")
 
 
-def starting_state(session: Session, optimizer: Any, checkpoints: Checkpoints, run: RunDir,
-                   compile_first: Callable[[], None] = lambda: None) -> tuple[TrainState, int]:
+def starting_state(
+    session: Session, optimizer: Any, checkpoints: Checkpoints, run: RunDir, compile_first: Callable[[], None] = lambda: None
+) -> tuple[TrainState, int]:
     """Restored, started from another run's weights, or new; says which. `compile_first` may run beside the making of new
     weights."""
     cfg = session.cfg
@@ -77,8 +78,10 @@ def taught(state: TrainState, session: Session, like: TrainState) -> TrainState:
     """The state with a copy of its own weights, as bf16 serves them, for a teacher; as it is in a run without one."""
     if not like.teacher:
         return state
-    copy = jax.jit(partial(as_teacher, cfg=session.cfg, specs=session.specs),
-                   out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like.teacher))
+    copy = jax.jit(
+        partial(as_teacher, cfg=session.cfg, specs=session.specs),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like.teacher),
+    )
     return dataclasses.replace(state, teacher=copy(state.params))
 
 
@@ -98,13 +101,17 @@ def require_same_state(source: RunDir, cfg: RunConfig) -> None:
         raise ConfigError(f"{source.path} holds imported weights and no optimizer state; take them with --train.init-from")
     changed = [d for d in differences(source.load_config(), cfg) if d.startswith("model.")]
     if changed:
-        raise ConfigError(f"{source.path} holds another model ({'; '.join(changed)}), with which a fork shares its first steps; "
-                          "leave these fields out")
+        raise ConfigError(
+            f"{source.path} holds another model ({'; '.join(changed)}), with which a fork shares its first steps; "
+            "leave these fields out"
+        )
     theirs = source.load_config().optim
     for field in ("matrices", "master_dtype", "momentum_dtype"):
         if (there := getattr(theirs, field)) != (here := getattr(cfg.optim, field)):
-            raise ConfigError(f"{source.path} has optim.{field} {there}, not {here}, and a fork goes on with its state; set "
-                              f"--optim.{field.replace('_', '-')} {there}, or take its weights with --train.init-from")
+            raise ConfigError(
+                f"{source.path} has optim.{field} {there}, not {here}, and a fork goes on with its state; set "
+                f"--optim.{field.replace('_', '-')} {there}, or take its weights with --train.init-from"
+            )
 
 
 def _require_same_shapes(source: RunDir, session: Session) -> None:
@@ -112,5 +119,7 @@ def _require_same_shapes(source: RunDir, session: Session) -> None:
     theirs = {path: list(spec.shape) for path, spec in param_specs(source.load_config().model).items()}
     for path, spec in session.specs.items():
         if (there := theirs.get(path, "missing")) != (here := list(spec.shape)):
-            raise ConfigError(f"{path} is {here} here and {there} in {source.path}; leave out the --model fields that change "
-                              "shapes: a run that starts from weights takes its network from there")
+            raise ConfigError(
+                f"{path} is {here} here and {there} in {source.path}; leave out the --model fields that change "
+                "shapes: a run that starts from weights takes its network from there"
+            )

@@ -61,8 +61,15 @@ class StepConfig:
         return shards_of(self.mesh)
 
 
-def loss_fn(params: dict[str, Array], teacher: dict[str, Array], batch: Batch, amount: Array, total_weight: Array,
-            cfg: StepConfig, sums: Sums | None = None) -> tuple[Float[Array, ""], tuple[Array, ModelAux]]:
+def loss_fn(
+    params: dict[str, Array],
+    teacher: dict[str, Array],
+    batch: Batch,
+    amount: Array,
+    total_weight: Array,
+    cfg: StepConfig,
+    sums: Sums | None = None,
+) -> tuple[Float[Array, ""], tuple[Array, ModelAux]]:
     """This device's share of sum(weight * nll) / total_weight plus the auxiliary losses; and (nll sum, measurements). With
     a teacher, quant.distill_weight of it is sum(weight * KL(teacher || student)) / total_weight instead.
 
@@ -70,8 +77,19 @@ def loss_fn(params: dict[str, Array], teacher: dict[str, Array], batch: Batch, a
     along tensor have the same tokens: each takes its part of their loss. `sums`: model/stacked.py.
     """
     run = cfg.run
-    call = Call(batch["positions"], batch["segments"], amount, Serving.of(run.model, run.quant), cfg.compute_dtype,
-                cfg.platform, run.train.remat, run.train.layers == "unroll", cfg.shards, run.train.transport, cfg.settled)
+    call = Call(
+        batch["positions"],
+        batch["segments"],
+        amount,
+        Serving.of(run.model, run.quant),
+        cfg.compute_dtype,
+        cfg.platform,
+        run.train.remat,
+        run.train.layers == "unroll",
+        cfg.shards,
+        run.train.transport,
+        cfg.settled,
+    )
     network = bind(run.model, params)
     hidden, aux, _ = network(batch["tokens"], call, sums)
     nll, lse = cross_entropy.losses(hidden, network.head, batch["targets"], call)
@@ -91,8 +109,14 @@ def loss_fn(params: dict[str, Array], teacher: dict[str, Array], batch: Batch, a
     return loss / cfg.shards.size("tensor"), (nll_sum, aux)
 
 
-def gradients(params: dict[str, Array], batch: Batch, amount: Array, cfg: StepConfig, key: PRNGKeyArray | None = None,
-              teacher: dict[str, Array] | None = None) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
+def gradients(
+    params: dict[str, Array],
+    batch: Batch,
+    amount: Array,
+    cfg: StepConfig,
+    key: PRNGKeyArray | None = None,
+    teacher: dict[str, Array] | None = None,
+) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
     """Mean nll, gradients and measurements of a whole batch: global arrays in and out, in their shardings. `key`: of the
     rounding of sums of microbatches; not needed for float32 masters. `teacher`: a TrainState's.
 
@@ -103,9 +127,13 @@ def gradients(params: dict[str, Array], batch: Batch, amount: Array, cfg: StepCo
         return local_gradients(params, teacher, batch, amount, key, cfg)
     parts = stored_parts(cfg.run.model, cfg.mesh)
     measured = ModelAux(LayerAux(P(None, "tensor")), MoEAux(P(), P()), P())
-    run = jax.shard_map(partial(local_gradients, cfg=cfg), mesh=cfg.mesh,
-                        in_specs=(parts, {path: parts[path] for path in teacher}, batch_sharding(cfg.mesh).spec, P(), P()),
-                        out_specs=(P(), parts, measured), check_vma=False)
+    run = jax.shard_map(
+        partial(local_gradients, cfg=cfg),
+        mesh=cfg.mesh,
+        in_specs=(parts, {path: parts[path] for path in teacher}, batch_sharding(cfg.mesh).spec, P(), P()),
+        out_specs=(P(), parts, measured),
+        check_vma=False,
+    )
     return run(params, teacher, batch, amount, key)
 
 
@@ -120,8 +148,9 @@ def own_part(batch: Batch, shards: Shards) -> Batch:
     return {name: shards.own_positions(shards.gather_axis(x, ("context",), 1), 1) for name, x in batch.items()}
 
 
-def local_gradients(params: dict[str, Array], teacher: dict[str, Array], batch: Batch, amount: Array,
-                    key: PRNGKeyArray | None, cfg: StepConfig) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
+def local_gradients(
+    params: dict[str, Array], teacher: dict[str, Array], batch: Batch, amount: Array, key: PRNGKeyArray | None, cfg: StepConfig
+) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
     """The same for one device, gradients summed over microbatches here and over devices once, at the end."""
     shards = cfg.shards
     if key is not None and shards != ONE_DEVICE:  # sums of devices are added up: roundings that are alike would be as well
@@ -134,8 +163,15 @@ def local_gradients(params: dict[str, Array], teacher: dict[str, Array], batch: 
     return shards.total(nll, TOKEN_AXES) / total_weight, grads, over_devices(aux, shards.split(TOKEN_AXES))
 
 
-def accumulated(params: dict[str, Array], teacher: dict[str, Array], batch: Batch, amount: Array, total_weight: Array,
-                key: PRNGKeyArray | None, cfg: StepConfig) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
+def accumulated(
+    params: dict[str, Array],
+    teacher: dict[str, Array],
+    batch: Batch,
+    amount: Array,
+    total_weight: Array,
+    key: PRNGKeyArray | None,
+    cfg: StepConfig,
+) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
     """Sum of nll, gradients and measurements of this device's tokens, microbatch by microbatch: in float32, and kept in
     the masters' dtype between them and for the sum over devices. bfloat16 sums are rounded up or down at random, so that
     small summands count; to those of the stacked layers the backward pass adds in place, so that there is one copy of them
@@ -183,27 +219,44 @@ def _added(total: Array, gradient: Array, key: PRNGKeyArray, index: Array) -> Ar
     return more if total.dtype == jnp.float32 else stochastic_round(more, jax.random.fold_in(key, index))
 
 
-def make_train_step(cfg: StepConfig, specs: Specs, optimizer: optax.GradientTransformationExtraArgs,
-                    schedule: Callable) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+def make_train_step(
+    cfg: StepConfig, specs: Specs, optimizer: optax.GradientTransformationExtraArgs, schedule: Callable
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The pure step; the loop compiles it with the state donated."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         amount = jnp.float32(1) if cfg.settled else grid_amount(cfg.run.quant, state.step)
         # Float32 masters need no noise; without the seed in it, runs that differ in nothing else share a compiled step.
-        key = (None if cfg.run.optim.master_dtype == "float32"
-               else jax.random.fold_in(jax.random.key(cfg.run.train.seed), state.step))
+        key = (
+            None
+            if cfg.run.optim.master_dtype == "float32"
+            else jax.random.fold_in(jax.random.key(cfg.run.train.seed), state.step)
+        )
         loss, grads, aux = gradients(state.params, batch, amount, cfg, key, state.teacher)
         norms = gradient_metrics(specs, cfg.run.optim, grads)
         # A step whose loss or gradient is not finite changes nothing but the two counters.
         finite = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"])
-        updates, opt_state = optimizer.update(grads, state.optimizer, state.params, max_logits=aux.attention.max_logit,
-                                              expert_counts=aux.moe.expert_counts, finite=finite)
+        updates, opt_state = optimizer.update(
+            grads,
+            state.optimizer,
+            state.params,
+            max_logits=aux.attention.max_logit,
+            expert_counts=aux.moe.expert_counts,
+            finite=finite,
+        )
         params = apply_updates(state.params, updates, key)
         new = TrainState(params, opt_state, state.step + 1, state.skipped + jnp.where(finite, 0, 1), state.teacher)
-        metrics = {"loss": loss, "data_print": sum(fingerprint(x) for x in batch.values()), "lr": schedule(state.optimizer.step),
-                   "grid_amount": amount, "skipped_steps": new.skipped,
-                   "tokens": jnp.sum(batch["segments"] > 0), **routing_metrics(aux, batch, cfg), **norms,
-                   **update_metrics(specs, cfg.run.optim, updates, opt_state)}
+        metrics = {
+            "loss": loss,
+            "data_print": sum(fingerprint(x) for x in batch.values()),
+            "lr": schedule(state.optimizer.step),
+            "grid_amount": amount,
+            "skipped_steps": new.skipped,
+            "tokens": jnp.sum(batch["segments"] > 0),
+            **routing_metrics(aux, batch, cfg),
+            **norms,
+            **update_metrics(specs, cfg.run.optim, updates, opt_state),
+        }
         if state.teacher:
             metrics["teacher_kl"] = aux.teacher_kl / jnp.sum(batch["weights"])
         return new, metrics
@@ -217,7 +270,10 @@ def routing_metrics(aux: ModelAux, batch: Batch, cfg: StepConfig) -> dict[str, A
     share = counts / jnp.maximum(counts.sum(-1, keepdims=True), 1)
     entropy = -jnp.sum(share * jnp.log(jnp.maximum(share, 1e-9)), axis=-1) / max(math.log(counts.shape[-1]), 1e-9)
     sent = jnp.sum(batch["segments"] > 0) * cfg.run.model.num_experts_per_tok
-    return {"load_max_over_mean": jnp.max(counts, axis=-1) / jnp.maximum(jnp.mean(counts, axis=-1), 1e-9),
-            "load_entropy": entropy, "expert_load": share,
-            "dropped_tokens": jnp.sum(sent - counts.astype(jnp.int32).sum(-1)),  # float32 cannot count to 2**24 and one
-            "max_logit": jnp.max(aux.attention.max_logit)}
+    return {
+        "load_max_over_mean": jnp.max(counts, axis=-1) / jnp.maximum(jnp.mean(counts, axis=-1), 1e-9),
+        "load_entropy": entropy,
+        "expert_load": share,
+        "dropped_tokens": jnp.sum(sent - counts.astype(jnp.int32).sum(-1)),  # float32 cannot count to 2**24 and one
+        "max_logit": jnp.max(aux.attention.max_logit),
+    }

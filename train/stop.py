@@ -44,8 +44,11 @@ class StopSignal:
     def __enter__(self):
         from train import processes
 
-        handlers = ({signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)} if processes.several()
-                    else {signal.SIGINT: self._note, signal.SIGTERM: self._note})
+        handlers = (
+            {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
+            if processes.several()
+            else {signal.SIGINT: self._note, signal.SIGTERM: self._note}
+        )
         self._old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 

@@ -69,5 +69,5 @@ class StoredParams:
         for number, index in enumerate(itertools.product(*(range(n) for n in store.shape[:lead]))):
             words = _piece(store, index).reshape(-1)
             for at in range(0, len(words), WORDS):
-                total += int(piecewise(jnp.asarray(words[at:at + WORDS]), np.uint32((number * size + at) % 2**32)))
+                total += int(piecewise(jnp.asarray(words[at : at + WORDS]), np.uint32((number * size + at) % 2**32)))
         return total % 2**32

@@ -51,8 +51,16 @@ class Weights:
     def decoder(self, rows: int, sampling: Sampling = GREEDY, positions: int = 0) -> Decoder:
         """Rows that go on with these weights."""
         stops = {*self.tokenizer.stop_ids, self.model.eos_token_id, *self.model.stop_token_ids}
-        return Decoder(self.model, self.params, rows, stop_ids=tuple(sorted(stops)), dtype=self.dtype,
-                       platform=self.platform, sampling=sampling, positions=positions)
+        return Decoder(
+            self.model,
+            self.params,
+            rows,
+            stop_ids=tuple(sorted(stops)),
+            dtype=self.dtype,
+            platform=self.platform,
+            sampling=sampling,
+            positions=positions,
+        )
 
 
 def load_weights(source: str, dtype: str | None = None) -> Weights:
@@ -105,8 +113,9 @@ def _from_run(source: str, where: str, kind: str | None, dtype: str | None) -> W
             console.print(f"{source}: {note}", markup=False)
     serving = Serving(cfg.model.dtype, trained if kind == "int4" else "none", cfg.quant.group_size)
     served = serve(params, session.specs, serving, 1.0, session.compute_dtype)
-    return Weights(source, cfg.model, served, session.tokenizer, session.compute_dtype, session.platform, cfg.data.system,
-                   cfg.data.mode)
+    return Weights(
+        source, cfg.model, served, session.tokenizer, session.compute_dtype, session.platform, cfg.data.system, cfg.data.mode
+    )
 
 
 def load_export(directory: Path, dtype: str | None = None, packed: bool | None = False) -> Weights:
@@ -125,8 +134,15 @@ def load_export(directory: Path, dtype: str | None = None, packed: bool | None =
     dense = {path: spec for path, spec in specs.items() if path not in at_four_bits}
     params = {path: jnp.asarray(files.region(path)) for path in dense}
     served = serve(params, dense, Serving(config.model.dtype, "none"), 0.0, dtype) | at_four_bits
-    return Weights(str(directory), config.model, served, _tokenizer(directory, config.model), dtype,
-                   platform_of(jax.devices()[0]), **template_settings(directory))
+    return Weights(
+        str(directory),
+        config.model,
+        served,
+        _tokenizer(directory, config.model),
+        dtype,
+        platform_of(jax.devices()[0]),
+        **template_settings(directory),
+    )
 
 
 def tokenizer_file(directory: Path) -> str | None:

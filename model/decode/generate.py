@@ -73,8 +73,9 @@ def room_for(positions: int) -> int:
     return 1 << max(positions - 1, 15).bit_length() if positions <= BLOCK else bucket(positions, BLOCK)
 
 
-def prefill(params: dict[str, Array], tokens_BS: Int[Array, "B S"], lengths_B: Int[Array, "B"], cache_len: int,
-            program: Program) -> tuple[Float[Array, "B V"], Float[Array, "L B T R+rope"]]:
+def prefill(
+    params: dict[str, Array], tokens_BS: Int[Array, "B S"], lengths_B: Int[Array, "B"], cache_len: int, program: Program
+) -> tuple[Float[Array, "B V"], Float[Array, "L B T R+rope"]]:
     """Logits after each row's last prompt token, and the latent cache with room for `cache_len` positions.
 
     Prompts are padded on the right; what the padding leaves in the cache is overwritten before it can be seen.
@@ -88,8 +89,9 @@ def prefill(params: dict[str, Array], tokens_BS: Int[Array, "B S"], lengths_B: I
     return network.logits(last_BD, call), jnp.pad(latents, ((0, 0), (0, 0), (0, cache_len - S), (0, 0)))
 
 
-def extend(params: dict[str, Array], tokens_BS: Int[Array, "B S"], cache_LBTR: Array, positions_BS: Int[Array, "B S"],
-           program: Program) -> tuple[Float[Array, "B V"], Array]:
+def extend(
+    params: dict[str, Array], tokens_BS: Int[Array, "B S"], cache_LBTR: Array, positions_BS: Int[Array, "B S"], program: Program
+) -> tuple[Float[Array, "B V"], Array]:
     """Logits after the last column, and the cache with the tokens at these positions. A position of T or more is
     padding, which leaves no trace; short rows have theirs on the left."""
     inside = positions_BS < cache_LBTR.shape[2]
@@ -99,8 +101,7 @@ def extend(params: dict[str, Array], tokens_BS: Int[Array, "B S"], cache_LBTR: A
     return network.logits(hidden_BSD[:, -1], call), cache_LBTR
 
 
-def _reply(params, logits_BV, cache_LBTR, lengths_B, limits_B, stop_ids, sampling, budget, *, room: int,
-           program: Program):
+def _reply(params, logits_BV, cache_LBTR, lengths_B, limits_B, stop_ids, sampling, budget, *, room: int, program: Program):
     """[B, room] tokens, how many each row has, and the cache; a row ends at a stop token or at its limit (0: it only
     pads the batch), and the loop when every row has ended."""
     B, T = len(lengths_B), cache_LBTR.shape[2]
@@ -143,8 +144,18 @@ class Decoder:
     token id.
     """
 
-    def __init__(self, cfg: ModelConfig, params: dict[str, Array], rows: int, *, stop_ids: tuple[int, ...], dtype: str,
-                 platform: str, sampling: Sampling = GREEDY, positions: int = 0):
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        params: dict[str, Array],
+        rows: int,
+        *,
+        stop_ids: tuple[int, ...],
+        dtype: str,
+        platform: str,
+        sampling: Sampling = GREEDY,
+        positions: int = 0,
+    ):
         self.sampling = sampling.check()
         self.program = Program(cfg, dtype, platform, greedy=sampling.temperature == 0)
         self.params, self.rows, self.stop_ids, self.positions = params, bucket(rows, 1), stop_ids, positions
@@ -152,8 +163,9 @@ class Decoder:
         self.cached: list[list[int]] = [[] for _ in range(self.rows)]
         """Token ids whose latents stand in each row of the cache."""
 
-    def reply(self, prompts: Mapping[int, Sequence[int]], max_new_tokens: int, budget: Budget = UNLIMITED
-              ) -> dict[int, list[int]]:
+    def reply(
+        self, prompts: Mapping[int, Sequence[int]], max_new_tokens: int, budget: Budget = UNLIMITED
+    ) -> dict[int, list[int]]:
         """row -> the continuation of its prompt: all rows together on the device, each up to and including its stop
         token, or without one at `max_new_tokens`. Rows without a prompt stay as they are."""
         lengths, limits = np.ones(self.rows, np.int32), np.zeros(self.rows, np.int32)
@@ -161,16 +173,27 @@ class Decoder:
             lengths[row], limits[row] = len(prompt), max_new_tokens
         logits, _ = self._read(prompts, max_new_tokens)
         stops = np.asarray(self.stop_ids or (-1,), np.int32)
-        out, count, self.cache = _loop(self.params, logits, self.cache, lengths, limits, stops, self.sampling, budget,
-                                       room=bucket(max_new_tokens, 16), program=self.program)
+        out, count, self.cache = _loop(
+            self.params,
+            logits,
+            self.cache,
+            lengths,
+            limits,
+            stops,
+            self.sampling,
+            budget,
+            room=bucket(max_new_tokens, 16),
+            program=self.program,
+        )
         out, count = jax.device_get((out, count))
-        replies = {row: out[row, :count[row]].tolist() for row in prompts}
+        replies = {row: out[row, : count[row]].tolist() for row in prompts}
         for row, ids in replies.items():
             self.cached[row] += ids[:-1]
         return replies
 
-    def stream(self, prompt: Sequence[int], max_new_tokens: int, budget: Budget = UNLIMITED, stats: Stats | None = None
-               ) -> Iterator[int]:
+    def stream(
+        self, prompt: Sequence[int], max_new_tokens: int, budget: Budget = UNLIMITED, stats: Stats | None = None
+    ) -> Iterator[int]:
         """The tokens of `reply` for row 0, each as soon as it is known; `stats` is kept up to date."""
         stats = Stats() if stats is None else stats
         start, thought = time.perf_counter(), np.full(self.rows, OUTSIDE, np.int32)
@@ -199,7 +222,7 @@ class Decoder:
             require(len(prompt) > 0, f"prompt {row} is empty; it needs at least one token")
         # The last token is read again even if it is cached: its logits are wanted.
         known = {row: min(shared_prefix(self.cached[row], prompt), len(prompt) - 1) for row, prompt in prompts.items()}
-        new = {row: list(prompt[known[row]:]) for row, prompt in prompts.items()}
+        new = {row: list(prompt[known[row] :]) for row, prompt in prompts.items()}
         vocab = self.program.cfg.vocab_size
         for row, ids in new.items():
             require(min(ids) >= 0 and max(ids) < vocab, f"prompt {row} has a token id outside [0, {vocab})")
@@ -213,7 +236,7 @@ class Decoder:
         width = bucket(max(map(len, prompts.values())), 16)
         tokens, lengths = np.zeros((self.rows, width), np.int32), np.ones(self.rows, np.int32)
         for row, prompt in prompts.items():
-            tokens[row, :len(prompt)], lengths[row] = prompt, len(prompt)
+            tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
         room = room_for(max(longest, self.positions, width))
         logits, self.cache = _prefill(self.params, tokens, lengths, room, self.program)
         return logits
@@ -226,8 +249,8 @@ class Decoder:
         tokens = np.zeros((self.rows, width), np.int32)
         positions = np.full((self.rows, width), self.cache.shape[2], np.int32)
         for row, ids in new.items():
-            tokens[row, width - len(ids):] = ids
-            positions[row, width - len(ids):] = np.arange(known[row], known[row] + len(ids))
+            tokens[row, width - len(ids) :] = ids
+            positions[row, width - len(ids) :] = np.arange(known[row], known[row] + len(ids))
         first = width % CHUNK
         for at in [*([0] if first else []), *range(first, width, CHUNK)]:
             part = slice(at, first if at < first else at + CHUNK)

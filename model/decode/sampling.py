@@ -27,7 +27,7 @@ class Sampling:
         require(self.temperature >= 0, f"temperature must be at least 0, not {self.temperature}")
         require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
         require(0 <= self.min_p <= 1, f"min_p must lie in [0, 1], not {self.min_p}")
-        require(-2**31 <= self.seed < 2**31, f"seed must lie in [-2^31, 2^31), not {self.seed}")
+        require(-(2**31) <= self.seed < 2**31, f"seed must lie in [-2^31, 2^31), not {self.seed}")
         return self
 
 

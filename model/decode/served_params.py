@@ -15,8 +15,9 @@ SERVED = Serving(dtype="float32", grid="none")
 """What `Call.serving` must be with prepared weights: they are taken as they are."""
 
 
-def serve(params: dict[str, Array], specs: Specs, serving: Serving, amount: Float[Array, ""] | float, dtype: str
-          ) -> dict[str, Array]:
+def serve(
+    params: dict[str, Array], specs: Specs, serving: Serving, amount: Float[Array, ""] | float, dtype: str
+) -> dict[str, Array]:
     """The forward values of all masters. With `SERVED` they give the very numbers of the masters with `serving`.
 
     `amount` is 0 for plain weights, 1 for the grid. Weights are kept in bfloat16 where that loses nothing the forward

@@ -26,9 +26,15 @@ MASKED = -1e30
 """Logit of a key that may not be seen; finite, so that a fully masked (padding) row gives numbers, not NaN."""
 
 
-def chunked(q: Float[Array, "B S H k"], k: Float[Array, "B T H k"], v: Float[Array, "B T H v"],
-            segments: Int[Array, "B T"], at: Int[Array, "S"], scale: float, chunk: int
-            ) -> tuple[Float[Array, "B S H v"], Float[Array, "H"]]:
+def chunked(
+    q: Float[Array, "B S H k"],
+    k: Float[Array, "B T H k"],
+    v: Float[Array, "B T H v"],
+    segments: Int[Array, "B T"],
+    at: Int[Array, "S"],
+    scale: float,
+    chunk: int,
+) -> tuple[Float[Array, "B S H v"], Float[Array, "H"]]:
     """Attention output and every head's largest visible logit, as `attention.reference`.
 
     Documents must be contiguous. A tile is B * H * chunk**2 floats; `max_logit` carries no gradient.
@@ -56,7 +62,7 @@ class Places(NamedTuple):
     def bounds(self, chunk: int) -> tuple[Int[Array, "n"], Int[Array, "n"]]:
         """For each query chunk the first key chunk that any of its documents reaches back to, and the end: the chunk
         behind its last query's."""
-        return jnp.min(self.starts()[:, ::chunk], axis=0) // chunk, self.at[chunk - 1::chunk] // chunk + 1
+        return jnp.min(self.starts()[:, ::chunk], axis=0) // chunk, self.at[chunk - 1 :: chunk] // chunk + 1
 
     def starts(self) -> Int[Array, "B S"]:
         """Where each query's document begins."""
@@ -87,12 +93,14 @@ def _forward(q, k, v, places: Places, scale: float, chunk: int):
             logits = _tile(q, k, places, i, j, scale, chunk)
             new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
             weights, shrink = jnp.exp(logits - new_top[..., None]), jnp.exp(top - new_top)
-            step = jnp.einsum("BHST,BHTv->BHSv", weights.astype(v.dtype), _part(v, j, chunk),
-                              preferred_element_type=jnp.float32)
+            step = jnp.einsum("BHST,BHTv->BHSv", weights.astype(v.dtype), _part(v, j, chunk), preferred_element_type=jnp.float32)
             return new_top, total * shrink + jnp.sum(weights, axis=-1), out * shrink[..., None] + step
 
-        start = (jnp.full((B, H, chunk), MASKED, jnp.float32), jnp.zeros((B, H, chunk), jnp.float32),
-                 jnp.zeros((B, H, chunk, v.shape[-1]), jnp.float32))
+        start = (
+            jnp.full((B, H, chunk), MASKED, jnp.float32),
+            jnp.zeros((B, H, chunk), jnp.float32),
+            jnp.zeros((B, H, chunk, v.shape[-1]), jnp.float32),
+        )
         top, total, out = lax.fori_loop(first[i], end[i], keys, start)
         return (out / total[..., None]).astype(v.dtype), top + jnp.log(total), top
 

@@ -51,13 +51,22 @@ def refusal(q: Array, v: Array) -> str:
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the Hopper kernels multiply bfloat16 and float16, not {q.dtype.name}"
     if any(width % ROWS or not 0 < width <= most for width, most in zip(widths, WIDEST)):
-        return (f"heads of {widths[0]} and {widths[1]} are not whole multiples of {ROWS} up to {WIDEST[0]} and {WIDEST[1]}, "
-                "which the Hopper kernels take")
+        return (
+            f"heads of {widths[0]} and {widths[1]} are not whole multiples of {ROWS} up to {WIDEST[0]} and {WIDEST[1]}, "
+            "which the Hopper kernels take"
+        )
     return ""
 
 
-def attend(q: Float[Array, "B S H k"], k: Float[Array, "B T H k"], v: Float[Array, "B T H v"], segments: Int[Array, "B T"],
-           at: Int[Array, "S"], scale: float, chunk: int = 0) -> tuple[Float[Array, "B S H v"], Float[Array, "H"]]:
+def attend(
+    q: Float[Array, "B S H k"],
+    k: Float[Array, "B T H k"],
+    v: Float[Array, "B T H v"],
+    segments: Int[Array, "B T"],
+    at: Int[Array, "S"],
+    scale: float,
+    chunk: int = 0,
+) -> tuple[Float[Array, "B S H v"], Float[Array, "H"]]:
     """Attention output and every head's largest visible logit, as `attention.reference`; `chunk` is not used.
 
     Operands for which `refusal` has no reason. Documents must be contiguous. Padding gives zeros; `max_logit` carries no
@@ -122,10 +131,12 @@ def multiply(total, x, tile, transposed: bool = False) -> None:
 
 def _logits(x, tile, meanwhile: Callable = lambda: None) -> Array:
     """x @ tile^T in registers; `meanwhile` runs while it is multiplied."""
+
     def run(total):
         multiply(total, x, tile, transposed=True)
         meanwhile()
         return total[...]
+
     return pl.run_scoped(run, plgpu.ACC((x.shape[0], tile.shape[0]), jnp.float32))
 
 
@@ -146,9 +157,11 @@ def _fetch(span: tuple[Array, ...], stages: int, streams) -> None:
     def step(j, _):
         slot = lax.rem(j - first, jnp.int32(stages))
         for copies, filled, freed in streams:
+
             @pl.when(j - first >= stages)
             def _(freed=freed):
                 plgpu.barrier_wait(freed.at[slot])
+
             for source, ring in copies:
                 plgpu.copy_gmem_to_smem(source(j), ring.at[slot], filled.at[slot])
         return ()
@@ -165,25 +178,54 @@ def _call(body: Callable, outputs, scratch, grid: tuple[int, int, int], operands
     """The kernel on its operands. products: columns of operands and results per pair of a query and a key, half of which
     see each other where a row is one document: what kernels/hopper.py states to launch.py plan."""
     kernel = plgpu.kernel(
-        body, out_type=outputs, scratch_types=scratch, grid=grid, grid_names=("batch", "head", "tile"),
-        num_threads=GROUPS + 1, thread_name="group",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup))
+        body,
+        out_type=outputs,
+        scratch_types=scratch,
+        grid=grid,
+        grid_names=("batch", "head", "tile"),
+        num_threads=GROUPS + 1,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )
     (B, S, H, _), T = operands[0].shape, operands[1].shape[1]
     moved = sum(x.size * x.dtype.itemsize for x in (*operands, *jax.tree.leaves(outputs)))
     with hopper.stated(B * H * S * T * products, moved):
         return kernel(*operands)
 
 
-def forward(q: Float[Array, "B S H k"], k: Float[Array, "B T H k"], v: Float[Array, "B T H v"], seen: Intervals, scale: float
-            ) -> tuple[Float[Array, "B S H v"], Float[Array, "B H S"], Float[Array, "B H S"]]:
+def forward(
+    q: Float[Array, "B S H k"], k: Float[Array, "B T H k"], v: Float[Array, "B T H v"], seen: Intervals, scale: float
+) -> tuple[Float[Array, "B S H v"], Float[Array, "B H S"], Float[Array, "B H S"]]:
     """Output, log-sum-exp and largest logit of every row. S and T are whole TILEs. A row that sees nothing gives zeros."""
     (B, S, H, dk), dv, dtype = q.shape, v.shape[-1], q.dtype
     n, keys = S // TILE, TILE
     stages = _ring(keys * (dk + dv) * 2, TILE * dk * 2, 2)
     to_log2, nothing = scale * LOG2E, MASKED / scale
 
-    def body(q, k, v, low, high, spans, out, lse, top, q_own, k_ring, v_ring, low_own, high_own, lse_own, top_own,
-             ready, k_filled, k_freed, v_filled, v_freed, turn):
+    def body(
+        q,
+        k,
+        v,
+        low,
+        high,
+        spans,
+        out,
+        lse,
+        top,
+        q_own,
+        k_ring,
+        v_ring,
+        low_own,
+        high_own,
+        lse_own,
+        top_own,
+        ready,
+        k_filled,
+        k_freed,
+        v_filled,
+        v_freed,
+        turn,
+    ):
         batch, head, group = (lax.axis_index(name) for name in ("batch", "head", "group"))
         i = n - 1 - lax.axis_index("tile")  # the longest first
         span = tuple(spans[batch, i, at] for at in range(4))
@@ -227,6 +269,7 @@ def forward(q: Float[Array, "B S H k"], k: Float[Array, "B T H k"], v: Float[Arr
                 def values(part):
                     multiply(part, p, v_ring.at[slot])
                     return part[...]
+
                 part = pl.run_scoped(values, plgpu.ACC((ROWS, dv), jnp.float32))
                 plgpu.barrier_arrive(v_freed.at[slot])
                 return total * _rows(shrink, total.shape) + part, new, norm
@@ -249,21 +292,36 @@ def forward(q: Float[Array, "B S H k"], k: Float[Array, "B T H k"], v: Float[Arr
         def fetch():
             def of(x):
                 return lambda j: x.at[batch, pl.ds(j * keys, keys), head]
+
             _fetch(span, stages, ((((of(k), k_ring),), k_filled, k_freed), (((of(v), v_ring),), v_filled, v_freed)))
 
     per_row = jax.ShapeDtypeStruct((B, H, S), jnp.float32)
     number = partial(plgpu.SMEM, (GROUPS, ROWS))
     return _call(
-        body, (jax.ShapeDtypeStruct((B, S, H, dv), dtype), per_row, per_row),
-        (_tiles(GROUPS, ROWS, dk, dtype=dtype), _tiles(stages, keys, dk, dtype=dtype), _tiles(stages, keys, dv, dtype=dtype),
-         number(jnp.int32), number(jnp.int32), number(jnp.float32), number(jnp.float32),
-         plgpu.Barrier(num_arrivals=3, num_barriers=GROUPS),
-         *_barriers(stages, 1), *_barriers(stages, 1), plgpu.Barrier(num_arrivals=GROUPS)),
-        (B, H, n), (q, k, v, seen.low, seen.high, seen.keys_of_queries(TILE, keys, k.shape[1])), dk + dv)
+        body,
+        (jax.ShapeDtypeStruct((B, S, H, dv), dtype), per_row, per_row),
+        (
+            _tiles(GROUPS, ROWS, dk, dtype=dtype),
+            _tiles(stages, keys, dk, dtype=dtype),
+            _tiles(stages, keys, dv, dtype=dtype),
+            number(jnp.int32),
+            number(jnp.int32),
+            number(jnp.float32),
+            number(jnp.float32),
+            plgpu.Barrier(num_arrivals=3, num_barriers=GROUPS),
+            *_barriers(stages, 1),
+            *_barriers(stages, 1),
+            plgpu.Barrier(num_arrivals=GROUPS),
+        ),
+        (B, H, n),
+        (q, k, v, seen.low, seen.high, seen.keys_of_queries(TILE, keys, k.shape[1])),
+        dk + dv,
+    )
 
 
-def backward(q, k, v, g: Float[Array, "B S H v"], lse: Float[Array, "B H S"], delta: Float[Array, "B H S"], seen: Intervals,
-             scale: float) -> tuple[Array, Array, Array]:
+def backward(
+    q, k, v, g: Float[Array, "B S H v"], lse: Float[Array, "B H S"], delta: Float[Array, "B H S"], seen: Intervals, scale: float
+) -> tuple[Array, Array, Array]:
     """dq, dk, dv for the cotangent g of the output; delta: sum over v of g * output."""
     return (_queries(q, k, v, g, lse, delta, seen, scale), *_keys(q, k, v, g, lse, delta, seen, scale))
 
@@ -274,8 +332,29 @@ def _queries(q, k, v, g, lse, delta, seen: Intervals, scale: float) -> Float[Arr
     n, keys = S // TILE, ROWS
     stages = _ring(keys * (dk + dv) * 2, TILE * (dk + dv) * 2, 3)
 
-    def body(q, k, v, g, lse, delta, low, high, spans, dq, q_own, g_own, k_ring, v_ring, lse_own, delta_own, low_own, high_own,
-             ready, filled, freed):
+    def body(
+        q,
+        k,
+        v,
+        g,
+        lse,
+        delta,
+        low,
+        high,
+        spans,
+        dq,
+        q_own,
+        g_own,
+        k_ring,
+        v_ring,
+        lse_own,
+        delta_own,
+        low_own,
+        high_own,
+        ready,
+        filled,
+        freed,
+    ):
         batch, head, group = (lax.axis_index(name) for name in ("batch", "head", "group"))
         i = n - 1 - lax.axis_index("tile")
         span = tuple(spans[batch, i, at] for at in range(4))
@@ -284,9 +363,14 @@ def _queries(q, k, v, g, lse, delta, seen: Intervals, scale: float) -> Float[Arr
         def compute():
             plgpu.set_max_registers(240, action="increase")
             at = pl.ds(i * TILE + group * ROWS, ROWS)
-            for source, own in ((q.at[batch, at, head], q_own), (g.at[batch, at, head], g_own),
-                                (lse.at[batch, head, at], lse_own), (delta.at[batch, head, at], delta_own),
-                                (low.at[batch, at], low_own), (high.at[batch, at], high_own)):
+            for source, own in (
+                (q.at[batch, at, head], q_own),
+                (g.at[batch, at, head], g_own),
+                (lse.at[batch, head, at], lse_own),
+                (delta.at[batch, head, at], delta_own),
+                (low.at[batch, at], low_own),
+                (high.at[batch, at], high_own),
+            ):
                 plgpu.copy_gmem_to_smem(source, own.at[group], ready.at[group])
             plgpu.barrier_wait(ready.at[group])
 
@@ -319,15 +403,29 @@ def _queries(q, k, v, g, lse, delta, seen: Intervals, scale: float) -> Float[Arr
         def fetch():
             def of(x):
                 return lambda j: x.at[batch, pl.ds(j * keys, keys), head]
+
             _fetch(span, stages, ((((of(k), k_ring), (of(v), v_ring)), filled, freed),))
 
     number = partial(plgpu.SMEM, (GROUPS, ROWS))
     return _call(
-        body, jax.ShapeDtypeStruct(q.shape, dtype),
-        (_tiles(GROUPS, ROWS, dk, dtype=dtype), _tiles(GROUPS, ROWS, dv, dtype=dtype), _tiles(stages, keys, dk, dtype=dtype),
-         _tiles(stages, keys, dv, dtype=dtype), number(jnp.float32), number(jnp.float32), number(jnp.int32), number(jnp.int32),
-         plgpu.Barrier(num_arrivals=6, num_barriers=GROUPS), *_barriers(stages, 2)),
-        (B, H, n), (q, k, v, g, lse, delta, seen.low, seen.high, seen.keys_of_queries(TILE, keys, k.shape[1])), 2 * dk + dv)
+        body,
+        jax.ShapeDtypeStruct(q.shape, dtype),
+        (
+            _tiles(GROUPS, ROWS, dk, dtype=dtype),
+            _tiles(GROUPS, ROWS, dv, dtype=dtype),
+            _tiles(stages, keys, dk, dtype=dtype),
+            _tiles(stages, keys, dv, dtype=dtype),
+            number(jnp.float32),
+            number(jnp.float32),
+            number(jnp.int32),
+            number(jnp.int32),
+            plgpu.Barrier(num_arrivals=6, num_barriers=GROUPS),
+            *_barriers(stages, 2),
+        ),
+        (B, H, n),
+        (q, k, v, g, lse, delta, seen.low, seen.high, seen.keys_of_queries(TILE, keys, k.shape[1])),
+        2 * dk + dv,
+    )
 
 
 def _keys(q, k, v, g, lse, delta, seen: Intervals, scale: float) -> tuple[Float[Array, "B T H k"], Float[Array, "B T H v"]]:
@@ -336,8 +434,30 @@ def _keys(q, k, v, g, lse, delta, seen: Intervals, scale: float) -> tuple[Float[
     queries = ROWS
     stages = _ring(queries * (dk + dv) * 2, TILE * (dk + dv) * 2, 3)
 
-    def body(q, k, v, g, lse, delta, low, high, spans, dk_out, dv_out, k_own, v_own, q_ring, g_ring, lse_ring, delta_ring,
-             low_ring, high_ring, ready, filled, freed):
+    def body(
+        q,
+        k,
+        v,
+        g,
+        lse,
+        delta,
+        low,
+        high,
+        spans,
+        dk_out,
+        dv_out,
+        k_own,
+        v_own,
+        q_ring,
+        g_ring,
+        lse_ring,
+        delta_ring,
+        low_ring,
+        high_ring,
+        ready,
+        filled,
+        freed,
+    ):
         batch, head, group, i = (lax.axis_index(name) for name in ("batch", "head", "group", "tile"))
         span = tuple(spans[batch, i, at] for at in range(4))
         rings = (q_ring, g_ring, lse_ring, delta_ring, low_ring, high_ring)
@@ -388,15 +508,34 @@ def _keys(q, k, v, g, lse, delta, seen: Intervals, scale: float) -> tuple[Float[
         def fetch():
             def at(j):
                 return pl.ds(j * queries, queries)
-            sources = (lambda j: q.at[batch, at(j), head], lambda j: g.at[batch, at(j), head],
-                       lambda j: lse.at[batch, head, at(j)], lambda j: delta.at[batch, head, at(j)],
-                       lambda j: low.at[batch, at(j)], lambda j: high.at[batch, at(j)])
+
+            sources = (
+                lambda j: q.at[batch, at(j), head],
+                lambda j: g.at[batch, at(j), head],
+                lambda j: lse.at[batch, head, at(j)],
+                lambda j: delta.at[batch, head, at(j)],
+                lambda j: low.at[batch, at(j)],
+                lambda j: high.at[batch, at(j)],
+            )
             _fetch(span, stages, ((tuple(zip(sources, rings)), filled, freed),))
 
     number = partial(plgpu.SMEM, (stages, queries))
     return _call(
-        body, (jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype)),
-        (_tiles(GROUPS, ROWS, dk, dtype=dtype), _tiles(GROUPS, ROWS, dv, dtype=dtype), _tiles(stages, queries, dk, dtype=dtype),
-         _tiles(stages, queries, dv, dtype=dtype), number(jnp.float32), number(jnp.float32), number(jnp.int32), number(jnp.int32),
-         plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS), *_barriers(stages, 6)),
-        (B, H, T // TILE), (q, k, v, g, lse, delta, seen.low, seen.high, seen.queries_of_keys(queries, TILE, T)), 2 * dk + 2 * dv)
+        body,
+        (jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype)),
+        (
+            _tiles(GROUPS, ROWS, dk, dtype=dtype),
+            _tiles(GROUPS, ROWS, dv, dtype=dtype),
+            _tiles(stages, queries, dk, dtype=dtype),
+            _tiles(stages, queries, dv, dtype=dtype),
+            number(jnp.float32),
+            number(jnp.float32),
+            number(jnp.int32),
+            number(jnp.int32),
+            plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
+            *_barriers(stages, 6),
+        ),
+        (B, H, T // TILE),
+        (q, k, v, g, lse, delta, seen.low, seen.high, seen.queries_of_keys(queries, TILE, T)),
+        2 * dk + 2 * dv,
+    )

@@ -25,8 +25,15 @@ from model.kernels.grouped_matmul_tpu import VMEM_LIMIT
 from model.kernels.intervals import document_starts
 
 
-def attend(q: Float[Array, "B S H k"], k: Float[Array, "B T H k"], v: Float[Array, "B T H v"], segments: Int[Array, "B T"],
-           at: Int[Array, "S"], scale: float, chunk: int) -> tuple[Float[Array, "B S H v"], Float[Array, "H"]]:
+def attend(
+    q: Float[Array, "B S H k"],
+    k: Float[Array, "B T H k"],
+    v: Float[Array, "B T H v"],
+    segments: Int[Array, "B T"],
+    at: Int[Array, "S"],
+    scale: float,
+    chunk: int,
+) -> tuple[Float[Array, "B S H v"], Float[Array, "H"]]:
     """As `attention.reference`, in tiles of `chunk` positions, whole lanes on a chip. max_logit carries no gradient."""
     S, T = q.shape[1], k.shape[1]
     rows, keys = (min(chunk, -(-n // LANES) * LANES) for n in (S, T))
@@ -62,7 +69,7 @@ class Reach:
     def of(cls, segments: Int[Array, "B T"], at: Int[Array, "S"], rows: int, keys: int) -> Reach:
         start = document_starts(segments)[:, at]
         first = start[:, ::rows] // keys
-        end = jnp.broadcast_to(at[rows - 1::rows] // keys + 1, first.shape)
+        end = jnp.broadcast_to(at[rows - 1 :: rows] // keys + 1, first.shape)
         tiles = jnp.arange(segments.shape[1] // keys)[:, None]
         low = jnp.where(segments[:, at] > 0, start, segments.shape[1])[:, None]
         of_keys = (jnp.sum(bound[:, None] <= tiles, axis=-1) for bound in (end, first))
@@ -98,21 +105,45 @@ def _forward(q, k, v, reach, scale: float):
     (B, H, S, _), width = q.shape, v.shape[-1]
     row = jax.ShapeDtypeStruct((B, H, 1, S), jnp.float32)
     out, lse, top = _call(
-        _forward_kernel, reach, (q, k, v), (), scale, products=(q, v),
-        outputs=[jax.ShapeDtypeStruct((B, H, width, S), v.dtype), row, row], scratch=[(width, None), (1, None), (1, None)])
+        _forward_kernel,
+        reach,
+        (q, k, v),
+        (),
+        scale,
+        products=(q, v),
+        outputs=[jax.ShapeDtypeStruct((B, H, width, S), v.dtype), row, row],
+        scratch=[(width, None), (1, None), (1, None)],
+    )
     return jnp.swapaxes(out, 2, 3), lse, top
 
 
 def _queries_gradient(q, k, v, reach, g, lse, delta, scale: float):
     B, H, S, width = q.shape
-    (dq,) = _call(_queries_kernel, reach, (q, k, v, g), (lse, delta), scale, products=(q, v, q),
-                  outputs=[jax.ShapeDtypeStruct((B, H, width, S), q.dtype)], scratch=[(width, None)])
+    (dq,) = _call(
+        _queries_kernel,
+        reach,
+        (q, k, v, g),
+        (lse, delta),
+        scale,
+        products=(q, v, q),
+        outputs=[jax.ShapeDtypeStruct((B, H, width, S), q.dtype)],
+        scratch=[(width, None)],
+    )
     return jnp.swapaxes(dq, 2, 3)
 
 
 def _keys_gradient(q, k, v, reach, g, lse, delta, scale: float):
-    return _call(_keys_kernel, reach, (q, k, v, g), (lse, delta), scale, products=(q, v, q, v), by_keys=True,
-                 outputs=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)], scratch=[(None, x.shape[-1]) for x in (k, v)])
+    return _call(
+        _keys_kernel,
+        reach,
+        (q, k, v, g),
+        (lse, delta),
+        scale,
+        products=(q, v, q, v),
+        by_keys=True,
+        outputs=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
+        scratch=[(None, x.shape[-1]) for x in (k, v)],
+    )
 
 
 def _call(kernel, reach: Reach, arrays, per_query, scale: float, *, products, outputs, scratch, by_keys: bool = False):
@@ -129,8 +160,9 @@ def _call(kernel, reach: Reach, arrays, per_query, scale: float, *, products, ou
         if which == outer:
             return lambda b, o, i, first, end: o
         # Keys behind a device's last query are needed by nobody: first and end are then the number of tiles.
-        return lambda b, o, i, first, end: jnp.minimum(jnp.clip(i, first[b, o], jnp.maximum(end[b, o] - 1, first[b, o])),
-                                                       counts[which] - 1)
+        return lambda b, o, i, first, end: jnp.minimum(
+            jnp.clip(i, first[b, o], jnp.maximum(end[b, o] - 1, first[b, o])), counts[which] - 1
+        )
 
     def tall(which: int, width: int):
         return pl.BlockSpec((1, 1, lengths[which], width), lambda b, h, o, i, *s: (b, h, place(which)(b, o, i, *s), 0))
@@ -144,21 +176,28 @@ def _call(kernel, reach: Reach, arrays, per_query, scale: float, *, products, ou
     span = pl.BlockSpec((1, 1, lengths[0]), lambda b, h, o, i, *s: (b, 0, place(0)(b, o, i, *s)))
     sides = (0, 1, 1, 0)  # q, k, v, and the output's gradient
     spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=2, grid=(B, H, counts[outer], counts[inner]),
+        num_scalar_prefetch=2,
+        grid=(B, H, counts[outer], counts[inner]),
         in_specs=[span, span, *(tall(side, x.shape[3]) for side, x in zip(sides, arrays)), *(flat(1) for _ in per_query)],
         out_specs=[of_output(x) for x in outputs],
-        scratch_shapes=[pltpu.VMEM(tuple(n or lengths[outer] for n in shape), jnp.float32) for shape in scratch])
+        scratch_shapes=[pltpu.VMEM(tuple(n or lengths[outer] for n in shape), jnp.float32) for shape in scratch],
+    )
     tiles = B * H * counts[0] * (counts[1] + 1) / 2
     width = sum(-(-x.shape[3] // LANES) * LANES for x in products)
     moved = sum(x.shape[3] * x.dtype.itemsize for x, side in zip(arrays, sides) if side == inner) * tiles * lengths[inner]
     moved += sum(x.size * x.dtype.itemsize for x, side in zip(arrays, sides) if side == outer)
     moved += sum(x.size * x.dtype.itemsize for x in outputs)
-    cost = pl.CostEstimate(flops=int(2 * tiles * lengths[0] * lengths[1] * width), bytes_accessed=int(moved),
-                           transcendentals=int(tiles * lengths[0] * lengths[1]))
-    params = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-                                  vmem_limit_bytes=VMEM_LIMIT)
-    run = pl.pallas_call(partial(kernel, scale=scale), grid_spec=spec, out_shape=outputs, compiler_params=params,
-                         cost_estimate=cost)
+    cost = pl.CostEstimate(
+        flops=int(2 * tiles * lengths[0] * lengths[1] * width),
+        bytes_accessed=int(moved),
+        transcendentals=int(tiles * lengths[0] * lengths[1]),
+    )
+    params = pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+    )
+    run = pl.pallas_call(
+        partial(kernel, scale=scale), grid_spec=spec, out_shape=outputs, compiler_params=params, cost_estimate=cost
+    )
     bounds = (reach.begin, reach.stop) if by_keys else (reach.first, reach.end)
     return run(*bounds, reach.low, reach.high, *arrays, *per_query)
 

@@ -39,12 +39,19 @@ def takes(dtype, block: int, w: Array | Int4Weight) -> bool:
     """Whether the kernel can multiply rows of `dtype` with these weights [E, I, O]."""
     _, inputs, outputs = w.shape
     on_grid = isinstance(w, Int4Weight)
-    return (triton is not None and block in BLOCKS and dtype == jnp.bfloat16 and inputs % STEP == 0 and outputs % WIDTH == 0
-            and (w.axis == -2 and STEP % w.group == 0 if on_grid else w.dtype == dtype))
+    return (
+        triton is not None
+        and block in BLOCKS
+        and dtype == jnp.bfloat16
+        and inputs % STEP == 0
+        and outputs % WIDTH == 0
+        and (w.axis == -2 and STEP % w.group == 0 if on_grid else w.dtype == dtype)
+    )
 
 
-def rows(x: Float[Array, "M I"], w: Float[Array, "E I O"] | Int4Weight, block_expert: Int[Array, "M/b"], interpret: bool = False
-         ) -> Float[Array, "M O"]:
+def rows(
+    x: Float[Array, "M I"], w: Float[Array, "E I O"] | Int4Weight, block_expert: Int[Array, "M/b"], interpret: bool = False
+) -> Float[Array, "M O"]:
     """GroupedMatmul.rows, not transposed."""
     (M, I), (E, _, O), blocks = x.shape, w.shape, len(block_expert)
     if isinstance(w, Int4Weight):
@@ -68,8 +75,10 @@ def rows(x: Float[Array, "M I"], w: Float[Array, "E I O"] | Int4Weight, block_ex
         def add(step, results):
             rows = triton.load(x.at[here, pl.ds(step * STEP, STEP)])
             picked = pick(*weights, expert, step, tile)
-            return tuple(total + lax.dot_general(rows, part, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-                         for total, part in zip(results, picked, strict=True))
+            return tuple(
+                total + lax.dot_general(rows, part, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+                for total, part in zip(results, picked, strict=True)
+            )
 
         @pl.when(expert < E)
         def _():
@@ -79,8 +88,13 @@ def rows(x: Float[Array, "M I"], w: Float[Array, "E I O"] | Int4Weight, block_ex
         def _():
             store(nothing)
 
-    run = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((M, O // parts, parts), x.dtype), grid=(blocks, O // WIDTH),
-                         interpret=interpret, compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES))
+    run = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((M, O // parts, parts), x.dtype),
+        grid=(blocks, O // WIDTH),
+        interpret=interpret,
+        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES),
+    )
     moved = min(blocks, E) * sum(a.size // E * a.dtype.itemsize for a in operands) + (x.size + M * O) * x.dtype.itemsize
     with stated(2 * M * I * O, moved):
         return run(block_expert.astype(jnp.int32), x, *operands).reshape(M, O)

@@ -33,8 +33,12 @@ BLOCKS = (64, 128)
 def takes(dtype, block: int, *widths: int) -> bool:
     """Whether the kernels can multiply this: WGMMA wants 16-bit floats, TMA whole swizzles. In blocks of 64 rows the two
     workers share a tile's columns, and where the output has 64 the second one's may not hang over (see `hopper.run`)."""
-    return (block in BLOCKS and dtype in (jnp.bfloat16, jnp.float16)
-            and all(width % STEP == 0 for width in widths) and (block > STEP or min(widths) > STEP))
+    return (
+        block in BLOCKS
+        and dtype in (jnp.bfloat16, jnp.float16)
+        and all(width % STEP == 0 for width in widths)
+        and (block > STEP or min(widths) > STEP)
+    )
 
 
 def tile_width(width: int, multiple: int = 64) -> int:
@@ -43,8 +47,9 @@ def tile_width(width: int, multiple: int = 64) -> int:
     return max(fitting, key=lambda t: WIDTHS[t] * width / (pl.cdiv(width, t) * t))
 
 
-def rows(x: Float[Array, "M I"], w: Float[Array, "E _ _"], block_expert: Int[Array, "M/b"], transposed: bool,
-         cores: int = hopper.CORES) -> Float[Array, "M O"]:
+def rows(
+    x: Float[Array, "M I"], w: Float[Array, "E _ _"], block_expert: Int[Array, "M/b"], transposed: bool, cores: int = hopper.CORES
+) -> Float[Array, "M O"]:
     """GroupedMatmul.rows."""
     (M, I), O, E = x.shape, w.shape[1 if transposed else 2], len(w)
     block = M // len(block_expert)
@@ -68,21 +73,40 @@ def rows(x: Float[Array, "M I"], w: Float[Array, "E _ _"], block_expert: Int[Arr
     def multiply(acc, worker, x, w):
         row, column = offset(worker)
         across = pl.ds(column, part[1])
-        hopper.plgpu.wgmma(acc, x.at[pl.ds(row, part[0])],
-                           hopper.transpose(w.at[across]) if transposed else w.at[:, across])
+        hopper.plgpu.wgmma(acc, x.at[pl.ds(row, part[0])], hopper.transpose(w.at[across]) if transposed else w.at[:, across])
 
     def target(at, worker):
         row, column = offset(worker)
         return at[0] + row, at[1] + column
 
-    tiles = hopper.Tiles(len(block_expert) * columns, ((block, STEP), (width, STEP) if transposed else (STEP, width)), part,
-                         place, source, multiply, target)
-    return hopper.run(tiles, (block_expert.astype(jnp.int32),), (x, w), jax.ShapeDtypeStruct((M, O), x.dtype),
-                      flops=2 * M * I * O, moved=(x.size + w.size + M * O) * x.dtype.itemsize, cores=cores)
+    tiles = hopper.Tiles(
+        len(block_expert) * columns,
+        ((block, STEP), (width, STEP) if transposed else (STEP, width)),
+        part,
+        place,
+        source,
+        multiply,
+        target,
+    )
+    return hopper.run(
+        tiles,
+        (block_expert.astype(jnp.int32),),
+        (x, w),
+        jax.ShapeDtypeStruct((M, O), x.dtype),
+        flops=2 * M * I * O,
+        moved=(x.size + w.size + M * O) * x.dtype.itemsize,
+        cores=cores,
+    )
 
 
-def weights(x: Float[Array, "M D"], y: Float[Array, "M F"], block_expert: Int[Array, "M/b"], num_experts: int, dtype,
-            cores: int = hopper.CORES) -> Float[Array, "E D F"]:
+def weights(
+    x: Float[Array, "M D"],
+    y: Float[Array, "M F"],
+    block_expert: Int[Array, "M/b"],
+    num_experts: int,
+    dtype,
+    cores: int = hopper.CORES,
+) -> Float[Array, "E D F"]:
     """GroupedMatmul.weights."""
     (M, D), F = x.shape, y.shape[1]
     block, width, part = M // len(block_expert), tile_width(F), 64
@@ -109,8 +133,16 @@ def weights(x: Float[Array, "M D"], y: Float[Array, "M F"], block_expert: Int[Ar
         return expert, row + worker * part, column
 
     first_block = jnp.sum(block_expert < jnp.arange(num_experts + 1)[:, None], axis=1, dtype=jnp.int32)
-    tiles = hopper.Tiles(num_experts * down * columns, ((STEP, height), (STEP, width)), (part, width), place, source, multiply,
-                         target)
+    tiles = hopper.Tiles(
+        num_experts * down * columns, ((STEP, height), (STEP, width)), (part, width), place, source, multiply, target
+    )
     out = jax.ShapeDtypeStruct((num_experts, D, F), dtype)
-    return hopper.run(tiles, (first_block,), (x, y), out, flops=2 * M * D * F,
-                      moved=(x.size + y.size) * x.dtype.itemsize + out.size * out.dtype.itemsize, cores=cores)
+    return hopper.run(
+        tiles,
+        (first_block,),
+        (x, y),
+        out,
+        flops=2 * M * D * F,
+        moved=(x.size + y.size) * x.dtype.itemsize + out.size * out.dtype.itemsize,
+        cores=cores,
+    )

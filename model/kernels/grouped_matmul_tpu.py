@@ -26,8 +26,9 @@ VMEM_LIMIT = 40 << 20
 has 64 MiB."""
 
 
-def rows(x: Float[Array, "M I"], w: Float[Array, "E _ _"], block_expert: Int[Array, "M/b"], transposed: bool
-         ) -> Float[Array, "M O"]:
+def rows(
+    x: Float[Array, "M I"], w: Float[Array, "E _ _"], block_expert: Int[Array, "M/b"], transposed: bool
+) -> Float[Array, "M O"]:
     """GroupedMatmul.rows."""
     (M, I), O, dtype = x.shape, w.shape[1 if transposed else 2], x.dtype
     block, last = M // len(block_expert), len(w) - 1
@@ -38,13 +39,21 @@ def rows(x: Float[Array, "M I"], w: Float[Array, "E _ _"], block_expert: Int[Arr
         return (at, o, 0) if transposed else (at, 0, o)
 
     return _call(
-        partial(_rows_kernel, num_experts=len(w), transposed=transposed), block_expert, len(w),
-        grid=(O // tile, len(block_expert)), semantics=("parallel", "arbitrary"),
-        in_specs=[pl.BlockSpec((block, I), lambda o, i, expert, source: (source[i], 0)),
-                  pl.BlockSpec((1, tile, I) if transposed else (1, I, tile), weights_at)],
+        partial(_rows_kernel, num_experts=len(w), transposed=transposed),
+        block_expert,
+        len(w),
+        grid=(O // tile, len(block_expert)),
+        semantics=("parallel", "arbitrary"),
+        in_specs=[
+            pl.BlockSpec((block, I), lambda o, i, expert, source: (source[i], 0)),
+            pl.BlockSpec((1, tile, I) if transposed else (1, I, tile), weights_at),
+        ],
         out_specs=pl.BlockSpec((block, tile), lambda o, i, expert, source: (i, o)),
-        out=jax.ShapeDtypeStruct((M, O), dtype), operands=(x, w), flops=2 * M * I * O,
-        moved=(O // tile * x.size + w.size + M * O) * dtype.itemsize)
+        out=jax.ShapeDtypeStruct((M, O), dtype),
+        operands=(x, w),
+        flops=2 * M * I * O,
+        moved=(O // tile * x.size + w.size + M * O) * dtype.itemsize,
+    )
 
 
 def _rows_kernel(expert, source, x, w, out, *, num_experts: int, transposed: bool):
@@ -59,8 +68,9 @@ def _rows_kernel(expert, source, x, w, out, *, num_experts: int, transposed: boo
         out[...] = jnp.zeros_like(out)
 
 
-def weights(x: Float[Array, "M D"], y: Float[Array, "M F"], block_expert: Int[Array, "M/b"], num_experts: int, dtype
-            ) -> Float[Array, "E D F"]:
+def weights(
+    x: Float[Array, "M D"], y: Float[Array, "M F"], block_expert: Int[Array, "M/b"], num_experts: int, dtype
+) -> Float[Array, "E D F"]:
     """GroupedMatmul.weights. The result is written over zeros: nobody writes the tiles of experts without rows."""
     (M, D), F = x.shape, y.shape[1]
     block = M // len(block_expert)
@@ -68,16 +78,26 @@ def weights(x: Float[Array, "M D"], y: Float[Array, "M F"], block_expert: Int[Ar
     width = _largest_tile(F, lambda f: block * (height + f) * x.dtype.itemsize + height * f * 4)
     out = jax.ShapeDtypeStruct((num_experts, D, F), dtype)
     return _call(
-        partial(_weights_kernel, num_experts=num_experts), block_expert, num_experts,
-        grid=(D // height, F // width, len(block_expert)), semantics=("parallel", "parallel", "arbitrary"),
-        in_specs=[pl.BlockSpec((block, height), lambda d, f, i, expert, source: (source[i], d)),
-                  pl.BlockSpec((block, width), lambda d, f, i, expert, source: (source[i], f)),
-                  pl.BlockSpec(memory_space=pl.ANY)],
-        out_specs=pl.BlockSpec((1, height, width), lambda d, f, i, expert, source: (
-            jnp.minimum(expert[source[i]], num_experts - 1), d, f)),
-        out=out, operands=(x, y, jnp.zeros(out.shape, dtype)), aliases={4: 0},
-        scratch=[pltpu.VMEM((height, width), jnp.float32)], flops=2 * M * D * F,
-        moved=(F // width * x.size + D // height * y.size) * x.dtype.itemsize + out.size * out.dtype.itemsize)
+        partial(_weights_kernel, num_experts=num_experts),
+        block_expert,
+        num_experts,
+        grid=(D // height, F // width, len(block_expert)),
+        semantics=("parallel", "parallel", "arbitrary"),
+        in_specs=[
+            pl.BlockSpec((block, height), lambda d, f, i, expert, source: (source[i], d)),
+            pl.BlockSpec((block, width), lambda d, f, i, expert, source: (source[i], f)),
+            pl.BlockSpec(memory_space=pl.ANY),
+        ],
+        out_specs=pl.BlockSpec(
+            (1, height, width), lambda d, f, i, expert, source: (jnp.minimum(expert[source[i]], num_experts - 1), d, f)
+        ),
+        out=out,
+        operands=(x, y, jnp.zeros(out.shape, dtype)),
+        aliases={4: 0},
+        scratch=[pltpu.VMEM((height, width), jnp.float32)],
+        flops=2 * M * D * F,
+        moved=(F // width * x.size + D // height * y.size) * x.dtype.itemsize + out.size * out.dtype.itemsize,
+    )
 
 
 def _weights_kernel(expert, source, x, y, zeros, out, total, *, num_experts: int):
@@ -103,19 +123,35 @@ def _weights_kernel(expert, source, x, y, zeros, out, total, *, num_experts: int
         out[...] = jnp.zeros_like(out)
 
 
-def _call(kernel, block_expert, num_experts, *, grid, semantics, in_specs, out_specs, out, operands, flops, moved,
-          aliases=None, scratch=()):
+def _call(
+    kernel,
+    block_expert,
+    num_experts,
+    *,
+    grid,
+    semantics,
+    in_specs,
+    out_specs,
+    out,
+    operands,
+    flops,
+    moved,
+    aliases=None,
+    scratch=(),
+):
     """The kernel with two prefetched tables: the expert of each block, and the block whose tiles it has in memory, which
     for blocks of nobody is the last one in use, so that nothing is fetched for them. flops, bytes moved: of full blocks,
     for the compiler's scheduler and for launch.py plan, which cannot look inside a kernel."""
     in_use = jnp.sum(block_expert < num_experts)
     source = jnp.minimum(jnp.arange(len(block_expert)), jnp.maximum(in_use - 1, 0)).astype(jnp.int32)
-    spec = pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=2, grid=grid, in_specs=in_specs, out_specs=out_specs,
-                                        scratch_shapes=scratch)
+    spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=2, grid=grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch
+    )
     params = pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT)
     cost = pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
-    run = pl.pallas_call(kernel, grid_spec=spec, out_shape=out, compiler_params=params, input_output_aliases=aliases or {},
-                         cost_estimate=cost)
+    run = pl.pallas_call(
+        kernel, grid_spec=spec, out_shape=out, compiler_params=params, input_output_aliases=aliases or {}, cost_estimate=cost
+    )
     return run(block_expert, source, *operands)
 
 

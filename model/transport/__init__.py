@@ -21,7 +21,10 @@ from model.transport.exchange import all_to_all, ragged_all_to_all
 from model.transport.gather import all_gather
 
 IMPLEMENTATIONS: dict[str, Callable] = {
-    "all_gather": all_gather, "all_to_all": all_to_all, "ragged_all_to_all": ragged_all_to_all}
+    "all_gather": all_gather,
+    "all_to_all": all_to_all,
+    "ragged_all_to_all": ragged_all_to_all,
+}
 
 
 def implementation(platform: str, ways: int, per_token: int) -> str:
@@ -30,8 +33,9 @@ def implementation(platform: str, ways: int, per_token: int) -> str:
     return "all_gather" if platform == "tpu" or ways <= per_token else "all_to_all"
 
 
-def routed(x_ND: Array, experts_NK: Array, gates_NK: Array, weights: experts.Weights, shards: Shards, platform: str,
-           name: str) -> Array:
+def routed(
+    x_ND: Array, experts_NK: Array, gates_NK: Array, weights: experts.Weights, shards: Shards, platform: str, name: str
+) -> Array:
     """The weighted sum of each token's experts, by the entry `name` or, for "auto", the one that suits the platform."""
     ways = shards.size("expert")
     if ways == 1:

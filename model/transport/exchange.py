@@ -17,14 +17,14 @@ from model.transport import rounds
 AXIS = "expert"
 
 
-def all_to_all(x_ND: Array, experts_NK: Array, gates_NK: Array, weights: experts.Weights, shards: Shards, platform: str
-               ) -> Array:
+def all_to_all(x_ND: Array, experts_NK: Array, gates_NK: Array, weights: experts.Weights, shards: Shards, platform: str) -> Array:
     """See model/transport/. A round moves [expert, capacity] rows out and back, the padding with them."""
     return _transport(_padded, x_ND, experts_NK, gates_NK, weights, shards, platform)
 
 
-def ragged_all_to_all(x_ND: Array, experts_NK: Array, gates_NK: Array, weights: experts.Weights, shards: Shards,
-                      platform: str) -> Array:
+def ragged_all_to_all(
+    x_ND: Array, experts_NK: Array, gates_NK: Array, weights: experts.Weights, shards: Shards, platform: str
+) -> Array:
     """See model/transport/. The same buffers; only rows that are there move. Not on CPU, where XLA has none."""
     return _transport(_ragged, x_ND, experts_NK, gates_NK, weights, shards, platform)
 
@@ -61,8 +61,10 @@ def _round(number, variables, constants, *, capacity: int, exchange: Callable, s
     window = lines.window(number, capacity)
     send = jnp.clip(lines.count - number * capacity, 0, capacity)
     receive = lax.all_to_all(send, AXIS, 0, 0, tiled=True)
-    gate, expert = (lax.all_to_all(a.reshape(ways, capacity), AXIS, 0, 0, tiled=True).reshape(-1, 1)
-                    for a in (window.fill(gates, 0.0), window.fill(local, len(weights[1]))))
+    gate, expert = (
+        lax.all_to_all(a.reshape(ways, capacity), AXIS, 0, 0, tiled=True).reshape(-1, 1)
+        for a in (window.fill(gates, 0.0), window.fill(local, len(weights[1])))
+    )
     rows = exchange(dispatch.to_slots(x, window).reshape(ways, capacity, D), send, receive, shards).reshape(-1, D)
     filled = min(lines.rank.size / (ways * capacity), 1.0)
     out = experts.apply(rows, expert, gate, weights, platform, filled)

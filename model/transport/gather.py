@@ -22,8 +22,7 @@ ROWS_FOR_A_WEIGHT = 1024
 """Rows of an expert below which a piece would read weights for too little work."""
 
 
-def all_gather(x_ND: Array, experts_NK: Array, gates_NK: Array, weights: experts.Weights, shards: Shards, platform: str
-               ) -> Array:
+def all_gather(x_ND: Array, experts_NK: Array, gates_NK: Array, weights: experts.Weights, shards: Shards, platform: str) -> Array:
     """See model/transport/. In pieces where collectives run beside other work, which they do on TPUs."""
     count = pieces(*experts_NK.shape, len(weights[1]), platform)
     parts = zip(*(jnp.split(a, count) for a in (x_ND, experts_NK, gates_NK)))

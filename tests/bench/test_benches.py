@@ -33,8 +33,10 @@ def calls_of(monkeypatch, backend: str, milliseconds: float) -> list[int]:
     return waited[-3:]
 
 
-@pytest.mark.parametrize("backend, milliseconds, calls", [
-    ("cpu", 0.03, 1), ("cpu", 30, 1), ("gpu", 30, 1), ("gpu", 3, 4), ("gpu", 0.03, 512), ("tpu", 0.03, 512)])
+@pytest.mark.parametrize(
+    "backend, milliseconds, calls",
+    [("cpu", 0.03, 1), ("cpu", 30, 1), ("gpu", 30, 1), ("gpu", 3, 4), ("gpu", 0.03, 512), ("tpu", 0.03, 512)],
+)
 def test_an_accelerator_is_timed_for_long_enough(monkeypatch, backend, milliseconds, calls):
     assert calls_of(monkeypatch, backend, milliseconds) == [calls] * 3
 
@@ -69,6 +71,7 @@ def test_meshes_that_the_machine_lacks_are_left_out_and_named(monkeypatch, capsy
 
 def test_the_share_is_that_of_the_device(monkeypatch):
     """Optimizer and step are compiled for it, not for a CPU."""
+
     class Enough(Exception):
         pass
 

@@ -15,14 +15,14 @@ WEIGHTS = [[0.0] * 5 + [1.0] * 6, None, [0.0, 0.5]]
 
 
 def open_path(path, **settings):
-    cfg = RunConfig(data=DataConfig(paths=(str(path),), validation_fraction=0.0, **settings),
-                    train=TrainConfig(batch_size=1, seq_len=64))
+    cfg = RunConfig(
+        data=DataConfig(paths=(str(path),), validation_fraction=0.0, **settings), train=TrainConfig(batch_size=1, seq_len=64)
+    )
     return open_data(cfg, load_tokenizer("bytes"))
 
 
 def rows_of(data):
-    return sorted(data._train.documents.piece(i, 0, n).ids.tolist()
-                  for i, n in enumerate(data._train.documents.predictions))
+    return sorted(data._train.documents.piece(i, 0, n).ids.tolist() for i, n in enumerate(data._train.documents.predictions))
 
 
 def write(tmp_path, kind):
@@ -50,13 +50,16 @@ def test_rows_of_a_matrix(tmp_path):
     assert rows_of(open_path(tmp_path / "a.npy")) == np.arange(60).reshape(3, 20).tolist()
 
 
-@pytest.mark.parametrize("array, words", [
-    (np.array([1, 320]), "token id 320, outside the vocabulary of 320"),
-    (np.array([-1, 3]), "token id -1"),
-    (np.array([0.5]), "float64, not integer"),
-    (np.zeros((2, 2, 2), int), "3 dimensions"),
-    (np.array([], int), "is empty"),
-])
+@pytest.mark.parametrize(
+    "array, words",
+    [
+        (np.array([1, 320]), "token id 320, outside the vocabulary of 320"),
+        (np.array([-1, 3]), "token id -1"),
+        (np.array([0.5]), "float64, not integer"),
+        (np.zeros((2, 2, 2), int), "3 dimensions"),
+        (np.array([], int), "is empty"),
+    ],
+)
 def test_bad_arrays(tmp_path, array, words):
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(ConfigError, match=words):
@@ -66,15 +69,23 @@ def test_bad_arrays(tmp_path, array, words):
 def test_foreign_arrays_of_a_folder_are_passed_over(tmp_path):
     """What nobody can mean as token ids. Ids of another vocabulary are a mistake that stops."""
     np.save(tmp_path / "a.npy", np.array([1, 2, 3]))
-    for name, array in (("float", np.zeros(3, np.float32)), ("empty", np.array([], int)), ("image", np.zeros((2, 2, 2), int)),
-                        ("scalar", np.array(3)), ("objects", np.array([{}]))):
+    for name, array in (
+        ("float", np.zeros(3, np.float32)),
+        ("empty", np.array([], int)),
+        ("image", np.zeros((2, 2, 2), int)),
+        ("scalar", np.array(3)),
+        ("objects", np.array([{}])),
+    ):
         np.save(tmp_path / f"{name}.npy", array)
     data = open_path(tmp_path)
     assert rows_of(data) == [[1, 2, 3]] and (data.account.files, data.account.skipped_files) == (1, 5)
     assert [reason.removeprefix(f"{tmp_path}/").partition(":")[0] for reason in data.account.rejected] == [
-        "empty.npy is empty", "float.npy holds float32, not integer token ids",
-        "image.npy has 3 dimensions; token ids need 1 or 2", "objects.npy is not a readable .npy array",
-        "scalar.npy has 0 dimensions; token ids need 1 or 2"]
+        "empty.npy is empty",
+        "float.npy holds float32, not integer token ids",
+        "image.npy has 3 dimensions; token ids need 1 or 2",
+        "objects.npy is not a readable .npy array",
+        "scalar.npy has 0 dimensions; token ids need 1 or 2",
+    ]
     np.save(tmp_path / "b.npy", np.array([1, 320]))
     with pytest.raises(ConfigError, match="b.npy holds token id 320, outside the vocabulary"):
         open_path(tmp_path)
@@ -87,12 +98,15 @@ def test_index_of_text_and_chat(tmp_path):
     tokenizer = load_tokenizer("bytes")
 
     def config(*names, share=0.1):
-        return RunConfig(data=DataConfig(paths=tuple(str(tmp_path / n) for n in names), validation_fraction=share),
-                         train=TrainConfig(batch_size=1, seq_len=64))
+        return RunConfig(
+            data=DataConfig(paths=tuple(str(tmp_path / n) for n in names), validation_fraction=share),
+            train=TrainConfig(batch_size=1, seq_len=64),
+        )
 
     assert write_index(config("a.jsonl", "b.jsonl"), tokenizer, tmp_path / "all.array_record") == 30
-    whole, indexed = (open_data(config(*names, share=0.0), tokenizer)
-                      for names in (("a.jsonl", "b.jsonl"), ("all.array_record",)))
+    whole, indexed = (
+        open_data(config(*names, share=0.0), tokenizer) for names in (("a.jsonl", "b.jsonl"), ("all.array_record",))
+    )
     assert whole.plan_hash == indexed.plan_hash
     assert write_index(config("a.jsonl"), tokenizer, tmp_path / "a.array_record") == 20
     held = [open_data(config(name), tokenizer).validation() for name in ("a.jsonl", "a.array_record")]
@@ -118,10 +132,13 @@ def test_an_index_of_another_tokenizer_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "array_record"])
-@pytest.mark.parametrize("weights, setting, words", [
-    ([1, 0, 0], "bad_rows", "trains no token: all weights behind the first are 0"),
-    ([1] * 66, "too_long", "has 65 tokens, more than train.seq_len=64"),
-])
+@pytest.mark.parametrize(
+    "weights, setting, words",
+    [
+        ([1, 0, 0], "bad_rows", "trains no token: all weights behind the first are 0"),
+        ([1] * 66, "too_long", "has 65 tokens, more than train.seq_len=64"),
+    ],
+)
 def test_weighted_ids_are_kept_whole_or_left_out(tmp_path, kind, weights, setting, words):
     """Conversations of an index like those of JSONL: none is cut, so every row trains a token."""
     rows = [TokenRow([1, 2, 3], None), TokenRow(list(range(len(weights))), weights), TokenRow([7] * 70, None)]

@@ -26,8 +26,12 @@ def openai(*messages):
 
 CANONICAL = [
     {"role": "user", "content": "q"},
-    {"role": "assistant", "content": "", "reasoning_content": "hm",
-     "tool_calls": [called(call_id="functions.add:0"), called("mul", '{"b": [2]}', "functions.mul:1")]},
+    {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "hm",
+        "tool_calls": [called(call_id="functions.add:0"), called("mul", '{"b": [2]}', "functions.mul:1")],
+    },
     {"role": "tool", "content": "2", "tool_call_id": "functions.mul:1", "name": "mul"},
     {"role": "tool", "content": "1", "tool_call_id": "functions.add:0", "name": "add"},
     {"role": "assistant", "content": "done"},
@@ -36,11 +40,11 @@ CANONICAL = [
 
 def test_openai_calls_are_renumbered_and_results_follow():
     row = openai(
-        {"role": "assistant", "content": None, "reasoning": "hm",
-         "tool_calls": [called(), called("mul", {"b": [2]}, "call_y")]},
+        {"role": "assistant", "content": None, "reasoning": "hm", "tool_calls": [called(), called("mul", {"b": [2]}, "call_y")]},
         {"role": "tool", "tool_call_id": "call_y", "content": "2"},
         {"role": "tool", "tool_call_id": "call_x", "content": [{"type": "text", "text": "1"}], "name": "add"},
-        {"role": "assistant", "content": "done"})
+        {"role": "assistant", "content": "done"},
+    )
     talk = conversation(row)
     assert talk.messages == CANONICAL
     assert len(talk.remarks) == 1 and "declares none" in talk.remarks[0]
@@ -79,31 +83,44 @@ def test_a_conversation_may_end_with_its_calls():
 
 
 def test_sharegpt():
-    row = {"conversations": [
-        {"from": "system", "value": "s"}, {"from": "human", "value": "q"},
-        {"from": "gpt", "value": "<think>\nhm\n</think>\n\nlet me"},
-        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
-        {"from": "observation", "value": "1"}, {"from": "gpt", "value": "done"}]}
+    row = {
+        "conversations": [
+            {"from": "system", "value": "s"},
+            {"from": "human", "value": "q"},
+            {"from": "gpt", "value": "<think>\nhm\n</think>\n\nlet me"},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+            {"from": "observation", "value": "1"},
+            {"from": "gpt", "value": "done"},
+        ]
+    }
     assert conversation(row).messages == [
-        {"role": "system", "content": "s"}, {"role": "user", "content": "q"},
-        {"role": "assistant", "content": "let me", "reasoning_content": "hm",
-         "tool_calls": [called(call_id="functions.add:0")]},
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "let me", "reasoning_content": "hm", "tool_calls": [called(call_id="functions.add:0")]},
         {"role": "tool", "content": "1", "tool_call_id": "functions.add:0", "name": "add"},
-        {"role": "assistant", "content": "done"}]
+        {"role": "assistant", "content": "done"},
+    ]
 
 
 def test_older_and_wider_forms():
     """OpenAI's single function_call, a system text beside the messages, declarations without their wrapper or under their
     older name."""
-    row = {"system": "s", "tools": '[{"name": "add", "parameters": {}}]', "messages": [
-        {"role": "user", "content": "q"},
-        {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}},
-        {"role": "function", "name": "add", "content": "1"}]}
+    row = {
+        "system": "s",
+        "tools": '[{"name": "add", "parameters": {}}]',
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}},
+            {"role": "function", "name": "add", "content": "1"},
+        ],
+    }
     talk = conversation(row)
     assert talk.messages == [
-        {"role": "system", "content": "s"}, {"role": "user", "content": "q"},
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "q"},
         {"role": "assistant", "content": "", "tool_calls": [called(call_id="functions.add:0")]},
-        {"role": "tool", "content": "1", "tool_call_id": "functions.add:0", "name": "add"}]
+        {"role": "tool", "content": "1", "tool_call_id": "functions.add:0", "name": "add"},
+    ]
     assert talk.tools == [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     older = {"messages": row["messages"], "functions": [{"name": "add", "parameters": {}}]}
     assert conversation(older).tools == talk.tools and not conversation(older).remarks
@@ -114,28 +131,48 @@ def test_older_and_wider_forms():
 def test_hermes_tags_in_sharegpt():
     """Two calls in one turn, two results in one turn; where there are fields for calls, tags are text."""
     tag = '<tool_call>\n{"name": "%s", "arguments": {"a": {"ü": [1, null]}}}\n</tool_call>'
-    row = {"conversations": [
-        {"from": "system", "value": "s"}, {"from": "human", "value": "q"},
-        {"from": "gpt", "value": "<think>hm</think>on it\n" + tag % "add" + "\n" + tag % "mul"},
-        {"from": "tool", "value": "<tool_response>\n1\n</tool_response>\n<tool_response>{\"b\": 2}</tool_response>"},
-        {"from": "gpt", "value": "done"}]}
+    row = {
+        "conversations": [
+            {"from": "system", "value": "s"},
+            {"from": "human", "value": "q"},
+            {"from": "gpt", "value": "<think>hm</think>on it\n" + tag % "add" + "\n" + tag % "mul"},
+            {"from": "tool", "value": '<tool_response>\n1\n</tool_response>\n<tool_response>{"b": 2}</tool_response>'},
+            {"from": "gpt", "value": "done"},
+        ]
+    }
     arguments = '{"a": {"ü": [1, null]}}'
     assert conversation(row).messages == [
-        {"role": "system", "content": "s"}, {"role": "user", "content": "q"},
-        {"role": "assistant", "content": "on it", "reasoning_content": "hm", "tool_calls": [
-            called("add", arguments, "functions.add:0"), called("mul", arguments, "functions.mul:1")]},
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "q"},
+        {
+            "role": "assistant",
+            "content": "on it",
+            "reasoning_content": "hm",
+            "tool_calls": [called("add", arguments, "functions.add:0"), called("mul", arguments, "functions.mul:1")],
+        },
         {"role": "tool", "content": "1", "tool_call_id": "functions.add:0", "name": "add"},
         {"role": "tool", "content": '{"b": 2}', "tool_call_id": "functions.mul:1", "name": "mul"},
-        {"role": "assistant", "content": "done"}]
+        {"role": "assistant", "content": "done"},
+    ]
     with pytest.raises(RowError, match="message 1: a <tool_call> does not hold JSON"):
         conversation({"conversations": [{"from": "gpt", "value": "<tool_call>add(1)</tool_call>"}]})
     text = conversation(openai({"role": "assistant", "content": tag % "add"})).messages[1]
     assert text == {"role": "assistant", "content": tag % "add"}
 
 
-@pytest.mark.parametrize("content, text", [
-    ({"a": [1, "ü"]}, '{"a": [1, "ü"]}'), (["x", 2], '["x", 2]'), ([{"a": 1}], '[{"a": 1}]'), (3, "3"), (None, ""), ([], ""),
-    ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "ab"), ("<|im_end|>", "<|im_end|>")])
+@pytest.mark.parametrize(
+    "content, text",
+    [
+        ({"a": [1, "ü"]}, '{"a": [1, "ü"]}'),
+        (["x", 2], '["x", 2]'),
+        ([{"a": 1}], '[{"a": 1}]'),
+        (3, "3"),
+        (None, ""),
+        ([], ""),
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "ab"),
+        ("<|im_end|>", "<|im_end|>"),
+    ],
+)
 def test_results_of_any_json_kind(content, text):
     row = openai({"role": "assistant", "tool_calls": [called()]}, {"role": "tool", "tool_call_id": "call_x", "content": content})
     assert conversation(row).messages[2]["content"] == text
@@ -145,20 +182,37 @@ def test_shapes_that_datasets_really_have():
     """Arguments under `parameters`, a refusal, several system messages, a developer, values that are objects already."""
     other = {"id": "x", "function": {"name": "add", "parameters": {"a": 1}}}
     assert conversation(openai({"role": "assistant", "tool_calls": [other]})).messages[1]["tool_calls"] == [
-        called(call_id="functions.add:0")]
+        called(call_id="functions.add:0")
+    ]
     assert conversation(openai({"role": "assistant", "content": None, "refusal": "no"})).messages[1]["content"] == "no"
-    system = [{"role": "developer", "content": "d"}, {"role": "system", "content": "s"}, {"role": "user", "content": "q"},
-              {"role": "system", "content": "t"}, ANSWER]
-    assert [m["role"] for m in conversation({"messages": system}).messages] == ["system", "system", "user", "system",
-                                                                               "assistant"]
-    row = {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": {"name": "add"}},
-                             {"from": "observation", "value": {"b": 1}}]}
+    system = [
+        {"role": "developer", "content": "d"},
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "q"},
+        {"role": "system", "content": "t"},
+        ANSWER,
+    ]
+    assert [m["role"] for m in conversation({"messages": system}).messages] == ["system", "system", "user", "system", "assistant"]
+    row = {
+        "conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "function_call", "value": {"name": "add"}},
+            {"from": "observation", "value": {"b": 1}},
+        ]
+    }
     assert conversation(row).messages[2]["content"] == '{"b": 1}'
 
 
-@pytest.mark.parametrize("given, text", [
-    ('{"a":1}', '{"a": 1}'), ('{ "b" : 1e5, "a": [1,\n2]}', '{"b": 100000.0, "a": [1, 2]}'),
-    ({"\u00fc": None}, '{"\u00fc": null}'), (r'{"\u00fc": "\u2028 \\n\/"}', '{"\u00fc": "\u2028 \\\\n/"}'), ("{}", "{}")])
+@pytest.mark.parametrize(
+    "given, text",
+    [
+        ('{"a":1}', '{"a": 1}'),
+        ('{ "b" : 1e5, "a": [1,\n2]}', '{"b": 100000.0, "a": [1, 2]}'),
+        ({"\u00fc": None}, '{"\u00fc": null}'),
+        (r'{"\u00fc": "\u2028 \\n\/"}', '{"\u00fc": "\u2028 \\\\n/"}'),
+        ("{}", "{}"),
+    ],
+)
 def test_arguments_are_written_as_engines_write_them(given, text):
     row = openai({"role": "assistant", "tool_calls": [called(arguments=given)]})
     assert conversation(row).messages[1]["tool_calls"][0]["function"]["arguments"] == text
@@ -187,52 +241,82 @@ def test_switched_off(switch):
 ANSWER = {"role": "assistant", "content": "a"}
 
 
-@pytest.mark.parametrize("row, words", [
-    ({"messages": []}, "has no messages"),
-    ({"messages": "x"}, "has no messages"),
-    (openai(), "no assistant message"),
-    (openai("x"), "message 2: is str"),
-    (openai({"role": "bot", "content": "x"}), "message 2: unknown role 'bot'"),
-    (openai({"role": "assistant", "content": 3}), "message 2: content is int"),
-    (openai({"role": "assistant", "content": [{"type": "image_url"}]}), "a part of type image_url, which is not text"),
-    (openai({"role": "tool", "content": "1", "tool_call_id": "c"}, ANSWER), "message 2: is the result of 'c'"),
-    (openai({"role": "tool", "content": "1"}, ANSWER), "message 2: is a tool result without a call"),
-    (openai({"role": "assistant", "tool_calls": [called()]}, {"role": "tool", "content": "1", "name": "mul"}),
-     "message 3: is the result of 'mul', which no call before it waits for"),
-    (openai({"role": "assistant", "tool_calls": [called(), called()]}), "call id 'call_x' is used twice"),
-    (openai({"role": "assistant", "tool_calls": [called()]}, ANSWER), "message 3: comes before the result of call"),
-    (openai({"role": "assistant", "tool_calls": [called(arguments="{a: 1}")]}), "arguments of add are not JSON: {a"),
-    (openai({"role": "assistant", "tool_calls": [called(arguments='{"a": NaN}')]}), "arguments of add are not JSON"),
-    (openai({"role": "assistant", "tool_calls": [called(arguments="[1]")]}), "arguments of add are not a JSON object"),
-    (openai({"role": "assistant", "tool_calls": [called(arguments=[{}])]}), "arguments of add are not a JSON object"),
-    (openai({"role": "assistant", "tool_calls": [called(arguments='{"a": 1e999}')]}), "arguments of add are not JSON: ."),
-    (openai({"role": "assistant", "tool_calls": [called(arguments='{"a":' + "[" * 10**5)]}), "arguments of add are not JSON"),
-    (openai({"role": "assistant", "tool_calls": [called(arguments='{"a":' + "9" * 5000)]}), "arguments of add are not JSON"),
-    (openai({"role": "assistant", "tool_calls": [{"id": "x"}]}), "no function name"),
-    (openai({"role": "assistant", "content": "<think>a"}), "opens <think> and does not close"),
-    (openai({"role": "assistant", "content": "", "reasoning_content": ["a"]}), "thoughts are list"),
-    (openai({"role": "assistant", "content": "<think>b</think>", "reasoning_content": "a"}), "thoughts in a field and other"),
-    (openai({"role": "assistant", "content": "<think>a", "reasoning_content": "a"}), "opens <think> and does not close"),
-    ({"conversations": [{"from": "function_call", "value": "add(1)"}]}, "function_call is not JSON"),
-    (openai({"role": "assistant", "content": "hm\n</think>\n\na"}), "message 2: closes </think> and does not open it"),
-    (openai({"role": "assistant", "content": "hm</think>a<think>b</think>", "reasoning": "hm"}), "closes </think> and does not"),
-    *((openai({"role": "assistant", "tool_calls": [called(arguments=given)]}), "arguments of add are not a JSON object")
-      for given in ([], False, 0)),
-    ({"conversations": [
-        {"from": "gpt", "value": "let me"}, {"from": "function_call", "value": {"name": "add"}, "reasoning_content": "hm"}]},
-     "message 2: has thoughts, but goes on with the turn"),
-    ({"conversations": [
-        {"from": "function_call", "value": {"name": "add"}}, {"from": "tool", "value": "so <tool_response>1</tool_response>"}]},
-     "message 2: has text outside of <tool_response>"),
-    (openai({"role": "assistant", "tool_calls": [called()]},
-            {"role": "tool", "tool_call_id": "call_x", "content": {"a": [float("nan")]}}), "message 3: holds a number that JSON"),
-    (openai(ANSWER) | {"tools": [{"name": "a"}, {"name": " "}]}, "tool 2 has no name"),
-    (openai(ANSWER) | {"functions": [{"name": "a", "parameters": {"maximum": float("inf")}}]}, "tools hold a number that JSON"),
-    (openai(ANSWER) | {"tools": '[{"name": "a", "maximum": 1e999}]'}, "tools hold a number that JSON"),
-    (openai(ANSWER) | {"tools": "{"}, "tools are not JSON"),
-    (openai(ANSWER) | {"tools": "[" * 10**5}, "tools are not JSON: brackets are nested too deeply"),
-    (openai(ANSWER) | {"tools": {"a": 1}}, "tools must be a list"),
-])
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"messages": []}, "has no messages"),
+        ({"messages": "x"}, "has no messages"),
+        (openai(), "no assistant message"),
+        (openai("x"), "message 2: is str"),
+        (openai({"role": "bot", "content": "x"}), "message 2: unknown role 'bot'"),
+        (openai({"role": "assistant", "content": 3}), "message 2: content is int"),
+        (openai({"role": "assistant", "content": [{"type": "image_url"}]}), "a part of type image_url, which is not text"),
+        (openai({"role": "tool", "content": "1", "tool_call_id": "c"}, ANSWER), "message 2: is the result of 'c'"),
+        (openai({"role": "tool", "content": "1"}, ANSWER), "message 2: is a tool result without a call"),
+        (
+            openai({"role": "assistant", "tool_calls": [called()]}, {"role": "tool", "content": "1", "name": "mul"}),
+            "message 3: is the result of 'mul', which no call before it waits for",
+        ),
+        (openai({"role": "assistant", "tool_calls": [called(), called()]}), "call id 'call_x' is used twice"),
+        (openai({"role": "assistant", "tool_calls": [called()]}, ANSWER), "message 3: comes before the result of call"),
+        (openai({"role": "assistant", "tool_calls": [called(arguments="{a: 1}")]}), "arguments of add are not JSON: {a"),
+        (openai({"role": "assistant", "tool_calls": [called(arguments='{"a": NaN}')]}), "arguments of add are not JSON"),
+        (openai({"role": "assistant", "tool_calls": [called(arguments="[1]")]}), "arguments of add are not a JSON object"),
+        (openai({"role": "assistant", "tool_calls": [called(arguments=[{}])]}), "arguments of add are not a JSON object"),
+        (openai({"role": "assistant", "tool_calls": [called(arguments='{"a": 1e999}')]}), "arguments of add are not JSON: ."),
+        (openai({"role": "assistant", "tool_calls": [called(arguments='{"a":' + "[" * 10**5)]}), "arguments of add are not JSON"),
+        (openai({"role": "assistant", "tool_calls": [called(arguments='{"a":' + "9" * 5000)]}), "arguments of add are not JSON"),
+        (openai({"role": "assistant", "tool_calls": [{"id": "x"}]}), "no function name"),
+        (openai({"role": "assistant", "content": "<think>a"}), "opens <think> and does not close"),
+        (openai({"role": "assistant", "content": "", "reasoning_content": ["a"]}), "thoughts are list"),
+        (openai({"role": "assistant", "content": "<think>b</think>", "reasoning_content": "a"}), "thoughts in a field and other"),
+        (openai({"role": "assistant", "content": "<think>a", "reasoning_content": "a"}), "opens <think> and does not close"),
+        ({"conversations": [{"from": "function_call", "value": "add(1)"}]}, "function_call is not JSON"),
+        (openai({"role": "assistant", "content": "hm\n</think>\n\na"}), "message 2: closes </think> and does not open it"),
+        (
+            openai({"role": "assistant", "content": "hm</think>a<think>b</think>", "reasoning": "hm"}),
+            "closes </think> and does not",
+        ),
+        *(
+            (openai({"role": "assistant", "tool_calls": [called(arguments=given)]}), "arguments of add are not a JSON object")
+            for given in ([], False, 0)
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "gpt", "value": "let me"},
+                    {"from": "function_call", "value": {"name": "add"}, "reasoning_content": "hm"},
+                ]
+            },
+            "message 2: has thoughts, but goes on with the turn",
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "function_call", "value": {"name": "add"}},
+                    {"from": "tool", "value": "so <tool_response>1</tool_response>"},
+                ]
+            },
+            "message 2: has text outside of <tool_response>",
+        ),
+        (
+            openai(
+                {"role": "assistant", "tool_calls": [called()]},
+                {"role": "tool", "tool_call_id": "call_x", "content": {"a": [float("nan")]}},
+            ),
+            "message 3: holds a number that JSON",
+        ),
+        (openai(ANSWER) | {"tools": [{"name": "a"}, {"name": " "}]}, "tool 2 has no name"),
+        (
+            openai(ANSWER) | {"functions": [{"name": "a", "parameters": {"maximum": float("inf")}}]},
+            "tools hold a number that JSON",
+        ),
+        (openai(ANSWER) | {"tools": '[{"name": "a", "maximum": 1e999}]'}, "tools hold a number that JSON"),
+        (openai(ANSWER) | {"tools": "{"}, "tools are not JSON"),
+        (openai(ANSWER) | {"tools": "[" * 10**5}, "tools are not JSON: brackets are nested too deeply"),
+        (openai(ANSWER) | {"tools": {"a": 1}}, "tools must be a list"),
+    ],
+)
 def test_bad_rows(row, words):
     with pytest.raises(RowError, match=words):
         conversation(row)
@@ -242,19 +326,21 @@ def talk(answers, padding=1, **more):
     """A conversation of questions, each answered after one call."""
     messages = []
     for i in range(answers):
-        messages += [{"role": "user", "content": f"question {i} " + "x" * padding},
-                     {"role": "assistant", "reasoning_content": f"thought {i}", "content": "",
-                      "tool_calls": [called(call_id=f"c{i}")]},
-                     {"role": "tool", "tool_call_id": f"c{i}", "content": "y" * padding},
-                     {"role": "assistant", "reasoning_content": "so", "content": f"answer {i}", **more}]
+        messages += [
+            {"role": "user", "content": f"question {i} " + "x" * padding},
+            {"role": "assistant", "reasoning_content": f"thought {i}", "content": "", "tool_calls": [called(call_id=f"c{i}")]},
+            {"role": "tool", "tool_call_id": f"c{i}", "content": "y" * padding},
+            {"role": "assistant", "reasoning_content": "so", "content": f"answer {i}", **more},
+        ]
     return {"messages": messages, "tools": [{"type": "function", "function": {"name": "add"}}]}
 
 
 def open_rows(tmp_path, rows, seq_len=1024, **settings):
     path = tmp_path / "chat.jsonl"
     path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
-    cfg = RunConfig(data=DataConfig(paths=(str(path),), validation_fraction=0.0, **settings),
-                    train=TrainConfig(batch_size=2, seq_len=seq_len))
+    cfg = RunConfig(
+        data=DataConfig(paths=(str(path),), validation_fraction=0.0, **settings), train=TrainConfig(batch_size=2, seq_len=seq_len)
+    )
     return open_data(cfg, load_tokenizer("bytes"))
 
 
@@ -282,8 +368,13 @@ def test_packing_changes_no_mask(tmp_path):
     rows = [talk(1 + i % 3, padding=i * 7 % 50) for i in range(30)]
     data = open_rows(tmp_path, rows, seq_len=2048)
     expected = [row for given in map(conversation, rows) for row in data.renderer.rows(given.messages, given.tools)]
-    found = [piece for step in range(-(-data.describe()["rows_per_epoch"] // 2)) for row in range(2)
-             for piece in pieces(data.batch(step), row)][:len(expected)]
+    found = [
+        piece
+        for step in range(-(-data.describe()["rows_per_epoch"] // 2))
+        for row in range(2)
+        for piece in pieces(data.batch(step), row)
+    ][: len(expected)]
+
     def order(pairs):
         return sorted((list(map(int, ids)), list(map(float, weights))) for ids, weights in pairs)
 
@@ -296,8 +387,13 @@ def test_system_message_is_inserted(tmp_path):
 
 
 def test_bad_rows_stop_or_are_dropped_by_name(tmp_path):
-    rows = [talk(1), "{oops", {"messages": [{"role": "bot"}]}, talk(1, train=False) | {"messages": [
-        {"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": False}]}]
+    rows = [
+        talk(1),
+        "{oops",
+        {"messages": [{"role": "bot"}]},
+        talk(1, train=False)
+        | {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": False}]},
+    ]
     with pytest.raises(ConfigError, match="chat.jsonl line 2 is not JSON.*data.bad_rows=drop"):
         open_rows(tmp_path, rows)
     rejected = open_rows(tmp_path, rows, bad_rows="drop").account.rejected
@@ -305,7 +401,8 @@ def test_bad_rows_stop_or_are_dropped_by_name(tmp_path):
         "line 2 is not JSON: Expecting property name enclosed in double quotes at column 2",
         "line 3 message 1: unknown role 'bot'; known are system, developer, user, assistant, tool, human, gpt, "
         "model, function_call, observation, function, tool_call, tool_response",
-        "line 4: no token of it is trained"]
+        "line 4: no token of it is trained",
+    ]
 
 
 def test_too_long(tmp_path):
@@ -331,7 +428,7 @@ def test_behind_a_gap_nothing_is_invented():
         row = shortened(problem.messages, problem.tools, renderer, "interleaved", seq_len)
         assert seq_len - 100 < len(row.ids) - 1 <= seq_len  # an exchange takes 97 tokens
         messages, _ = parse_conversation(row.ids, renderer.tokenizer)
-        assert messages == numbered([problem.messages[0], *problem.messages[1 - len(messages):]])
+        assert messages == numbered([problem.messages[0], *problem.messages[1 - len(messages) :]])
         calls = [call["id"] for message in messages for call in message.get("tool_calls", ())]
         assert calls == [f"functions.get:{i}" for i in range(len(calls))], "as a server counts that is given these messages"
         trained_from = len(renderer.prompt(messages[:3], problem.tools))
@@ -360,9 +457,16 @@ def test_damaged_rows_are_refused_or_usable():
     """Whatever stands in a row: a RowError, or a conversation that renders."""
     rng = random.Random(0)
     renderer = KimiRenderer(load_tokenizer("bytes"))
-    sharegpt = {"conversations": [
-        {"from": "human", "value": "q"}, {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
-        {"from": "observation", "value": "1"}, {"from": "gpt", "value": "done"}], "system": "s", "tools": "[]"}
+    sharegpt = {
+        "conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+            {"from": "observation", "value": "1"},
+            {"from": "gpt", "value": "done"},
+        ],
+        "system": "s",
+        "tools": "[]",
+    }
     refused = 0
     for _ in range(3000):
         row = mutate(rng, rng.choice([talk(2), sharegpt]))

@@ -18,11 +18,13 @@ RENDERER = KimiRenderer(load_tokenizer("bytes"))
 
 def playback(rows, prompts):
     """A model that has memorised training rows: every prompt must be the prefix of one, which then goes on."""
+
     def reply(prompt):
         prompts.append(prompt)
-        row = next(row.ids for row in rows if row.ids[:len(prompt)] == prompt)
+        row = next(row.ids for row in rows if row.ids[: len(prompt)] == prompt)
         end = row.index(RENDERER.tokenizer.eos_id, len(prompt))
-        return row[len(prompt):end + 1]
+        return row[len(prompt) : end + 1]
+
     return reply
 
 
@@ -85,9 +87,18 @@ def test_cut_off_and_unreadable_replies_end_the_episode():
     assert cut.stopped == "failure" and cut.failures == ["the reply is not finished"]
     assert not check(problem, cut.messages) and cut.answer == ""
     special = tok.special
-    broken = [special["<think>"], special["</think>"], special["<|tool_calls_section_begin|>"],
-              special["<|tool_call_begin|>"], *tok.encode("functions.get:0"), special["<|tool_call_argument_begin|>"],
-              *tok.encode("{"), special["<|tool_call_end|>"], special["<|tool_calls_section_end|>"], tok.eos_id]
+    broken = [
+        special["<think>"],
+        special["</think>"],
+        special["<|tool_calls_section_begin|>"],
+        special["<|tool_call_begin|>"],
+        *tok.encode("functions.get:0"),
+        special["<|tool_call_argument_begin|>"],
+        *tok.encode("{"),
+        special["<|tool_call_end|>"],
+        special["<|tool_calls_section_end|>"],
+        tok.eos_id,
+    ]
     episode = run(lambda _: broken, problem.episode())
     assert episode.stopped == "failure" and "not JSON" in episode.failures[0]
     endless = [special["<think>"], special["</think>"], tok.eos_id]
@@ -104,7 +115,7 @@ def test_miscounted_calls_are_renumbered():
     def generate(prompt):
         ids = right(prompt)
         at = 2 + len("abcdef") + 2 + len("functions.get:")  # two marks, the thought, two marks
-        return [*ids[:at], ord("7"), *ids[at + 1:]] if len(ids) > at else ids  # every call is number 7
+        return [*ids[:at], ord("7"), *ids[at + 1 :]] if len(ids) > at else ids  # every call is number 7
 
     episode = run(generate, problem.episode())
     assert episode.misnumbered == 4 and episode.messages == list(problem.messages) and check(problem, episode.messages)
@@ -115,20 +126,46 @@ def test_calculator_is_exact_and_harmless():
     assert Toolbox([calculator()]).results(asked)[0]["content"] == "0.3"
     assert exact("2*(3-4)//2 % 7") == 6 and exact("-.5") * 2 == -1
     assert decimal_text(exact("1e999 / 1e999 + 1e-999 * 1e999")) == "2"
-    for wrong in ("1/0", "__import__('os')", "2**9999999", "a", "1+", "'a'*9", "1 if 1 else 2", "(" * 500, "1e999999999",
-                  "1e-999999999", "0e999999999", "*".join(["1e99"] * 11), "9" * 5000):
+    for wrong in (
+        "1/0",
+        "__import__('os')",
+        "2**9999999",
+        "a",
+        "1+",
+        "'a'*9",
+        "1 if 1 else 2",
+        "(" * 500,
+        "1e999999999",
+        "1e-999999999",
+        "0e999999999",
+        "*".join(["1e99"] * 11),
+        "9" * 5000,
+    ):
         with pytest.raises(ValueError, match="cannot compute"):
             exact(wrong)
 
 
 def test_what_goes_wrong_becomes_the_result():
     box = Toolbox(key_value({"a": "1"}))
-    calls = [call(0, "get", key="a"), call(1, "get", key="b"), call(2, "get"), call(3, "got", key="a"),
-             call(4, "put", key="c", value=3), call(5, "put", key="b", value="\ud8002"), call(6, "get", key="b")]
+    calls = [
+        call(0, "get", key="a"),
+        call(1, "get", key="b"),
+        call(2, "get"),
+        call(3, "got", key="a"),
+        call(4, "put", key="c", value=3),
+        call(5, "put", key="b", value="\ud8002"),
+        call(6, "get", key="b"),
+    ]
     results = box.results({"role": "assistant", "tool_calls": calls})
     assert [r["content"] for r in results] == [
-        "1", "error: 'no key b'", "error: key is missing", "error: no tool got; there are get, put",
-        "error: value is integer, not string", "ok", "?2"]
+        "1",
+        "error: 'no key b'",
+        "error: key is missing",
+        "error: no tool got; there are get, put",
+        "error: value is integer, not string",
+        "ok",
+        "?2",
+    ]
     assert [r["tool_call_id"] for r in results][:2] == ["functions.get:0", "functions.get:1"]
     assert (box.counts.made, box.counts.unfit, box.counts.failed) == (7, 3, 1)
     assert box.counts.valid_share == 4 / 7
@@ -142,10 +179,18 @@ def test_tools_from_functions():
         return f"{city} {nights}"
 
     made = tool(book)
-    assert made.declaration == {"type": "function", "function": {
-        "name": "book", "description": "Book a room.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "nights": {"type": "integer"}},
-                       "required": ["city"]}}}
+    assert made.declaration == {
+        "type": "function",
+        "function": {
+            "name": "book",
+            "description": "Book a room.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string"}, "nights": {"type": "integer"}},
+                "required": ["city"],
+            },
+        },
+    }
     assert arguments_error(made.parameters, {"city": "Rome", "nights": True}) == "nights is boolean, not integer"
     assert arguments_error(made.parameters, {"city": "Rome", "day": 1}) == "day is not an argument"
     assert Toolbox([made]).results({"tool_calls": [call(0, "book", city="Rome")]})[0]["content"] == "Rome 1"
@@ -155,13 +200,18 @@ def test_tools_from_functions():
 
 def test_tools_of_a_file(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("from json import dumps\ndef double(x: int) -> str:\n    'Twice x.'\n    return dumps([2 * x])\n"
-                    "def _hidden(): pass\n")
+    path.write_text(
+        "from json import dumps\ndef double(x: int) -> str:\n    'Twice x.'\n    return dumps([2 * x])\ndef _hidden(): pass\n"
+    )
     box = Toolbox(tools_from_file(path))
     assert list(box.tools) == ["double"]
     assert box.results({"tool_calls": [call(0, "double", x=4)]})[0]["content"] == "[8]"
-    for content, words in (("x = 1", "no public function"), ("import nowhere_", "No module"),
-                           ("def f(x): 1", "annotate x"), ("def f(x: 'y'): 1", "tool f: name 'y' is not defined")):
+    for content, words in (
+        ("x = 1", "no public function"),
+        ("import nowhere_", "No module"),
+        ("def f(x): 1", "annotate x"),
+        ("def f(x: 'y'): 1", "tool f: name 'y' is not defined"),
+    ):
         path.write_text(content)
         with pytest.raises(ConfigError, match=words):
             tools_from_file(path)

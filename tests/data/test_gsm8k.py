@@ -28,19 +28,24 @@ def test_one_row():
     assert solves(made, "<think></think>$1,200.00<|im_end|>") and not solves(made, "<think></think>1,201<|im_end|>")
 
 
-@pytest.mark.parametrize("text, value", [("1,200", 1200), ("$.50", 0.5), ("70%", 70), ("-3.", -3), ("1 000", 1000),
-                                         ("3 apples", None), ("", None), ("12,34", None)])
+@pytest.mark.parametrize(
+    "text, value",
+    [("1,200", 1200), ("$.50", 0.5), ("70%", 70), ("-3.", -3), ("1 000", 1000), ("3 apples", None), ("", None), ("12,34", None)],
+)
 def test_number(text, value):
     assert number(text) == value
 
 
-@pytest.mark.parametrize("answer, words", [
-    ("<<1+1=3>>3\n#### 3", "mark <<1[+]1=3>> is wrong"),
-    ("<<a+1=3>>3\n#### 3", "cannot compute a[+]1"),
-    ("<<1+1>>2\n#### 2", "not <<EXPRESSION=RESULT>>"),
-    ("2", "no line `#### ANSWER`"),
-    ("2\n#### two", "answers 'two', which is not a number"),
-])
+@pytest.mark.parametrize(
+    "answer, words",
+    [
+        ("<<1+1=3>>3\n#### 3", "mark <<1[+]1=3>> is wrong"),
+        ("<<a+1=3>>3\n#### 3", "cannot compute a[+]1"),
+        ("<<1+1>>2\n#### 2", "not <<EXPRESSION=RESULT>>"),
+        ("2", "no line `#### ANSWER`"),
+        ("2\n#### two", "answers 'two', which is not a number"),
+    ],
+)
 def test_bad_rows(answer, words, tmp_path):
     with pytest.raises(RowError, match=words):
         problem({"question": "q", "answer": answer})
@@ -85,8 +90,7 @@ def test_the_whole_training_set(tmp_path):
     assert count == 7473 and len(doubtful) == 14
     some = tmp_path / "some.jsonl"
     some.write_text("\n".join((tmp_path / "gsm8k.jsonl").read_text().split("\n")[:500]))
-    cfg = RunConfig(data=DataConfig(paths=(str(some),), too_long="drop"),
-                    train=TrainConfig(batch_size=8, seq_len=2048))
+    cfg = RunConfig(data=DataConfig(paths=(str(some),), too_long="drop"), train=TrainConfig(batch_size=8, seq_len=2048))
     data = open_data(cfg, load_tokenizer("bytes"))
     facts = data.describe()
     assert facts["conversations"] == 500 and facts["duplication"] == 1.0
@@ -97,8 +101,8 @@ def test_the_whole_training_set(tmp_path):
 
         def generate(prompts, ids=row.ids):
             prompt = prompts[0]
-            assert ids[:len(prompt)] == prompt
-            return {0: ids[len(prompt):ids.index(data.tokenizer.eos_id, len(prompt)) + 1]}
+            assert ids[: len(prompt)] == prompt
+            return {0: ids[len(prompt) : ids.index(data.tokenizer.eos_id, len(prompt)) + 1]}
 
         episode = made.episode()
         run_episodes(generate, data.renderer, [episode])

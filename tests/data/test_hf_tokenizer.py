@@ -18,8 +18,17 @@ from data.tasks import TASKS, make_problem
 from data.tokenizer import SPECIAL_NAMES, byte_characters, load_tokenizer
 
 CORPUS = ["the quick brown fox isn't here", "The THEATRE there's 12345 words", "漢字かな", "a\n\n  b\tc", "ünïcödé"] * 4
-TEXTS = [*CORPUS[:5], "", " ", "\r\n x", "<|im_end|>[EOS]<s></s><unk>", "word<|im_user|>", "🙂 99 ‍", "don't DON'T 漢a",
-         "".join(map(chr, range(1, 400)))]
+TEXTS = [
+    *CORPUS[:5],
+    "",
+    " ",
+    "\r\n x",
+    "<|im_end|>[EOS]<s></s><unk>",
+    "word<|im_user|>",
+    "🙂 99 ‍",
+    "don't DON'T 漢a",
+    "".join(map(chr, range(1, 400))),
+]
 
 
 def trained_bpe(size=400):
@@ -27,8 +36,12 @@ def trained_bpe(size=400):
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<s>", "<|im_end|>"]))
+    tokenizer.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<s>", "<|im_end|>"]
+        ),
+    )
     return tokenizer
 
 
@@ -36,8 +49,9 @@ def trained_unigram():
     tokenizer = tokenizers.Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = tokenizers.decoders.Metaspace()
-    tokenizer.train_from_iterator(CORPUS, trainers.UnigramTrainer(
-        vocab_size=80, special_tokens=["<unk>", "</s>"], unk_token="<unk>"))
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.UnigramTrainer(vocab_size=80, special_tokens=["<unk>", "</s>"], unk_token="<unk>")
+    )
     return tokenizer
 
 
@@ -81,8 +95,7 @@ def test_plain_text_has_no_special_ids(loaded):
 def test_rendering_and_parsing(loaded):
     kind, tok = loaded
     word = "the fox <|im_end|> " if kind != "unigram" else "the fox"
-    messages = [{"role": "user", "content": word},
-                {"role": "assistant", "content": "there", "reasoning_content": "the"}]
+    messages = [{"role": "user", "content": word}, {"role": "assistant", "content": "there", "reasoning_content": "the"}]
     (row,) = KimiRenderer(tok).rows(messages)
     assert row.ids.count(tok.eos_id) == 2
     if kind != "unigram":
@@ -99,8 +112,15 @@ def test_masks_do_not_depend_on_the_tokenizer(tmp_path):
         texts = []
         for tok in loaded:
             rows = KimiRenderer(tok).rows(problem.messages, problem.tools)
-            texts.append([[(tok.decode([i for i, _ in run]), weight) for weight, run in
-                           groupby(zip(row.ids, row.weights), key=lambda pair: pair[1])] for row in rows])
+            texts.append(
+                [
+                    [
+                        (tok.decode([i for i, _ in run]), weight)
+                        for weight, run in groupby(zip(row.ids, row.weights), key=lambda pair: pair[1])
+                    ]
+                    for row in rows
+                ]
+            )
         assert texts[0] == texts[1] == texts[2]
 
 
@@ -175,13 +195,33 @@ def spaces_as_pieces(path, **model):
     """As Gemma has it: runs of spaces, spelled U+2581, and marks are added tokens and results of merges too."""
     pieces = ["\u2581", *"abc<>t", "\u2581" * 2, "\u2581" * 4, "ab", "<t", "<t>", "a<t>"]
     merges = [["\u2581"] * 2, ["\u2581" * 2] * 2, ["a", "b"], ["<", "t"], ["<t", ">"], ["a", "<t>"]]
-    added = [{"id": pieces.index(name), "content": name, "single_word": False, "lstrip": False, "rstrip": False,
-              "normalized": False, "special": False} for name in ("\u2581" * 2, "\u2581" * 4, "<t>")]
-    path.write_text(json.dumps({
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}, "pre_tokenizer": None,
-        "post_processor": None, "decoder": {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
-        "model": {"type": "BPE", "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": merges} | model}))
+    added = [
+        {
+            "id": pieces.index(name),
+            "content": name,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": False,
+        }
+        for name in ("\u2581" * 2, "\u2581" * 4, "<t>")
+    ]
+    path.write_text(
+        json.dumps(
+            {
+                "version": "1.0",
+                "truncation": None,
+                "padding": None,
+                "added_tokens": added,
+                "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+                "pre_tokenizer": None,
+                "post_processor": None,
+                "decoder": {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+                "model": {"type": "BPE", "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": merges} | model,
+            }
+        )
+    )
     return {piece: i for i, piece in enumerate(pieces)}
 
 
@@ -205,7 +245,7 @@ def test_a_library_that_panics_is_one_sentence(tmp_path):
 
 def merge_by_rank(piece, ranks):
     """The definition of tiktoken's merging, written out: join the neighbours of lowest joint rank, leftmost first."""
-    parts = [piece[i:i + 1] for i in range(len(piece))]
+    parts = [piece[i : i + 1] for i in range(len(piece))]
     if piece in ranks:
         return [ranks[piece]]
     while True:
@@ -213,7 +253,7 @@ def merge_by_rank(piece, ranks):
         if not joint:
             return [ranks[part] for part in parts]
         i = min(joint)[1]
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
 
 def test_tiktoken_merges_by_rank(tmp_path):
@@ -233,17 +273,19 @@ def test_kimi_ids_and_split(tmp_path):
     assert tok.vocab_size == len(tokens) + 256
     assert {name: i - len(tokens) for name, i in tok.special.items()} == KIMI_OFFSETS
     pieces = [piece for piece, _ in tok._plain.pre_tokenizer.pre_tokenize_str("It's 12345漢字kana  x!!\n y")]
-    text = ["".join(map(chr, bytes(byte_characters().index(c) for c in piece))).encode("latin1").decode()
-            for piece in pieces]
+    text = ["".join(map(chr, bytes(byte_characters().index(c) for c in piece))).encode("latin1").decode() for piece in pieces]
     assert text == ["It's", " ", "123", "45", "漢字", "kana", " ", " x", "!!\n", " y"]
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"{}", "is not a Hugging Face tokenizer.json"),
-    (b"hello world", "line 1 is no tiktoken line"),
-    (b"AA== 1\n", "line 1 has rank 1, expected 0"),
-    (b"AA== 0\n", "has no token for byte 1"),
-])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"{}", "is not a Hugging Face tokenizer.json"),
+        (b"hello world", "line 1 is no tiktoken line"),
+        (b"AA== 1\n", "line 1 has rank 1, expected 0"),
+        (b"AA== 0\n", "has no token for byte 1"),
+    ],
+)
 def test_files_that_are_none(tmp_path, content, words):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ConfigError, match=words):

@@ -23,8 +23,10 @@ def config(tmp_path, kind, mixture=()):
             path = tmp_path / f"{name}.jsonl"
             path.write_text("\n".join(f'{{"text": "{name} {i} {"x" * (i * 7 % 90)}"}}' for i in range(60)))
             paths.append(str(path))
-    return RunConfig(data=DataConfig(paths=tuple(paths), mixture=mixture, seed=3),
-                     train=TrainConfig(batch_size=BATCH, seq_len=128, eval_batches=1))
+    return RunConfig(
+        data=DataConfig(paths=tuple(paths), mixture=mixture, seed=3),
+        train=TrainConfig(batch_size=BATCH, seq_len=128, eval_batches=1),
+    )
 
 
 def hashes(batches, count):
@@ -118,7 +120,7 @@ def test_an_edited_mixture_goes_on_where_each_source_stands():
     assert located[:1500] == [before.locate(r) for r in range(1500)]
     for stream in (0, 1):
         assert [row for s, row in located if s == stream] == list(range(sum(s == stream for s, _ in located)))
-    assert sum(s == 0 for s, _ in located[1700:1700 + PERIOD]) == round(0.9 * PERIOD)
+    assert sum(s == 0 for s, _ in located[1700 : 1700 + PERIOD]) == round(0.9 * PERIOD)
 
 
 def test_mixture_of_a_run(tmp_path):
@@ -128,8 +130,11 @@ def test_mixture_of_a_run(tmp_path):
     text = "".join(tokenizer.decode(row) for step in range(PERIOD // BATCH) for row in data.batch(step)["tokens"])
     share = text.count("[BOS]b") / (text.count("[BOS]a") + text.count("[BOS]b"))
     assert abs(share - 0.75) < 0.02  # exact in rows; the number of documents in a row varies
-    edited = open_data(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, mixture=(1.0, 1.0))), tokenizer,
-                       earlier_mixtures=[(5, (1.0, 3.0))])
+    edited = open_data(
+        dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, mixture=(1.0, 1.0))),
+        tokenizer,
+        earlier_mixtures=[(5, (1.0, 3.0))],
+    )
     same = [batch_hash(edited.batch(step)) == batch_hash(data.batch(step)) for step in (0, 4, 5, 6)]
     assert same == [True, True, False, False]
     assert edited.plan_hash != data.plan_hash
@@ -149,8 +154,9 @@ def test_what_a_row_of_each_source_holds(tmp_path):
     assert text["filled_per_row"] == text["trained_per_row"] > 110 and text["share"] == chat["share"] == 0.5
 
 
-@pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.0), (1.0, 2.0, 3.0), (1.0, np.nan), (np.nan, 1.0), (1.0, np.inf),
-                                     (1e308, 1e308)])
+@pytest.mark.parametrize(
+    "weights", [(1.0,), (1.0, 0.0), (1.0, 2.0, 3.0), (1.0, np.nan), (np.nan, 1.0), (1.0, np.inf), (1e308, 1e308)]
+)
 def test_weights_that_do_not_fit(tmp_path, weights):
     with pytest.raises(ConfigError, match="data.mixture"):
         config(tmp_path, "mixture", weights)

@@ -11,12 +11,27 @@ from data.tokenizer import SPECIAL_NAMES, load_tokenizer
 
 TOKENIZER = load_tokenizer("bytes")
 RENDERER = KimiRenderer(TOKENIZER)
-WORDS = ["", " ", "\n", "word", "ünï", "漢字", "🙂", '{"a": [1, "x\\n"]}', "## Return of functions.f:0\n",
-         *SPECIAL_NAMES, "<|tool_call_section_begin|>", "\u2028", "\\", "\x00"]
+WORDS = [
+    "",
+    " ",
+    "\n",
+    "word",
+    "ünï",
+    "漢字",
+    "🙂",
+    '{"a": [1, "x\\n"]}',
+    "## Return of functions.f:0\n",
+    *SPECIAL_NAMES,
+    "<|tool_call_section_begin|>",
+    "\u2028",
+    "\\",
+    "\x00",
+]
 
 
 def random_conversation(rng):
     """Canonical messages with every feature: names, thoughts, parallel calls, look-alikes, nested arguments."""
+
     def text(least=0):
         return "".join(rng.choice(WORDS) for _ in range(rng.randint(least, 4)))
 
@@ -38,14 +53,16 @@ def random_conversation(rng):
             for _ in range(rng.randint(1, 3)):
                 name = rng.choice(["f", "get_it", "a-b.c", "x:1"])
                 arguments = json.dumps({text(1): value()}, ensure_ascii=rng.random() < 0.5)
-                made.append({"id": f"functions.{name}:{calls}", "type": "function",
-                             "function": {"name": name, "arguments": arguments}})
+                made.append(
+                    {"id": f"functions.{name}:{calls}", "type": "function", "function": {"name": name, "arguments": arguments}}
+                )
                 calls += 1
             messages.append({"role": "assistant", "content": text(), "tool_calls": made})
             if thoughts := text():
                 messages[-1]["reasoning_content"] = thoughts
-            messages += [{"role": "tool", "content": text(), "tool_call_id": c["id"], "name": c["function"]["name"]}
-                         for c in made]
+            messages += [
+                {"role": "tool", "content": text(), "tool_call_id": c["id"], "name": c["function"]["name"]} for c in made
+            ]
         messages.append({"role": "assistant", "content": text()})
         if thoughts := text():
             messages[-1]["reasoning_content"] = thoughts
@@ -74,38 +91,61 @@ def test_every_prompt_is_a_prefix_and_every_reply_parses():
             prompt = RENDERER.prompt(messages[:index], tools)
             if index >= row.end:
                 row = next(rows)
-            assert row.ids[:len(prompt)] == prompt
-            assert not any(row.weights[len(prompt) - 1:len(prompt)])
-            end = len(prompt) + row.ids[len(prompt):].index(TOKENIZER.eos_id) + 1
-            reply = parse_ids(row.ids[len(prompt):end], TOKENIZER)
+            assert row.ids[: len(prompt)] == prompt
+            assert not any(row.weights[len(prompt) - 1 : len(prompt)])
+            end = len(prompt) + row.ids[len(prompt) :].index(TOKENIZER.eos_id) + 1
+            reply = parse_ids(row.ids[len(prompt) : end], TOKENIZER)
             assert reply.finished and not reply.failures and reply.message() == message
-            assert all(row.weights[len(prompt):end])
+            assert all(row.weights[len(prompt) : end])
         assert next(rows, None) is None
 
 
 CALL = '<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|>'
 
 
-@pytest.mark.parametrize("text, reasoning, content, calls, failures", [
-    ("<think>a</think>b<|im_end|>", "a", "b", 0, []),
-    ("b<|im_end|>", "", "b", 0, []),
-    (f"<think>a<|tool_calls_section_begin|>{CALL}<|tool_calls_section_end|><|im_end|>", "a", "", 1, []),
-    (f"<think>a</think><|tool_call_section_begin|>{CALL}<|tool_call_section_end|><|im_end|>", "a", "", 1, []),
-    (f"<|tool_calls_section_begin|>{CALL}\n{CALL.replace(':0', ':1')}<|tool_calls_section_end|>", "", "", 2, []),
-    (f"<|tool_calls_section_begin|>{CALL}<|im_end|>", "", "", 1, ["the section of calls is not closed"]),
-    (f"<|tool_calls_section_begin|>{CALL[:-5]}", "", "", 0, ["call 'functions.f:0' is cut off",
-                                                            "the section of calls is not closed"]),
-    (f"<|tool_calls_section_begin|>{CALL.replace('1}', '1')}<|tool_calls_section_end|>", "", "", 0, ["not JSON"]),
-    (f"<|tool_calls_section_begin|>{CALL.replace('functions.f:0', 'call_1')}<|tool_calls_section_end|>", "", "", 0,
-     ["not functions.NAME:INDEX"]),
-    ("<|tool_calls_section_begin|>" + CALL.replace('{"a": 1}', "[1]") + "<|tool_calls_section_end|>", "", "", 0,
-     ["not a JSON object"]),
-    *((f"<|tool_calls_section_begin|>{CALL.replace('1}', arguments)}<|tool_calls_section_end|>", "", "", calls, failures)
-      for arguments, calls, failures in (("[" * 10**5, 0, ["too deep to read"]), ("9" * 5000 + "}", 0, ["number too long"]),
-                                         ("[" * 100 + "]" * 100 + "}", 0, ["nested more than 100 deep"]),
-                                         ("[" * 99 + "]" * 99 + "}", 1, []))),
-    ("<think>never closed", "never closed", "", 0, []),
-])
+@pytest.mark.parametrize(
+    "text, reasoning, content, calls, failures",
+    [
+        ("<think>a</think>b<|im_end|>", "a", "b", 0, []),
+        ("b<|im_end|>", "", "b", 0, []),
+        (f"<think>a<|tool_calls_section_begin|>{CALL}<|tool_calls_section_end|><|im_end|>", "a", "", 1, []),
+        (f"<think>a</think><|tool_call_section_begin|>{CALL}<|tool_call_section_end|><|im_end|>", "a", "", 1, []),
+        (f"<|tool_calls_section_begin|>{CALL}\n{CALL.replace(':0', ':1')}<|tool_calls_section_end|>", "", "", 2, []),
+        (f"<|tool_calls_section_begin|>{CALL}<|im_end|>", "", "", 1, ["the section of calls is not closed"]),
+        (
+            f"<|tool_calls_section_begin|>{CALL[:-5]}",
+            "",
+            "",
+            0,
+            ["call 'functions.f:0' is cut off", "the section of calls is not closed"],
+        ),
+        (f"<|tool_calls_section_begin|>{CALL.replace('1}', '1')}<|tool_calls_section_end|>", "", "", 0, ["not JSON"]),
+        (
+            f"<|tool_calls_section_begin|>{CALL.replace('functions.f:0', 'call_1')}<|tool_calls_section_end|>",
+            "",
+            "",
+            0,
+            ["not functions.NAME:INDEX"],
+        ),
+        (
+            "<|tool_calls_section_begin|>" + CALL.replace('{"a": 1}', "[1]") + "<|tool_calls_section_end|>",
+            "",
+            "",
+            0,
+            ["not a JSON object"],
+        ),
+        *(
+            (f"<|tool_calls_section_begin|>{CALL.replace('1}', arguments)}<|tool_calls_section_end|>", "", "", calls, failures)
+            for arguments, calls, failures in (
+                ("[" * 10**5, 0, ["too deep to read"]),
+                ("9" * 5000 + "}", 0, ["number too long"]),
+                ("[" * 100 + "]" * 100 + "}", 0, ["nested more than 100 deep"]),
+                ("[" * 99 + "]" * 99 + "}", 1, []),
+            )
+        ),
+        ("<think>never closed", "never closed", "", 0, []),
+    ],
+)
 def test_text_of_other_engines(text, reasoning, content, calls, failures):
     reply = parse_text(text)
     assert (reply.reasoning, reply.content, len(reply.calls)) == (reasoning, content, calls)

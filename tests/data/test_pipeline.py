@@ -14,8 +14,11 @@ from tests.data.histories import batch_hash
 
 
 def config(batch_size=4, seq_len=128, model=None, **data):
-    return RunConfig(model=model or ModelConfig(), data=DataConfig(**data),
-                     train=TrainConfig(batch_size=batch_size, seq_len=seq_len, eval_batches=2))
+    return RunConfig(
+        model=model or ModelConfig(),
+        data=DataConfig(**data),
+        train=TrainConfig(batch_size=batch_size, seq_len=seq_len, eval_batches=2),
+    )
 
 
 @pytest.fixture
@@ -43,8 +46,12 @@ def test_batches(kind, text_file):
     data = open_bytes(cfg)
     batch = data.batch(5)
     assert {k: (v.shape, str(v.dtype)) for k, v in batch.items()} == {
-        "tokens": ((4, 128), "int32"), "targets": ((4, 128), "int32"), "weights": ((4, 128), "float32"),
-        "positions": ((4, 128), "int32"), "segments": ((4, 128), "int32")}
+        "tokens": ((4, 128), "int32"),
+        "targets": ((4, 128), "int32"),
+        "weights": ((4, 128), "float32"),
+        "positions": ((4, 128), "int32"),
+        "segments": ((4, 128), "int32"),
+    }
     for tokens, targets, positions in documents(batch):
         np.testing.assert_array_equal(tokens[1:], targets[:-1])
         np.testing.assert_array_equal(positions, np.arange(len(tokens)))
@@ -77,7 +84,7 @@ def test_a_lone_surrogate_is_a_question_mark(tmp_path):
 def test_an_epoch_holds_every_prediction_once(text_file):
     data = open_bytes(config(batch_size=1, paths=(str(text_file),)))
     rows = data.describe()["rows_per_epoch"]
-    train = text_file.read_bytes()[:int(text_file.stat().st_size * 0.9)]
+    train = text_file.read_bytes()[: int(text_file.stat().st_size * 0.9)]
     epochs = []
     for epoch in (0, 1):
         pieces = [d[1] for r in range(rows) for d in documents(data.batch(epoch * rows + r))]
@@ -94,7 +101,7 @@ def test_validation_counts_the_bytes_of_the_last_tenth(text_file):
     assert all(batch["tokens"].shape == (4, 128) for batch in batches)
     assert len(data.validation(limit=1)) == 1
     held = "".join(data.tokenizer.decode(d[1]) for b in batches for d in documents(b))
-    assert sorted(held.replace("[EOS]", "")) == sorted(text_file.read_text()[int(size * 0.9):])
+    assert sorted(held.replace("[EOS]", "")) == sorted(text_file.read_text()[int(size * 0.9) :])
 
 
 def test_hosts_and_workers_do_not_change_a_batch(text_file):
@@ -110,9 +117,17 @@ def test_hosts_and_workers_do_not_change_a_batch(text_file):
 
 def test_plan_hash_follows_what_decides_the_order(text_file):
     base = config(paths=(str(text_file),))
-    hashes = {open_bytes(cfg).plan_hash for cfg in (
-        base, config(paths=(str(text_file),), seed=1), config(paths=(str(text_file),), batch_size=2),
-        config(paths=(str(text_file),), seq_len=64), config(), config(task_length=(2, 3)))}
+    hashes = {
+        open_bytes(cfg).plan_hash
+        for cfg in (
+            base,
+            config(paths=(str(text_file),), seed=1),
+            config(paths=(str(text_file),), batch_size=2),
+            config(paths=(str(text_file),), seq_len=64),
+            config(),
+            config(task_length=(2, 3)),
+        )
+    }
     assert len(hashes) == 6
     longer = dataclasses.replace(base, train=dataclasses.replace(base.train, steps=999))
     assert open_bytes(longer).plan_hash in hashes
@@ -127,8 +142,9 @@ def test_padding_of_mixed_lengths_stays_under_half_a_percent():
     assert filled.max() <= 4096 and 1 - filled.mean() / 4096 < 0.005
     covered = np.zeros(counts.sum(), int)
     offsets = np.cumsum(counts) - counts
-    np.add.at(covered, np.concatenate([offsets[d] + s + np.arange(c) for d, s, c in
-                                       zip(pieces.doc, pieces.start, pieces.count)]), 1)
+    np.add.at(
+        covered, np.concatenate([offsets[d] + s + np.arange(c) for d, s, c in zip(pieces.doc, pieces.start, pieces.count)]), 1
+    )
     assert (covered == 1).all()
 
 
@@ -137,16 +153,25 @@ def test_order_is_the_one_written_down():
     assert plan.shuffled(10, 0, 1, 2).tolist() == [9, 6, 5, 2, 1, 8, 4, 0, 7, 3]
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"paths": ("nowhere.txt",)}, "no file or folder nowhere.txt"),
-    ({"task": "chains"}, "'chains' does not exist"),
-    ({"model": ModelConfig(vocab_size=300)}, "does not fit the tokenizer bytes; set model.vocab_size=320"),
-    ({"model": ModelConfig(eos_token_id=1)}, "set model.eos_token_id=258"),
-    ({"seq_len": 40}, "raise train.seq_len=40"),
-    ({"task": "copy", "task_length": (1, 8), "seq_len": 198}, "problem of up to 8 steps can take 233 tokens; .*too_long=drop"),
-    ({"task": "ledger", "task_length": (1, 2), "too_long": "shorten", "seq_len": 256}, "a ledger problem of up to 2 steps can"),
-    ({"task_length": (8, 8), "too_long": "drop", "seq_len": 64}, "hardly a chain problem fits train.seq_len=64"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"paths": ("nowhere.txt",)}, "no file or folder nowhere.txt"),
+        ({"task": "chains"}, "'chains' does not exist"),
+        ({"model": ModelConfig(vocab_size=300)}, "does not fit the tokenizer bytes; set model.vocab_size=320"),
+        ({"model": ModelConfig(eos_token_id=1)}, "set model.eos_token_id=258"),
+        ({"seq_len": 40}, "raise train.seq_len=40"),
+        (
+            {"task": "copy", "task_length": (1, 8), "seq_len": 198},
+            "problem of up to 8 steps can take 233 tokens; .*too_long=drop",
+        ),
+        (
+            {"task": "ledger", "task_length": (1, 2), "too_long": "shorten", "seq_len": 256},
+            "a ledger problem of up to 2 steps can",
+        ),
+        ({"task_length": (8, 8), "too_long": "drop", "seq_len": 64}, "hardly a chain problem fits train.seq_len=64"),
+    ],
+)
 def test_unusable_settings(change, words):
     with pytest.raises(ConfigError, match=words):
         open_bytes(config(**change))

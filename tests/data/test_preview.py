@@ -16,9 +16,15 @@ from data.tokenizer import load_tokenizer
 def opened(tmp_path, kind):
     paths, more = (), {}
     if kind != "task":
-        rows = [{"messages": [{"role": "user", "content": "how [bold]many[/bold]?"},
-                              {"role": "assistant", "content": "drei Äpfel", "reasoning_content": "hm"}]},
-                {"messages": [{"role": "user", "content": "?"}]}]
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": "how [bold]many[/bold]?"},
+                    {"role": "assistant", "content": "drei Äpfel", "reasoning_content": "hm"},
+                ]
+            },
+            {"messages": [{"role": "user", "content": "?"}]},
+        ]
         (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
         (tmp_path / "b").mkdir()
         (tmp_path / "b/b.txt").write_text("plain text " * 40)
@@ -37,7 +43,7 @@ def test_trained_text_is_coloured(tmp_path):
             for ids, weights in pieces(batch, row):
                 text = coloured(ids, weights, data.tokenizer)
                 assert text.plain == data.tokenizer.decode(ids)
-                green = "".join(text.plain[s.start:s.end] for s in text.spans if s.style == TRAINED)
+                green = "".join(text.plain[s.start : s.end] for s in text.spans if s.style == TRAINED)
                 plain = [i for i, w in zip(ids, weights) if w and i < 256]
                 assert green == data.tokenizer.decode(plain)
                 if "drei" in text.plain:

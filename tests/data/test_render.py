@@ -21,8 +21,10 @@ TALK = [
 ADD = [{"type": "function", "function": {"name": "add", "description": "ü"}}]
 A = "<|im_assistant|>assistant<|im_middle|>"
 USER = "<|im_user|>user<|im_middle|>hi<|im_end|>"
-CALLED = ("<|tool_calls_section_begin|><|tool_call_begin|>functions.add:0<|tool_call_argument_begin|>"
-          '{"a":1}<|tool_call_end|><|tool_calls_section_end|><|im_end|>')
+CALLED = (
+    "<|tool_calls_section_begin|><|tool_call_begin|>functions.add:0<|tool_call_argument_begin|>"
+    '{"a":1}<|tool_call_end|><|tool_calls_section_end|><|im_end|>'
+)
 RESULT = "<|im_system|>add<|im_middle|>## Return of functions.add:0\n2<|im_end|>"
 
 
@@ -37,12 +39,22 @@ def trained(row):
 
 def test_interleaved_rows():
     first, second = KimiRenderer(TOKENIZER).rows(TALK)
-    assert TOKENIZER.decode(first.ids) == (USER + A + "<think>use it</think>" + CALLED + RESULT
-                                           + A + "<think>done</think>two<|im_end|>")
+    assert TOKENIZER.decode(first.ids) == (
+        USER + A + "<think>use it</think>" + CALLED + RESULT + A + "<think>done</think>two<|im_end|>"
+    )
     assert trained(first) == "<think>use it</think>" + CALLED + "|<think>done</think>two<|im_end|>"
     assert TOKENIZER.decode(second.ids) == (
-        USER + A + "<think></think>" + CALLED + RESULT + A + "<think></think>two<|im_end|>"
-        + "<|im_user|>user<|im_middle|>more <|im_end|><|im_end|>" + A + "<think>last</think>bye<|im_end|>")
+        USER
+        + A
+        + "<think></think>"
+        + CALLED
+        + RESULT
+        + A
+        + "<think></think>two<|im_end|>"
+        + "<|im_user|>user<|im_middle|>more <|im_end|><|im_end|>"
+        + A
+        + "<think>last</think>bye<|im_end|>"
+    )
     assert trained(second) == "<think>last</think>bye<|im_end|>"
     assert second.ids.count(TOKENIZER.eos_id) == 6, "the user's look-alike is plain text"
 
@@ -50,8 +62,9 @@ def test_interleaved_rows():
 def test_other_modes():
     renderer = KimiRenderer(TOKENIZER)
     (row,) = renderer.rows(TALK, mode="preserved")
-    assert trained(row) == ("<think>use it</think>" + CALLED + "|<think>done</think>two<|im_end|>"
-                            "|<think>last</think>bye<|im_end|>")
+    assert trained(row) == (
+        "<think>use it</think>" + CALLED + "|<think>done</think>two<|im_end|>|<think>last</think>bye<|im_end|>"
+    )
     (last,) = renderer.rows(TALK, mode="last_segment")
     assert last == renderer.rows(TALK)[1]
 
@@ -64,14 +77,19 @@ def test_prompt_is_the_prefix_of_the_row():
             if message["role"] == "assistant":
                 prompt = renderer.prompt(TALK[:index], ADD, mode)
                 row = rows[0] if mode == "preserved" or index < 4 else rows[1]
-                assert row.ids[:len(prompt)] == prompt
+                assert row.ids[: len(prompt)] == prompt
 
 
 def test_declaration_and_system_message():
     text = TOKENIZER.decode(KimiRenderer(TOKENIZER, system="Be brief.").prompt(TALK[:1], ADD))
     declared = '[{"function":{"description":"ü","name":"add"},"type":"function"}]'
-    assert text == ("<|im_system|>tool_declare<|im_middle|>" + declared +
-                    "<|im_end|><|im_system|>system<|im_middle|>Be brief.<|im_end|>" + USER + A)
+    assert text == (
+        "<|im_system|>tool_declare<|im_middle|>"
+        + declared
+        + "<|im_end|><|im_system|>system<|im_middle|>Be brief.<|im_end|>"
+        + USER
+        + A
+    )
     own = [{"role": "system", "content": "Mine."}, *TALK[:1]]
     text = TOKENIZER.decode(KimiRenderer(TOKENIZER, system="Be brief.").prompt(own))
     assert text == "<|im_system|>system<|im_middle|>Mine.<|im_end|>" + USER + A

@@ -53,6 +53,7 @@ def test_a_limit_of_rows_leaves_out_the_rest():
 @pytest.mark.parametrize("counts, capacity", [([6, 6, 6], 10), ([7, 3, 5, 5], 10), ([9, 9, 2, 2, 2], 10), ([5, 4, 4, 4], 12)])
 def test_the_bound_is_reached_where_it_must_be(counts, capacity):
     """Against the best of all orders of first-fit, which holds an optimal packing of so few."""
+
     def first_fit(order):
         rows = []
         for count in order:

@@ -39,8 +39,10 @@ def test_golden():
 @pytest.mark.parametrize("task", TASKS)
 def test_no_problem_is_in_both_splits(task):
     """Also of the shortest, of which there are few: 1,560 chains of one step."""
-    train, held = ({json.dumps(make_problem(task, 0, index, 1, split).messages) for index in range(number)}
-                   for split, number in (("train", 1500), ("heldout", 100)))
+    train, held = (
+        {json.dumps(make_problem(task, 0, index, 1, split).messages) for index in range(number)}
+        for split, number in (("train", 1500), ("heldout", 100))
+    )
     assert not train & held and len(held) > 20
 
 

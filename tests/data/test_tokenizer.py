@@ -25,7 +25,11 @@ def test_special_tokens():
     tok = load_tokenizer("bytes")
     model = ModelConfig()
     assert (tok.vocab_size, tok.bos_id, tok.pad_id, tok.eos_id) == (
-        model.vocab_size, model.bos_token_id, model.pad_token_id, model.eos_token_id)
+        model.vocab_size,
+        model.bos_token_id,
+        model.pad_token_id,
+        model.eos_token_id,
+    )
     assert sorted(tok.special.values()) == list(range(256, 273))
     assert tok.decode([104, 258, 105]) == "h<|im_end|>i"
     assert tok.decode([0xC3, 273, 300]) == "\ufffd" * 3 + "\ufffd"
@@ -37,7 +41,7 @@ def test_special_tokens():
 
 def test_saved_file_means_the_same_to_hugging_face(tmp_path):
     tok = load_tokenizer("bytes")
-    tok.save(tmp_path, system="You are \"small\".")
+    tok.save(tmp_path, system='You are "small".')
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in TEXTS[:3] + TEXTS[4:]:
         assert theirs.encode(text).ids == tok.encode(text)

@@ -21,14 +21,17 @@ WILD = "[/x] :smile: [b]"
 """Names that rich would not print as they are, or not at all."""
 
 
-@pytest.mark.parametrize("arms, taken, words", [
-    (["a=X", "b=Y", "a=Z"], (), "two arms are named a, .*; write NEW=X"),
-    (["X", "X"], (), "two arms are named X, .*; write NEW=X"),
-    (["rtn=X"], ("bf16", "rtn"), "two arms are named rtn"),
-    (["=X"], (), "the arm '=X' has no name; write NAME=WEIGHTS"),
-    ([""], (), "the arm '' has no name"),
-    (["x="], (), "'' names no weights; give a run directory or an exported one"),
-])
+@pytest.mark.parametrize(
+    "arms, taken, words",
+    [
+        (["a=X", "b=Y", "a=Z"], (), "two arms are named a, .*; write NEW=X"),
+        (["X", "X"], (), "two arms are named X, .*; write NEW=X"),
+        (["rtn=X"], ("bf16", "rtn"), "two arms are named rtn"),
+        (["=X"], (), "the arm '=X' has no name; write NAME=WEIGHTS"),
+        ([""], (), "the arm '' has no name"),
+        (["x="], (), "'' names no weights; give a run directory or an exported one"),
+    ],
+)
 def test_names_that_cannot_be_told_apart(arms, taken, words):
     with pytest.raises(ConfigError, match=words):
         weights.load_arms(arms, taken)
@@ -81,6 +84,7 @@ def test_rows_that_stand_for_no_text_have_no_bits_per_byte(session, monkeypatch,
 @pytest.fixture
 def broken_screen(monkeypatch):
     """A console that prints nothing but raises: whoever is asked for results has to find them on disk all the same."""
+
     def closed(*_, **__):
         raise BrokenPipeError
 
@@ -125,8 +129,13 @@ def test_distort_keeps_its_own_names(session, tmp_path, monkeypatch, arms):
 def played():
     point = {"value": 0.5, "interval": [0.25, 0.75]}
     arm = dict.fromkeys(horizon.ROWS, point) | {
-        "arm": WILD, "by_length": {3: {"success": 0.5, "interval": [0.25, 0.75]}}, "same_share": 1.0,
-        "median_first_difference": None, "tokens": dict.fromkeys(("thinking", "answer", "tool"), 1.0), "kl_by_octave": {1: "nan"}}
+        "arm": WILD,
+        "by_length": {3: {"success": 0.5, "interval": [0.25, 0.75]}},
+        "same_share": 1.0,
+        "median_first_difference": None,
+        "tokens": dict.fromkeys(("thinking", "answer", "tool"), 1.0),
+        "kl_by_octave": {1: "nan"},
+    }
     return {"task": "chain", "problems": {3: 4}, "arms": [arm]}
 
 
@@ -142,11 +151,15 @@ def test_chains_are_written_before_they_are_shown(session, tmp_path, monkeypatch
 DISTORTED = dict.fromkeys([*distortion.COLUMNS], 0.5)
 
 
-@pytest.mark.parametrize("tables", [
-    lambda: [run._table([{"arm": WILD, "held_out_loss": 1.0, "exact": {3: 0.5}}], (3,))],
-    lambda: [distortion._table({WILD: {"summary": {}} | DISTORTED})],
-    lambda: horizon.tables(played()),
-], ids=["loss", "distortion", "horizon"])
+@pytest.mark.parametrize(
+    "tables",
+    [
+        lambda: [run._table([{"arm": WILD, "held_out_loss": 1.0, "exact": {3: 0.5}}], (3,))],
+        lambda: [distortion._table({WILD: {"summary": {}} | DISTORTED})],
+        lambda: horizon.tables(played()),
+    ],
+    ids=["loss", "distortion", "horizon"],
+)
 def test_names_stand_in_tables_as_they_are(tables):
     console = Console(width=200, record=True, file=io.StringIO())
     for table in tables():

@@ -37,9 +37,9 @@ class Script:
     def stream(self, prompt, limit, budget, stats):
         assert (budget.begin, budget.end, budget.calls) in ((-1, -1, -1), (270, 271, 264))
         self.budgets.append(budget.tokens)
-        row = next(row for row in self.rows if row[:len(prompt)] == prompt)
+        row = next(row for row in self.rows if row[: len(prompt)] == prompt)
         stats.prompt_tokens, stats.read_tokens, stats.first_token_s, stats.second_token_s = len(prompt), 7, 0.5, 1.5
-        for token in row[len(prompt):row.index(TOKENIZER.eos_id, len(prompt)) + 1]:
+        for token in row[len(prompt) : row.index(TOKENIZER.eos_id, len(prompt)) + 1]:
             stats.new_tokens, stats.total_s = stats.new_tokens + 1, 0.5 + stats.new_tokens
             yield token
 
@@ -47,8 +47,9 @@ class Script:
 @pytest.fixture
 def screen(monkeypatch):
     out = io.StringIO()
-    monkeypatch.setattr(chat, "console", Console(file=out, width=200, color_system="standard", force_terminal=True,
-                                                  highlight=False))
+    monkeypatch.setattr(
+        chat, "console", Console(file=out, width=200, color_system="standard", force_terminal=True, highlight=False)
+    )
     return out
 
 
@@ -58,8 +59,10 @@ def talk(monkeypatch, problem, system=None, mode="interleaved", **limits):
     script = Script(rows, system, mode)
     monkeypatch.setattr(chat, "load_weights", lambda source: script)
     monkeypatch.setattr(chat, "make_problem", lambda *args, **kwargs: problem)
-    assert chat.generate("W", "", raw=False, task="pointer_chase", length=3, tools=(), limits=chat.Limits(**limits),
-                         sampling=None) == 0
+    assert (
+        chat.generate("W", "", raw=False, task="pointer_chase", length=3, tools=(), limits=chat.Limits(**limits), sampling=None)
+        == 0
+    )
     return script
 
 
@@ -72,8 +75,9 @@ def test_a_tool_loop_on_the_screen(monkeypatch, screen):
     assert "\x1b[1;36mf\x1b[0m" in shown, "calls are highlighted"
     assert f"result  {problem.messages[2]['content']}" in shown
     tokens = KimiRenderer(TOKENIZER).rows(problem.messages, problem.tools)[0].trained
-    assert (f"= {tokens} new tokens in 4 replies; 28 prompt tokens read; first token after 0.50 s with compiling, "
-            "then 1.0 tokens/s") in shown
+    assert (
+        f"= {tokens} new tokens in 4 replies; 28 prompt tokens read; first token after 0.50 s with compiling, then 1.0 tokens/s"
+    ) in shown
     assert "28 thinking + 5 answer" in shown  # three keys of 6, `=` and a digit, 8 marks; a digit and 4 ends of message
     assert f"right: the answer is {problem.answer}" in shown
 
@@ -114,8 +118,15 @@ def test_failures_and_limits_are_said(monkeypatch, screen):
 def test_characters_of_several_bytes_arrive_whole():
     out = io.StringIO()
     shown = Screen(Console(file=out, width=80, highlight=False), TOKENIZER)
-    for token in [*TOKENIZER.encode("é漢🙂 [bold]"), 0xFF, *TOKENIZER.encode("x"), TOKENIZER.special["<think>"],
-                  *TOKENIZER.encode("hm"), TOKENIZER.special["</think>"], TOKENIZER.eos_id]:
+    for token in [
+        *TOKENIZER.encode("é漢🙂 [bold]"),
+        0xFF,
+        *TOKENIZER.encode("x"),
+        TOKENIZER.special["<think>"],
+        *TOKENIZER.encode("hm"),
+        TOKENIZER.special["</think>"],
+        TOKENIZER.eos_id,
+    ]:
         shown.token(token)
     shown.end_of_reply()
     assert out.getvalue() == "é漢🙂 [bold]\ufffdxthoughts  hm\n"
@@ -126,9 +137,14 @@ def byte_fallback(path):
     pieces = [("<unk>", 0.0), *((f"<0x{i:02X}>", -9.0) for i in range(256)), ("\u2581", -2.0), ("\u2581the", -1.0), ("a", -3.0)]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 0, byte_fallback=True))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    tokenizer.decoder = tokenizers.decoders.Sequence([
-        tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(),
-        tokenizers.decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("\u2581", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
     tokenizer.save(str(path))
     return load_tokenizer(str(path))
 
@@ -144,8 +160,9 @@ def test_a_token_costs_the_same_at_any_length_and_the_text_is_that_of_all(tmp_pa
     def streamed(tokenizer, ids):
         """(what is printed, the most tokens decoded together)"""
         shown, asked, decode = [], [], tokenizer.decode
-        screen = Screen(SimpleNamespace(is_terminal=False, print=lambda made, **_: shown.extend(s.text for s in made.segments)),
-                        tokenizer)
+        screen = Screen(
+            SimpleNamespace(is_terminal=False, print=lambda made, **_: shown.extend(s.text for s in made.segments)), tokenizer
+        )
         with monkeypatch.context() as patch:
             patch.setattr(tokenizer, "decode", lambda some: asked.append(len(some)) or decode(some))
             for token in ids:
@@ -161,8 +178,10 @@ def test_a_token_costs_the_same_at_any_length_and_the_text_is_that_of_all(tmp_pa
 WILD = ":smile: [b][/x]\ta\tb\r\n\x07\x1b[2J\x9b1m" + "long " * 30
 
 
-@pytest.mark.parametrize("terminal, shown", [
-    (False, WILD), (True, WILD.replace("\r", r"\r").replace("\x07", r"\x07").replace("\x1b", r"\x1b").replace("\x9b", r"\x9b"))])
+@pytest.mark.parametrize(
+    "terminal, shown",
+    [(False, WILD), (True, WILD.replace("\r", r"\r").replace("\x07", r"\x07").replace("\x1b", r"\x1b").replace("\x9b", r"\x9b"))],
+)
 def test_what_is_said_is_not_rewritten(terminal, shown, monkeypatch):
     """But a terminal gets no commands."""
     out = io.StringIO()
@@ -180,8 +199,11 @@ def test_a_text_is_gone_on_with_as_it_stands(monkeypatch):
     """--raw: the prompt, too, is printed as it was given."""
     out = io.StringIO()
     monkeypatch.setattr(chat, "console", Console(file=out, width=80, highlight=False))
-    weights = SimpleNamespace(tokenizer=TOKENIZER, model=ModelConfig(), decoder=lambda rows, sampling: SimpleNamespace(
-        stream=lambda prompt, limit, stats: iter(TOKENIZER.encode("\t:ok:"))))
+    weights = SimpleNamespace(
+        tokenizer=TOKENIZER,
+        model=ModelConfig(),
+        decoder=lambda rows, sampling: SimpleNamespace(stream=lambda prompt, limit, stats: iter(TOKENIZER.encode("\t:ok:"))),
+    )
     monkeypatch.setattr(chat, "load_weights", lambda source: weights)
     chat.generate("W", ":smile:\tx", raw=True, task="", length=1, tools=(), limits=chat.Limits(), sampling=None)
     assert out.getvalue().startswith(":smile:\tx\t:ok:\n")
@@ -199,12 +221,21 @@ def test_the_best_token_has_a_logit_at_any_temperature(temperature):
 def test_tools_by_name(tmp_path, monkeypatch):
     (tmp_path / "mine_too.py").write_text("def double(x: int) -> int:\n    'Twice x.'\n    return 2 * x\nname = 'x'\n")
     monkeypatch.chdir(tmp_path)
-    assert [t.name for t in tools_by_name(("calculator", "key_value", "mine_too:double"))] == \
-        ["calculate", "get", "put", "double"]
+    assert [t.name for t in tools_by_name(("calculator", "key_value", "mine_too:double"))] == [
+        "calculate",
+        "get",
+        "put",
+        "double",
+    ]
     assert [t.name for t in tools_by_name(("mine_too.py",))] == ["double"]
-    for name, words in (("calc", "name calculator, key_value, MODULE:FUNCTION or FILE.py"), ("mine_too:nothing", "nothing"),
-                        ("nowhere_:f", "No module"), ("mine_too:name", "is str, not a function"),
-                        ("math:hypot", "tool hypot: no signature found"), (":f", "--tools :f: Empty module name")):
+    for name, words in (
+        ("calc", "name calculator, key_value, MODULE:FUNCTION or FILE.py"),
+        ("mine_too:nothing", "nothing"),
+        ("nowhere_:f", "No module"),
+        ("mine_too:name", "is str, not a function"),
+        ("math:hypot", "tool hypot: no signature found"),
+        (":f", "--tools :f: Empty module name"),
+    ):
         with pytest.raises(ConfigError, match=words):
             tools_by_name((name,))
     with pytest.raises(ConfigError, match="two tools named double"):
@@ -220,15 +251,22 @@ def test_tools_by_name(tmp_path, monkeypatch):
 
 def test_what_cannot_be_asked():
     common = dict(raw=False, task="chain", length=3, tools=(), limits=chat.Limits(), sampling=None)
-    for text, change, words in (("", {"tools": ("calculator",)}, "a prompt of your own"), ("", {"raw": True}, "give one"),
-                                ("", {"length": 10**6}, "1 to 676 steps"), ("", {"task": "chase"}, "does not exist")):
+    for text, change, words in (
+        ("", {"tools": ("calculator",)}, "a prompt of your own"),
+        ("", {"raw": True}, "give one"),
+        ("", {"length": 10**6}, "1 to 676 steps"),
+        ("", {"task": "chase"}, "does not exist"),
+    ):
         with pytest.raises(ConfigError, match=words):
             chat.generate("W", text, **common | change)
-    for limits, words in ((dict(thinking=-1), "--think-budget"), (dict(context=200), "no room"),
-                          (dict(replies=0), "--max-replies must be at least 1, not 0")):
+    for limits, words in (
+        (dict(thinking=-1), "--think-budget"),
+        (dict(context=200), "no room"),
+        (dict(replies=0), "--max-replies must be at least 1, not 0"),
+    ):
         with pytest.raises(ConfigError, match=words):
             chat.Limits(**limits)
-    for seed in (3_000_000_000, -2**31 - 1):
+    for seed in (3_000_000_000, -(2**31) - 1):
         with pytest.raises(ConfigError, match="seed must lie in"):
             Sampling(seed=seed).check()
     with pytest.raises(ConfigError, match="'' names no weights; give a run directory"):

@@ -19,8 +19,20 @@ def run(tmp_path):
     run.write_config(preset("tiny"), {})
     file = MetricsFile(run.metrics)
     for step, loss in ((1, 5.0), (2, math.inf), (3, math.nan)):
-        file.write("step", step, {"loss": loss, "load_max_over_mean": [1.5, loss], "grid_error": loss, "skipped_steps": 0,
-                                  "dropped_tokens": 0, "seconds": 1.0, "tokens_per_second": 9.0, "mfu": "n/a"})
+        file.write(
+            "step",
+            step,
+            {
+                "loss": loss,
+                "load_max_over_mean": [1.5, loss],
+                "grid_error": loss,
+                "skipped_steps": 0,
+                "dropped_tokens": 0,
+                "seconds": 1.0,
+                "tokens_per_second": 9.0,
+                "mfu": "n/a",
+            },
+        )
     file.write("eval", 3, {"held_out_loss": math.nan})
     file.close()
     return run
@@ -63,8 +75,13 @@ def test_a_result_is_replaced_whole(tmp_path):
 
 def test_arms_of_different_calls_stand_in_one_table():
     """With other lengths, other numbers of problems, and one without bytes to count."""
-    lines = _results([evaluated("one", {"1": 1.0, "10": 0.5}, bits_per_byte=2.0), evaluated("two", {"2": 0.25}, problems=64),
-                      {"arm": "three", "held_out_loss": 1.5}])
+    lines = _results(
+        [
+            evaluated("one", {"1": 1.0, "10": 0.5}, bits_per_byte=2.0),
+            evaluated("two", {"2": 0.25}, problems=64),
+            {"arm": "three", "held_out_loss": 1.5},
+        ]
+    )
     head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     assert head == ["weights", "held-out loss", "bits per byte", "problems per length", "n=1", "n=2", "n=10"]
     assert rows[0][:5] == ["one", "1.0000", "2.0000", "8", "100.0 % (68–100)"] and rows[0][5] == ""
@@ -75,8 +92,10 @@ def test_arms_of_different_calls_stand_in_one_table():
 def test_more_arms_than_colours_are_drawn():
     names = [f"arm {i}" for i in range(9)]
     played = {"arms": [{"arm": name, "kl_by_octave": {"1": 0.1, "2": "nan"}} for name in names]}
-    for figure, drawn in ((_accuracy([evaluated(name, {"1": 0.5}) for name in names]), names),
-                          (_kl_by_position(played), names[1:])):
+    for figure, drawn in (
+        (_accuracy([evaluated(name, {"1": 0.5}) for name in names]), names),
+        (_kl_by_position(played), names[1:]),
+    ):
         assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == drawn
 
 

@@ -26,9 +26,25 @@ from eval.statistics import (
 
 def made(solved=True, first_wrong=None, steps=10, ids=(1, 2), **fields):
     first_wrong = steps if first_wrong is None else first_wrong
-    return Played(**dict(solved=solved, first_wrong=first_wrong, right=first_wrong, steps=steps, thinking=5, answer=1, tool=4,
-                         loops=False, overthought=False, calls=2, valid_calls=2, misnumbered=0, stopped="done",
-                         ids=list(ids)) | fields)
+    return Played(
+        **dict(
+            solved=solved,
+            first_wrong=first_wrong,
+            right=first_wrong,
+            steps=steps,
+            thinking=5,
+            answer=1,
+            tool=4,
+            loops=False,
+            overthought=False,
+            calls=2,
+            valid_calls=2,
+            misnumbered=0,
+            stopped="done",
+            ids=list(ids),
+        )
+        | fields
+    )
 
 
 class Scripted:
@@ -44,8 +60,8 @@ class Scripted:
         self.calls += 1
         out = {}
         for number, prompt in prompts.items():
-            row = next(row for row in self.rows if row[:len(prompt)] == prompt)
-            out[number] = row[len(prompt):row.index(258, len(prompt)) + 1] if self.calls <= self.right else [258]
+            row = next(row for row in self.rows if row[: len(prompt)] == prompt)
+            out[number] = row[len(prompt) : row.index(258, len(prompt)) + 1] if self.calls <= self.right else [258]
         return out
 
 
@@ -55,8 +71,14 @@ def test_played_episodes_are_judged():
     rows = [row.ids for p in problems for row in renderer.rows(p.messages, p.tools)]
     for right, solved, first_wrong, calls in ((99, True, 5, 5), (3, False, 3, 3)):
         for one in play(Scripted(rows, right), renderer, problems, Settings("interleaved", None)):
-            assert (one.solved, one.first_wrong, one.right, one.steps, one.calls, one.valid_calls) == \
-                (solved, first_wrong, first_wrong, 5, calls, calls)
+            assert (one.solved, one.first_wrong, one.right, one.steps, one.calls, one.valid_calls) == (
+                solved,
+                first_wrong,
+                first_wrong,
+                5,
+                calls,
+                calls,
+            )
             assert one.tokens == len(one.ids) and not one.loops and one.stopped == "done"
 
 
@@ -67,12 +89,13 @@ def test_wrong_answers_after_right_steps_and_bad_calls():
     episode.add([{"role": "assistant", "content": "x", "reasoning_content": thoughts}])
     episode.stopped = "done"
     assert played(problem, episode, [1]).overthought and not played(problem, episode, [1]).solved
-    episode.messages[-1]["reasoning_content"] = thoughts[thoughts.rindex("\n"):] + "\n" + thoughts
+    episode.messages[-1]["reasoning_content"] = thoughts[thoughts.rindex("\n") :] + "\n" + thoughts
     assert not played(problem, episode, [1]).overthought, "the last step is written, but not where it belongs"
     chase = make_problem("pointer_chase", 0, 0, 3)
     episode = chase.episode()
-    episode.add([{"role": "assistant", "content": "", "tool_calls": [call(0, "get", key="a"), call(1, "got"),
-                                                                    call(2, "get", key=3)]}])
+    episode.add(
+        [{"role": "assistant", "content": "", "tool_calls": [call(0, "get", key="a"), call(1, "got"), call(2, "get", key=3)]}]
+    )
     episode.failures = ["arguments of get are not JSON: {"]
     assert (played(chase, episode, [1]).calls, played(chase, episode, [1]).valid_calls) == (4, 1)
 

@@ -22,11 +22,25 @@ def exact_products():
 
 
 @pytest.mark.parametrize("kind", ["whole", "packed", "empty row"])
-@pytest.mark.parametrize("B, S, H, d, v, scale", [
-    (2, 1024, 4, 192, 128, 192**-0.5),  # Moonlight's heads
-    (2, 1024, 2, 192, 128, 0.1308609),  # Kimi K2's: with YaRN's factor, by which the logit of what is not seen is no round number
-    (2, 1000, 2, 192, 128, 0.1352337),  # DeepSeek-V3's; the last tile hangs over
-    (3, 300, 2, 128, 128, 128**-0.5), (2, 640, 3, 64, 64, 0.125), (2, 512, 1, 192, 64, 0.1), (1, 4096, 16, 192, 128, 0.1308609)])
+@pytest.mark.parametrize(
+    "B, S, H, d, v, scale",
+    [
+        (2, 1024, 4, 192, 128, 192**-0.5),  # Moonlight's heads
+        (
+            2,
+            1024,
+            2,
+            192,
+            128,
+            0.1308609,
+        ),  # Kimi K2's: with YaRN's factor, by which the logit of what is not seen is no round number
+        (2, 1000, 2, 192, 128, 0.1352337),  # DeepSeek-V3's; the last tile hangs over
+        (3, 300, 2, 128, 128, 128**-0.5),
+        (2, 640, 3, 64, 64, 0.125),
+        (2, 512, 1, 192, 64, 0.1),
+        (1, 4096, 16, 192, 128, 0.1308609),
+    ],
+)
 def test_against_the_definition(B, S, H, d, v, scale, kind):
     """Output, gradients, largest logit."""
     args, exact = operands(B, S, H, d, v)
@@ -62,7 +76,11 @@ def test_long_rows():
     (q, k, v, g), _ = operands(1, 32768, 4, 192, 128)
     segments = jnp.asarray(np.repeat(np.arange(1, 65), 512)[None], jnp.int32)
     at = jnp.arange(32768)
-    for name, x, y in zip(("out", "top"), attention_gpu.attend(q, k, v, segments, at, 192**-0.5),
-                          attention.IMPLEMENTATIONS["chunked"](q, k, v, segments, at, 192**-0.5, 512), strict=True):
+    for name, x, y in zip(
+        ("out", "top"),
+        attention_gpu.attend(q, k, v, segments, at, 192**-0.5),
+        attention.IMPLEMENTATIONS["chunked"](q, k, v, segments, at, 192**-0.5, 512),
+        strict=True,
+    ):
         x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
         assert np.abs(x - y).max() <= (0.012 if name == "out" else 2e-6) * np.abs(y).max(), name

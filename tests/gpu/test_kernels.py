@@ -53,12 +53,15 @@ def close(mine, want):
 
 
 @pytest.mark.parametrize("load", LOADS)  # "two" leaves experts without rows, all leave blocks of nobody
-@pytest.mark.parametrize("tokens, D, F, E, K", [
-    (1024, 128, 256, 16, 4),    # blocks of 64, tiles wider than they need
-    (2048, 192, 320, 8, 2),     # blocks of 128, both widths over the edge of a tile
-    (2048, 1408, 2048, 8, 2),   # Moonlight's down projection
-    (512, 7168, 1024, 4, 2),    # K2's contraction
-])
+@pytest.mark.parametrize(
+    "tokens, D, F, E, K",
+    [
+        (1024, 128, 256, 16, 4),  # blocks of 64, tiles wider than they need
+        (2048, 192, 320, 8, 2),  # blocks of 128, both widths over the edge of a tile
+        (2048, 1408, 2048, 8, 2),  # Moonlight's down projection
+        (512, 7168, 1024, 4, 2),  # K2's contraction
+    ],
+)
 def test_three_products(tokens, D, F, E, K, load):
     against_float64(load, tokens, D, F, E, K)
 
@@ -74,14 +77,15 @@ def test_float32_sums_of_weights():
 def test_against_the_plain_entry(load):
     """A thousand blocks, so that every core has many tiles: the same as the batched entry to its rounding."""
     tokens, D, F, E, K = 16384, 256, 512, 64, 6
-    experts = routed(load, tokens, E, K)[:, :2 if load == "two" else K]
+    experts = routed(load, tokens, E, K)[:, : 2 if load == "two" else K]
     to = dispatch.plan(experts, E, block_rows(experts.size, E, "hopper"))
     keys = jax.random.split(jax.random.key(1), 2)
     x = dispatch.to_slots(jax.random.normal(keys[0], (tokens, D), jnp.bfloat16), to)
     w = jax.random.normal(keys[1], (E, D, F), jnp.bfloat16)
     for _ in range(3):  # again with what the first run left in memory
-        mine, plain = (np.asarray(IMPLEMENTATIONS[name].rows(x, w, to.block_expert, False), np.float32)
-                       for name in ("hopper", "batched"))
+        mine, plain = (
+            np.asarray(IMPLEMENTATIONS[name].rows(x, w, to.block_expert, False), np.float32) for name in ("hopper", "batched")
+        )
         assert np.abs(mine - plain).max() <= 8e-3 * np.abs(plain).max()
 
 
@@ -109,7 +113,15 @@ def test_jax_own_kernel_agrees():
     E, D, F, rows = 4, 512, 1024, 512
     x = jax.random.normal(jax.random.key(0), (E * rows, D), jnp.bfloat16)
     w = jax.random.normal(jax.random.key(1), (E, D, F), jnp.bfloat16)
-    theirs = example.ragged_dot(x, w, group_sizes=jnp.full(E, rows, jnp.int32), block_m=128, block_n=128, block_k=64,
-                                max_concurrent_steps=4, grid_block_n=1)
+    theirs = example.ragged_dot(
+        x,
+        w,
+        group_sizes=jnp.full(E, rows, jnp.int32),
+        block_m=128,
+        block_n=128,
+        block_k=64,
+        max_concurrent_steps=4,
+        grid_block_n=1,
+    )
     mine = grouped_matmul_gpu.rows(x, w, jnp.repeat(jnp.arange(E), rows // 128), False)
     np.testing.assert_allclose(np.asarray(mine, np.float32), np.asarray(theirs, np.float32), rtol=1e-2, atol=1e-1)

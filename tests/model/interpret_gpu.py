@@ -35,14 +35,19 @@ def interpreted(monkeypatch, **settings):
                 clock = memory.clocks[thread].copy()
             from_registers = len(memory.buffer_shape_and_dtype(key).shape) == ROOM
             inside.get_races().check_read(
-                thread, (clock.generic_clock if from_registers else clock.async_smem_clock).copy(), key,
+                thread,
+                (clock.generic_clock if from_registers else clock.async_smem_clock).copy(),
+                key,
                 memory.access(key, jax.tree.map(int, inside._remove_noop_transforms(call[f"{operand}_transforms"]))),
-                source_info=call["source_info"])
+                source_info=call["source_info"],
+            )
         return real(**call)
 
     real = inside.wgmma
-    with monkeypatch.context() as patch, plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(
-            num_cores_or_threads=3, detect_races=True, **settings)):
+    with (
+        monkeypatch.context() as patch,
+        plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(num_cores_or_threads=3, detect_races=True, **settings)),
+    ):
         patch.setattr(inside, "wgmma", multiply)
         yield
 
@@ -59,6 +64,7 @@ def interpreted_attention(monkeypatch):
             room.append(mine)
             body(*refs)
             room.pop()
+
         return real_call(run, outputs, (*scratch, plgpu.SMEM((attention_gpu.GROUPS, 1, 64, 128), jnp.bfloat16)), *rest)
 
     def multiply(total, x, tile, transposed=False):

@@ -17,9 +17,22 @@ from model.decode.served_params import SERVED, serve
 from model.transformer import bind, param_specs
 from quant.served import Serving
 
-SMALL = dict(vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16,
-             qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12, intermediate_size=48, moe_intermediate_size=16,
-             n_routed_experts=8, num_experts_per_tok=2, dtype="float32")
+SMALL = dict(
+    vocab_size=96,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=12,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    dtype="float32",
+)
 
 EXACT = Serving(dtype="float32", grid="none")
 
@@ -52,9 +65,11 @@ def call_for(tokens, segments=None, serving: Serving = EXACT, amount: float = 0.
     return Call(jnp.asarray(positions), jnp.asarray(segments), jnp.float32(amount), serving, dtype=dtype, **more)
 
 
-def forward_logits(model: ModelConfig, served: dict[str, jax.Array], rows: np.ndarray, platform: str,
-                   dtype: str = "float32") -> np.ndarray:
+def forward_logits(
+    model: ModelConfig, served: dict[str, jax.Array], rows: np.ndarray, platform: str, dtype: str = "float32"
+) -> np.ndarray:
     """[N, S] tokens -> [N, S, V] float32 logits of served weights, computing in `dtype`."""
+
     @jax.jit
     def forward(params, tokens):
         call = call_for(rows, serving=SERVED, dtype=dtype, platform=platform)
@@ -64,9 +79,19 @@ def forward_logits(model: ModelConfig, served: dict[str, jax.Array], rows: np.nd
     return np.asarray(forward(served, jnp.asarray(rows)))
 
 
-def generate_batch(cfg: ModelConfig, params: dict[str, jax.Array], prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
-                   stop_ids: tuple[int, ...], serving: Serving, amount: float, dtype: str, platform: str,
-                   sampling: Sampling = GREEDY) -> list[list[int]]:
+def generate_batch(
+    cfg: ModelConfig,
+    params: dict[str, jax.Array],
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...],
+    serving: Serving,
+    amount: float,
+    dtype: str,
+    platform: str,
+    sampling: Sampling = GREEDY,
+) -> list[list[int]]:
     """Continuations of all prompts, generated together; the prompts may differ in length. `params` are masters, seen
     as `serving` and `amount` say (0 plain, 1 on the grid); with `served_params.SERVED` they are taken as they are."""
     if not prompts:

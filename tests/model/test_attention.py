@@ -30,7 +30,7 @@ def packed(B, S, kind):
         for row in segments:
             cuts = np.sort(rng.choice(np.arange(1, S), 5, replace=False))
             row[:] = 1 + np.searchsorted(cuts, np.arange(S), side="right")
-            row[rng.integers(S - 20, S):] = 0
+            row[rng.integers(S - 20, S) :] = 0
     if kind == "empty row":
         segments[0] = 0
     return jnp.asarray(segments)
@@ -43,12 +43,19 @@ def loss(q, k, v, g, segments, name):
 
 
 @pytest.mark.parametrize("name", HERE[1:])
-@pytest.mark.parametrize("S, kind, dtype, tolerance", [
-    # Sums of at most 160 float32 terms in another order.
-    (128, "whole", jnp.float32, 2e-6), (160, "packed", jnp.float32, 2e-6), (141, "packed", jnp.float32, 2e-6),
-    (96, "empty row", jnp.float32, 2e-6), (20, "packed", jnp.float32, 2e-6),
-    # Weights are rounded to bfloat16 before or after normalising: one rounding, 2**-8.
-    (160, "packed", jnp.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    "S, kind, dtype, tolerance",
+    [
+        # Sums of at most 160 float32 terms in another order.
+        (128, "whole", jnp.float32, 2e-6),
+        (160, "packed", jnp.float32, 2e-6),
+        (141, "packed", jnp.float32, 2e-6),
+        (96, "empty row", jnp.float32, 2e-6),
+        (20, "packed", jnp.float32, 2e-6),
+        # Weights are rounded to bfloat16 before or after normalising: one rounding, 2**-8.
+        (160, "packed", jnp.bfloat16, 1e-2),
+    ],
+)
 def test_against_the_naive_form(name, S, kind, dtype, tolerance):
     segments = packed(2, S, kind if S > 20 else "whole")
     args = inputs(2, S, dtype=dtype)
@@ -69,8 +76,9 @@ def test_documents_do_not_see_each_other(name):
     tops = []
     for piece in (slice(0, 40), slice(40, 90)):
         length = piece.stop - piece.start
-        alone, alone_top = attention.reference(q[:, piece], k[:, piece], v[:, piece], segments[:, piece],
-                                               jnp.arange(length), SCALE)
+        alone, alone_top = attention.reference(
+            q[:, piece], k[:, piece], v[:, piece], segments[:, piece], jnp.arange(length), SCALE
+        )
         np.testing.assert_allclose(out[:, piece], alone, atol=2e-6)
         tops.append(alone_top)
     np.testing.assert_allclose(top, np.maximum(*tops), rtol=1e-6)
@@ -107,13 +115,17 @@ def test_some_of_a_rows_queries(name):
     out, top = attention.IMPLEMENTATIONS[name](q[:, at], k, v, segments, jnp.asarray(at), SCALE, 16)
     seen = np.asarray(segments[:, at] > 0)
     np.testing.assert_allclose(out[seen], want[:, at][seen], atol=2e-6)
-    logits = jnp.where(attention.visible_BST(segments, jnp.asarray(at))[:, None],
-                       jnp.einsum("BSHd,BTHd->BHST", q[:, at], k) * SCALE, -jnp.inf)
+    logits = jnp.where(
+        attention.visible_BST(segments, jnp.asarray(at))[:, None], jnp.einsum("BSHd,BTHd->BHST", q[:, at], k) * SCALE, -jnp.inf
+    )
     np.testing.assert_allclose(top, logits.max((0, 2, 3)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("T, at", [(200, np.arange(200)), (200, np.r_[24:88, 136:200]), (384, np.r_[64:192, 192:256])],
-                         ids=["all", "two chunks of a device", "keys behind a device's queries"])
+@pytest.mark.parametrize(
+    "T, at",
+    [(200, np.arange(200)), (200, np.r_[24:88, 136:200]), (384, np.r_[64:192, 192:256])],
+    ids=["all", "two chunks of a device", "keys behind a device's queries"],
+)
 def test_tpu_kernels(T, at):
     """Some tiles of queries and keys, documents and padding across them: outputs, maxima and the three gradients. No block
     lies outside of its array, which the interpreter checks and a chip may not."""
@@ -130,8 +142,11 @@ def test_tpu_kernels(T, at):
 
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
         mine = run("tpu")
-    for one, other in zip(jax.tree.leaves(mine[0][1]) + list(mine[1]), jax.tree.leaves((want := run("reference"))[0][1])
-                          + list(want[1]), strict=True):
+    for one, other in zip(
+        jax.tree.leaves(mine[0][1]) + list(mine[1]),
+        jax.tree.leaves((want := run("reference"))[0][1]) + list(want[1]),
+        strict=True,
+    ):
         assert np.abs(np.asarray(one) - np.asarray(other)).max() <= 2e-6 * np.abs(np.asarray(other)).max()
 
 

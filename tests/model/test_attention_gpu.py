@@ -26,11 +26,13 @@ def test_intervals_are_what_is_visible(kind, at):
     segments, S, T = packed(2, 240, kind), 256, 256
     seen = Intervals.of(segments, jnp.asarray(at), S, T)
     visible = np.zeros((2, S, T), bool)
-    visible[:, :len(at), :240] = attention.visible_BST(segments, jnp.asarray(at)) & (segments[:, at] > 0)[..., None]
+    visible[:, : len(at), :240] = attention.visible_BST(segments, jnp.asarray(at)) & (segments[:, at] > 0)[..., None]
     key = np.arange(T)
     np.testing.assert_array_equal((key >= np.asarray(seen.low)[..., None]) & (key <= np.asarray(seen.high)[..., None]), visible)
-    for queries, keys, spans, axes in ((32, 16, seen.keys_of_queries(32, 16, T), (2, 4)),
-                                       (16, 32, np.asarray(seen.queries_of_keys(16, 32, T)), (4, 2))):
+    for queries, keys, spans, axes in (
+        (32, 16, seen.keys_of_queries(32, 16, T), (2, 4)),
+        (16, 32, np.asarray(seen.queries_of_keys(16, 32, T)), (4, 2)),
+    ):
         tiles = visible.reshape(2, S // queries, queries, T // keys, keys)
         some, every = tiles.any((2, 4)), tiles.all((2, 4))
         if axes == (4, 2):
@@ -68,18 +70,22 @@ def compare(run, args, exact, segments, at, scale):
 
 
 @pytest.mark.skipif(not PRESENT, reason="this jax has no GPU interpreter")
-@pytest.mark.parametrize("S, H, d, v, kind, chunks", [
-    pytest.param(300, 1, 64, 64, "whole", False, id="whole"),  # five tiles of queries pass through a ring of three
-    pytest.param(200, 1, 64, 64, "packed", False, id="packed"),
-    pytest.param(520, 2, 192, 128, "packed", False, id="192 128", marks=pytest.mark.slow),
-    pytest.param(512, 1, 128, 64, "whole", True, id="two chunks", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "S, H, d, v, kind, chunks",
+    [
+        pytest.param(300, 1, 64, 64, "whole", False, id="whole"),  # five tiles of queries pass through a ring of three
+        pytest.param(200, 1, 64, 64, "packed", False, id="packed"),
+        pytest.param(520, 2, 192, 128, "packed", False, id="192 128", marks=pytest.mark.slow),
+        pytest.param(512, 1, 128, 64, "whole", True, id="two chunks", marks=pytest.mark.slow),
+    ],
+)
 def test_interpreted(S, H, d, v, kind, chunks, monkeypatch):
     """The kernels as they are, warpgroups and barriers included, on small shapes; Kimi K2's scale, by which the logit of what
     is not seen is no round number: a fused multiply-add, which a GPU makes here and a CPU too, leaves its rounding."""
     args, exact = operands(1, S, H, d, v)
     segments, at = packed(1, S, kind), jnp.arange(S)
     if chunks:
-        at = jnp.asarray(np.r_[S // 4:S // 2, 3 * S // 4:S])
+        at = jnp.asarray(np.r_[S // 4 : S // 2, 3 * S // 4 : S])
         for x in (args, exact):
             x[0], x[3] = x[0][:, at], x[3][:, at]
     with interpreted_attention(monkeypatch):
@@ -87,11 +93,20 @@ def test_interpreted(S, H, d, v, kind, chunks, monkeypatch):
 
 
 @pytest.mark.skipif(not PRESENT, reason="this jax has no GPU interpreter")
-@pytest.mark.parametrize("product, release", [
-    ("                s = _logits(own, k_ring.at[slot], take_turns)\n",
-     "                plgpu.barrier_arrive(k_freed.at[slot])\n"),
-    ("                part = pl.run_scoped(values, plgpu.ACC((ROWS, dv), jnp.float32))\n",
-     "                plgpu.barrier_arrive(v_freed.at[slot])\n")], ids=["k", "v"])
+@pytest.mark.parametrize(
+    "product, release",
+    [
+        (
+            "                s = _logits(own, k_ring.at[slot], take_turns)\n",
+            "                plgpu.barrier_arrive(k_freed.at[slot])\n",
+        ),
+        (
+            "                part = pl.run_scoped(values, plgpu.ACC((ROWS, dv), jnp.float32))\n",
+            "                plgpu.barrier_arrive(v_freed.at[slot])\n",
+        ),
+    ],
+    ids=["k", "v"],
+)
 def test_a_tile_handed_back_too_early_is_a_race(product, release, monkeypatch):
     """Before it is multiplied: the detector is told what WGMMA reads."""
     copy = sabotaged(attention_gpu, (product + release, release + product))
@@ -104,8 +119,11 @@ def test_a_tile_handed_back_too_early_is_a_race(product, release, monkeypatch):
 def test_what_the_kernels_do_not_take(monkeypatch):
     """float32, odd heads, and a jax without Mosaic GPU go through XLA, with a sentence that says why."""
     S = 160
-    for d, v, dtype, why in ((64, 64, jnp.float32, "not float32"), (48, 32, jnp.bfloat16, "whole multiples of 64"),
-                             (256, 128, jnp.bfloat16, "up to 192 and 128")):
+    for d, v, dtype, why in (
+        (64, 64, jnp.float32, "not float32"),
+        (48, 32, jnp.bfloat16, "whole multiples of 64"),
+        (256, 128, jnp.bfloat16, "up to 192 and 128"),
+    ):
         q, k, value, _ = inputs(1, S, 1, d, v, dtype)
         with pytest.warns(UserWarning, match=why):
             out, _ = attention.causal(q, k, value, jnp.ones((1, S), jnp.int32), jnp.arange(S), 0.3, "hopper")

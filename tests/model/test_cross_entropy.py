@@ -10,8 +10,12 @@ from model import cross_entropy
 
 def inputs(N, D, V, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(N), 4)
-    return (jax.random.normal(keys[0], (N, D), dtype), jax.random.normal(keys[1], (D, V)),
-            jax.random.randint(keys[2], (N,), 0, V), jax.random.uniform(keys[3], (N,)))
+    return (
+        jax.random.normal(keys[0], (N, D), dtype),
+        jax.random.normal(keys[1], (D, V)),
+        jax.random.randint(keys[2], (N,), 0, V),
+        jax.random.uniform(keys[3], (N,)),
+    )
 
 
 def total(hidden, head, targets, weights, name, z_loss):
@@ -61,8 +65,11 @@ def test_memory_at_the_vocabulary_of_k2():
         nll, lse = cross_entropy.chunked(hidden, head, targets)
         return jnp.sum(nll) + 1e-4 * jnp.sum(lse**2)
 
-    shapes = (jax.ShapeDtypeStruct((N, D), jnp.float32), jax.ShapeDtypeStruct((D, V), jnp.float32),
-              jax.ShapeDtypeStruct((N,), jnp.int32))
+    shapes = (
+        jax.ShapeDtypeStruct((N, D), jnp.float32),
+        jax.ShapeDtypeStruct((D, V), jnp.float32),
+        jax.ShapeDtypeStruct((N,), jnp.int32),
+    )
     compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile()
     assert f"[{N},{V}]" not in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < 64e6

@@ -10,8 +10,13 @@ from model import cross_entropy, distillation
 
 def inputs(N, D, V):
     keys = jax.random.split(jax.random.key(N), 5)
-    return (jax.random.normal(keys[0], (N, D)), jax.random.normal(keys[1], (D, V)), jax.random.normal(keys[2], (N, D)),
-            jax.random.normal(keys[3], (D, V)), jax.random.uniform(keys[4], (N,)))
+    return (
+        jax.random.normal(keys[0], (N, D)),
+        jax.random.normal(keys[1], (D, V)),
+        jax.random.normal(keys[2], (N, D)),
+        jax.random.normal(keys[3], (D, V)),
+        jax.random.uniform(keys[4], (N,)),
+    )
 
 
 def total(hidden, head, taught, teacher, weights, name):

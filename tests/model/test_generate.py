@@ -10,17 +10,7 @@ import pytest
 from configs.schema import ConfigError
 from model import latent_cache
 from model.decode import generate
-from model.decode.generate import (
-    Decoder,
-    Program,
-    Stats,
-    bucket,
-    extend,
-    prefill,
-    room_for,
-    shared_prefix,
-    tokens_per_s,
-)
+from model.decode.generate import Decoder, Program, Stats, bucket, extend, prefill, room_for, shared_prefix, tokens_per_s
 from model.decode.sampling import OUTSIDE, Budget, Sampling, choose, kept, spend
 from model.decode.served_params import SERVED, serve
 from model.latent_cache import BLOCK
@@ -70,8 +60,8 @@ def test_decode_equals_teacher_forcing(q_lora_rank):
     more, at = np.array([3, 8, 1]), lengths + 5
     several, positions = np.zeros((3, 8), np.int32), np.full((3, 8), 32)
     for row in rows:
-        several[row, 8 - more[row]:] = tokens[row, at[row]:at[row] + more[row]]
-        positions[row, 8 - more[row]:] = np.arange(at[row], at[row] + more[row])
+        several[row, 8 - more[row] :] = tokens[row, at[row] : at[row] + more[row]]
+        positions[row, 8 - more[row] :] = np.arange(at[row], at[row] + more[row])
     logits, cache = step(params, several, cache, positions, program=program)
     assert np.abs(np.asarray(logits) - want[rows, at + more - 1]).max() <= close
 
@@ -95,12 +85,16 @@ def test_the_cache_is_written_where_it_lies(params):
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     integer = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     for blocks in (2, 16):
-        cache = jax.ShapeDtypeStruct((CFG.num_hidden_layers, 4, blocks * BLOCK, CFG.kv_lora_rank + CFG.qk_rope_head_dim),
-                                     jnp.float32)
+        cache = jax.ShapeDtypeStruct(
+            (CFG.num_hidden_layers, 4, blocks * BLOCK, CFG.kv_lora_rank + CFG.qk_rope_head_dim), jnp.float32
+        )
         logits = jax.ShapeDtypeStruct((4, CFG.vocab_size), jnp.float32)
-        for lowered in (generate._extend.lower(weights, integer(4, 1), cache, integer(4, 1), program),
-                        generate._loop.lower(weights, logits, cache, integer(4), integer(4), integer(1), Sampling(),
-                                             Budget(), room=16, program=program)):
+        for lowered in (
+            generate._extend.lower(weights, integer(4, 1), cache, integer(4, 1), program),
+            generate._loop.lower(
+                weights, logits, cache, integer(4), integer(4), integer(1), Sampling(), Budget(), room=16, program=program
+            ),
+        ):
             memory = lowered.compile().memory_analysis()
             assert memory.alias_size_in_bytes >= cache.size * 4
             scratch.append(memory.temp_size_in_bytes)
@@ -144,8 +138,7 @@ def test_a_stream_leaves_other_rows_alone(params):
 
 
 def test_sizes():
-    assert [room_for(n) for n in (1, 16, 17, BLOCK, BLOCK + 1, 10 * BLOCK + 1)] == \
-        [16, 16, 32, BLOCK, 2 * BLOCK, 12 * BLOCK]
+    assert [room_for(n) for n in (1, 16, 17, BLOCK, BLOCK + 1, 10 * BLOCK + 1)] == [16, 16, 32, BLOCK, 2 * BLOCK, 12 * BLOCK]
     assert all(room_for(n) >= n for n in range(1, 4000))
     assert [shared_prefix([1, 2, 3], other) for other in ([], [1], [1, 2, 4], [1, 2, 3, 4], [2])] == [0, 1, 2, 3, 0]
 
@@ -154,9 +147,12 @@ def test_a_budget_ends_thoughts(params):
     """Token 5 begins thoughts, and 6 ends them or a call section with 7: after 4 tokens of thought the end is put in, on the
     device and streamed."""
     budget = Budget(begin=5, end=6, calls=7, tokens=4)
-    for given, want in (([1, 5, 2, 3, 2, 2, 2, 2, 5, 6, 2], [1, 5, 2, 3, 2, 2, 6, 2, 5, 6, 2]),
-                        ([5, 2, 3, 7, 20, 21, 22, 23], [5, 2, 3, 7, 20, 21, 22, 23]),
-                        ([5, 2, 3, 4, 2, 7, 20, 21], [5, 2, 3, 4, 2, 7, 20, 21]), ([7, 5, 2, 2, 2, 2, 2], [7, 5, 2, 2, 2, 2, 6])):
+    for given, want in (
+        ([1, 5, 2, 3, 2, 2, 2, 2, 5, 6, 2], [1, 5, 2, 3, 2, 2, 6, 2, 5, 6, 2]),
+        ([5, 2, 3, 7, 20, 21, 22, 23], [5, 2, 3, 7, 20, 21, 22, 23]),
+        ([5, 2, 3, 4, 2, 7, 20, 21], [5, 2, 3, 4, 2, 7, 20, 21]),
+        ([7, 5, 2, 2, 2, 2, 2], [7, 5, 2, 2, 2, 2, 6]),
+    ):
         seen, state = [], jnp.full(1, OUTSIDE)
         for token in given:
             token, state = spend(budget, state, jnp.array([token]))
@@ -174,7 +170,7 @@ def test_stop_tokens_end_a_row_and_are_returned(params):
     stop = free[0][3]
     out = generate_batch(CFG, params, PROMPTS, max_new_tokens=9, stop_ids=(stop,), **COMMON)
     for row, full in zip(out, free, strict=True):
-        assert row == (full[:full.index(stop) + 1] if stop in full else full)
+        assert row == (full[: full.index(stop) + 1] if stop in full else full)
     assert list(decoder(params, stop_ids=(stop,)).stream(PROMPTS[0], 9)) == out[0]
 
 
@@ -204,9 +200,9 @@ def test_same_shapes_compile_once(params):
 
 def test_seeds_and_rows(params):
     """A seed fixes the text; another seed changes it; a row's text does not depend on the rows after it."""
+
     def sampled(prompts, seed):
-        return generate_batch(CFG, params, prompts, max_new_tokens=9, stop_ids=(), sampling=Sampling(1.0, seed=seed),
-                              **COMMON)
+        return generate_batch(CFG, params, prompts, max_new_tokens=9, stop_ids=(), sampling=Sampling(1.0, seed=seed), **COMMON)
 
     first = sampled(PROMPTS, 3)
     assert first == sampled(PROMPTS, 3) != sampled(PROMPTS, 4)
@@ -235,10 +231,16 @@ def test_samples_follow_the_probabilities():
     np.testing.assert_allclose(np.bincount(np.asarray(drawn), minlength=3) / 20000, want, atol=0.014)
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(prompts=[[]]), "prompt 0 is empty"), (dict(prompts=[[96]]), "token id outside"),
-    (dict(max_new_tokens=0), "max_new_tokens"), (dict(sampling=Sampling(temperature=-1.0)), "temperature"),
-    (dict(sampling=Sampling(top_p=0.0)), "top_p")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(prompts=[[]]), "prompt 0 is empty"),
+        (dict(prompts=[[96]]), "token id outside"),
+        (dict(max_new_tokens=0), "max_new_tokens"),
+        (dict(sampling=Sampling(temperature=-1.0)), "temperature"),
+        (dict(sampling=Sampling(top_p=0.0)), "top_p"),
+    ],
+)
 def test_bad_input_is_one_sentence(params, change, message):
     with pytest.raises(ConfigError, match=message):
         generate_batch(CFG, params, **dict(dict(prompts=PROMPTS, max_new_tokens=4, stop_ids=()) | COMMON | change))

@@ -86,8 +86,11 @@ def test_three_products(name, dtype, tolerance, kind):
     w64, want_dw = np.concatenate([w64, np.zeros((1, D, F))]), np.zeros((E + 1, D, F))
     for row, e in enumerate(of_row):
         want_dw[e] += np.outer(x64[row], g64[row])
-    for mine, want in ((out, np.einsum("md,mdf->mf", x64, w64[of_row])), (dx, np.einsum("mf,mdf->md", g64, w64[of_row])),
-                       (dw, want_dw[:E])):
+    for mine, want in (
+        (out, np.einsum("md,mdf->mf", x64, w64[of_row])),
+        (dx, np.einsum("mf,mdf->md", g64, w64[of_row])),
+        (dw, want_dw[:E]),
+    ):
         assert mine.dtype == dtype
         assert np.abs(np.asarray(mine, np.float64) - want).max() <= tolerance * np.abs(want).max()
     if kind == "two":
@@ -108,8 +111,9 @@ def test_turns_of_several_blocks(monkeypatch, blocks, in_use):
     x32, g32, w32 = (jnp.asarray(a, jnp.float32) for a in (x.reshape(-1, D), g.reshape(-1, F), w))
     of_block = np.minimum(block_expert, E - 1)
     np.testing.assert_array_equal(scanned.rows(x32, w32, jnp.asarray(block_expert), False), (x @ w[of_block]).reshape(-1, F))
-    np.testing.assert_array_equal(scanned.rows(g32, w32, jnp.asarray(block_expert), True),
-                                  (g @ w[of_block].swapaxes(1, 2)).reshape(-1, D))
+    np.testing.assert_array_equal(
+        scanned.rows(g32, w32, jnp.asarray(block_expert), True), (g @ w[of_block].swapaxes(1, 2)).reshape(-1, D)
+    )
     want = np.zeros((E, D, F))
     np.add.at(want, of_block, x.swapaxes(1, 2) @ g)
     np.testing.assert_array_equal(scanned.weights(x32, g32, jnp.asarray(block_expert), E, jnp.float32), want)
@@ -131,9 +135,19 @@ def test_a_gradient_without_a_kernel_is_said():
         IMPLEMENTATIONS["hopper"].weights(x, y, jnp.array([0, 1]), 2, jnp.float32)
 
 
-@pytest.mark.parametrize("rows, experts, platform, block", [
-    (1, 16, "cpu", 8), (256, 16, "cpu", 8), (16384, 64, "cpu", 64), (32768, 16, "cpu", 128), (32768, 16, "tpu", 512),
-    (65536, 384, "hopper", 64), (98304, 64, "hopper", 128), (512, 384, "hopper", 16)])
+@pytest.mark.parametrize(
+    "rows, experts, platform, block",
+    [
+        (1, 16, "cpu", 8),
+        (256, 16, "cpu", 8),
+        (16384, 64, "cpu", 64),
+        (32768, 16, "cpu", 128),
+        (32768, 16, "tpu", 512),
+        (65536, 384, "hopper", 64),
+        (98304, 64, "hopper", 128),
+        (512, 384, "hopper", 16),
+    ],
+)
 def test_block_rows(rows, experts, platform, block):
     assert block_rows(rows, experts, platform) == block
 

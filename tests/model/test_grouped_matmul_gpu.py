@@ -25,8 +25,7 @@ def inputs(block, *shapes):
     """Random bfloat16 of these last axes, a row for every row of the blocks, or (E, ...) as they are."""
     owned = jnp.repeat(jnp.array(BLOCK_EXPERT), block)[:, None] < E
     keys = jax.random.split(jax.random.key(0), len(shapes))
-    draws = [jax.random.normal(k, s if len(s) > 1 else (len(owned), *s), jnp.bfloat16)
-             for k, s in zip(keys, shapes, strict=True)]
+    draws = [jax.random.normal(k, s if len(s) > 1 else (len(owned), *s), jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)]
     return [draw if len(s) > 1 else jnp.where(owned, draw, 0) for draw, s in zip(draws, shapes, strict=True)]
 
 
@@ -48,10 +47,19 @@ def test_rows(block, transposed, I, O, monkeypatch):
 @needs_interpreter
 def test_a_buffer_handed_back_too_early_is_a_race(monkeypatch):
     """Before it is multiplied: the detector is told what WGMMA reads."""
-    monkeypatch.setattr(grouped_matmul_gpu, "hopper", sabotaged(hopper, (
-        "tiles.multiply(acc, warpgroup, *(buffer", "release(step)\n                    tiles.multiply(acc, warpgroup, *(buffer"),
-        ("                        release(step - 1)", "                        pass"),
-        ("                    release(steps - 1)", "                    pass")))
+    monkeypatch.setattr(
+        grouped_matmul_gpu,
+        "hopper",
+        sabotaged(
+            hopper,
+            (
+                "tiles.multiply(acc, warpgroup, *(buffer",
+                "release(step)\n                    tiles.multiply(acc, warpgroup, *(buffer",
+            ),
+            ("                        release(step - 1)", "                        pass"),
+            ("                    release(steps - 1)", "                    pass"),
+        ),
+    )
     with pytest.raises(jax.errors.JaxRuntimeError, match="RACE DETECTED"):
         test_rows(128, True, 192, 320, monkeypatch)
 
@@ -85,26 +93,46 @@ def test_decoding(block):
     assert np.abs(np.asarray(mine, np.float64) - want).max() <= 4e-3 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("block, I, O, dtype, axis, taken", [
-    (16, 2048, 2816, jnp.bfloat16, None, True), (32, 1408, 2048, jnp.bfloat16, -2, True),
-    (8, 128, 128, jnp.bfloat16, None, False), (16, 128, 192, jnp.bfloat16, None, False),
-    (16, 128, 128, jnp.float32, None, False), (16, 128, 128, jnp.bfloat16, -1, False)])
+@pytest.mark.parametrize(
+    "block, I, O, dtype, axis, taken",
+    [
+        (16, 2048, 2816, jnp.bfloat16, None, True),
+        (32, 1408, 2048, jnp.bfloat16, -2, True),
+        (8, 128, 128, jnp.bfloat16, None, False),
+        (16, 128, 192, jnp.bfloat16, None, False),
+        (16, 128, 128, jnp.float32, None, False),
+        (16, 128, 128, jnp.bfloat16, -1, False),
+    ],
+)
 def test_what_the_decoding_kernel_takes(block, I, O, dtype, axis, taken):
-    w = jax.ShapeDtypeStruct((2, I, O), dtype) if axis is None else Int4Weight(
-        jax.ShapeDtypeStruct((2, I, O), jnp.int4), None, axis, 32)
+    w = (
+        jax.ShapeDtypeStruct((2, I, O), dtype)
+        if axis is None
+        else Int4Weight(jax.ShapeDtypeStruct((2, I, O), jnp.int4), None, axis, 32)
+    )
     assert grouped_matmul_decode.takes(dtype, block, w) == taken
 
 
-@pytest.mark.parametrize("width, tile", [(2048, 256), (2816, 256), (4096, 256), (7168, 256), (1408, 256), (176, 192), (128, 128),
-                                         (64, 64), (320, 192)])
+@pytest.mark.parametrize(
+    "width, tile", [(2048, 256), (2816, 256), (4096, 256), (7168, 256), (1408, 256), (176, 192), (128, 128), (64, 64), (320, 192)]
+)
 def test_tiles_hang_over_little(width, tile):
     assert grouped_matmul_gpu.tile_width(width) == tile
 
 
-@pytest.mark.parametrize("dtype, block, widths, taken", [
-    (jnp.bfloat16, 64, (128, 1408), True), (jnp.float16, 128, (7168, 4096), True), (jnp.bfloat16, 8, (128, 128), False),
-    (jnp.float32, 64, (128, 128), False), (jnp.bfloat16, 64, (128, 72), False),
-    (jnp.bfloat16, 128, (64, 64), True), (jnp.bfloat16, 64, (64, 1408), False), (jnp.bfloat16, 64, (1408, 64), False)])
+@pytest.mark.parametrize(
+    "dtype, block, widths, taken",
+    [
+        (jnp.bfloat16, 64, (128, 1408), True),
+        (jnp.float16, 128, (7168, 4096), True),
+        (jnp.bfloat16, 8, (128, 128), False),
+        (jnp.float32, 64, (128, 128), False),
+        (jnp.bfloat16, 64, (128, 72), False),
+        (jnp.bfloat16, 128, (64, 64), True),
+        (jnp.bfloat16, 64, (64, 1408), False),
+        (jnp.bfloat16, 64, (1408, 64), False),
+    ],
+)
 def test_what_the_kernels_take(dtype, block, widths, taken):
     """The rest is batched: test_three_products walks the registry with blocks of 8."""
     assert grouped_matmul_gpu.takes(dtype, block, *widths) == taken

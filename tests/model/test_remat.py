@@ -17,6 +17,7 @@ TOKENS = np.random.default_rng(0).integers(0, 96, (2, 200)).astype(np.int32)
 def grad_of(policy):
     def loss(params):
         return jnp.mean(bind(CFG, params)(TOKENS, call_for(TOKENS, remat=policy))[0] ** 2)
+
     return jax.jit(jax.grad(loss))
 
 

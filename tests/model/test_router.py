@@ -78,7 +78,8 @@ def test_sequence_balance_loss():
         slope[b, :T] = (f - (share @ f)[:, None]) / scores[b, :T].sum(-1, keepdims=True) / T
     valid = jnp.arange(S) < jnp.asarray(lengths)[:, None]
     value, grad = jax.value_and_grad(lambda s: router.sequence_balance_loss(jnp.asarray(experts), s, valid))(
-        jnp.asarray(scores, jnp.float32))
+        jnp.asarray(scores, jnp.float32)
+    )
     assert float(value) == pytest.approx(want, rel=1e-6)
     np.testing.assert_allclose(grad, slope, atol=1e-6)
 

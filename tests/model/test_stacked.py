@@ -19,8 +19,11 @@ def layer(x, weights, setting):
     return x, {"size": jnp.sum(x**2), "most": lax.stop_gradient(jnp.max(x))}
 
 
-BODIES = {"everything kept": layer, "nothing kept": jax.checkpoint(layer),
-          "named kept": jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names("hidden"))}
+BODIES = {
+    "everything kept": layer,
+    "nothing kept": jax.checkpoint(layer),
+    "named kept": jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names("hidden")),
+}
 
 
 @pytest.mark.parametrize("name, kept", [("everything kept", None), ("nothing kept", 1), ("named kept", 2)])

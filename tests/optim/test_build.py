@@ -93,8 +93,10 @@ def test_clipping():
     """adamw: only that group is scaled, to the limit. all: Muon's direction does not change with a common factor."""
     specs = small()
     grads = arrays(specs, 1, 100.0)
-    off, adamw, both = (run(specs, OptimConfig(qk_clip_tau=2.0, clip_norm=n, clip=c, newton_schulz_steps=3), grads)
-                        for n, c in ((0.0, "adamw"), (1.0, "adamw"), (1.0, "all")))
+    off, adamw, both = (
+        run(specs, OptimConfig(qk_clip_tau=2.0, clip_norm=n, clip=c, newton_schulz_steps=3), grads)
+        for n, c in ((0.0, "adamw"), (1.0, "adamw"), (1.0, "all"))
+    )
     assert float(global_norm({"m": adamw[1].adamw[0].mu["norm"]})) == pytest.approx(0.1, rel=1e-5)  # (1 - b1) * limit
     assert float(global_norm({"m": off[1].adamw[0].mu["norm"]})) > 50
     np.testing.assert_array_equal(adamw[0]["down"], off[0]["down"])
@@ -106,8 +108,7 @@ def test_weight_decay_uses_the_plain_rate():
     specs = small()
     grads = jax.tree.map(jnp.zeros_like, arrays(specs, 1))
     params = arrays(specs, 0)
-    cfg = OptimConfig(lr=0.5, warmup_steps=0, schedule="constant", weight_decay=0.1, adam_lr_ratio=2.0,
-                      qk_clip_tau=None)
+    cfg = OptimConfig(lr=0.5, warmup_steps=0, schedule="constant", weight_decay=0.1, adam_lr_ratio=2.0, qk_clip_tau=None)
     updates, _ = run(specs, cfg, grads, params)
     np.testing.assert_allclose(updates["down"], -0.05 * params["down"], rtol=1e-6)
     np.testing.assert_allclose(updates["norm"], -0.10 * params["norm"], rtol=1e-6)
@@ -215,8 +216,12 @@ def test_metrics():
     grads = arrays(specs, 1)
     updates, state = run(specs, CFG, grads)
     got = jax.jit(lambda g, u, s: gradient_metrics(specs, CFG, g) | update_metrics(specs, CFG, u, s))(grads, updates, state)
-    assert set(got) == {"grad_norm", *(f"{k}/{g}" for k in ("grad_norm", "update_rms") for g in
-                                       ("experts", "matrices", "adamw")), "qk_clip/heads", "qk_clip/gamma"}
+    assert set(got) == {
+        "grad_norm",
+        *(f"{k}/{g}" for k in ("grad_norm", "update_rms") for g in ("experts", "matrices", "adamw")),
+        "qk_clip/heads",
+        "qk_clip/gamma",
+    }
     assert float(got["grad_norm/adamw"]) == pytest.approx(np.linalg.norm(grads["norm"]), rel=1e-5)
     assert float(got["update_rms/experts"]) == pytest.approx(float(jnp.sqrt(jnp.mean(updates["down"] ** 2))), rel=1e-5)
     total = np.sqrt(sum(np.sum(np.square(g)) for path, g in grads.items() if path != "router_bias"))

@@ -14,8 +14,16 @@ from optim.matrices import MatrixLayout, is_expert
 from optim.muon import matrix_scale
 from optim.newton_schulz import coefficients, newton_schulz
 
-CFG = OptimConfig(lr=1.0, warmup_steps=0, schedule="constant", qk_clip_tau=None, weight_decay=0.0, momentum=0.0,
-                  newton_schulz="polar_express", newton_schulz_steps=6)
+CFG = OptimConfig(
+    lr=1.0,
+    warmup_steps=0,
+    schedule="constant",
+    qk_clip_tau=None,
+    weight_decay=0.0,
+    momentum=0.0,
+    newton_schulz="polar_express",
+    newton_schulz_steps=6,
+)
 
 
 def muon_only():

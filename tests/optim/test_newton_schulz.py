@@ -81,8 +81,7 @@ def test_bfloat16_stays_near_the_band(name, steps):
 def test_scale_and_zero(form):
     """1e-30 to 1e30 give the same direction; a zero matrix among others stays exactly zero and disturbs no one."""
     coeffs = coefficients("quintic", 5)
-    run = jax.jit(lambda x: newton_schulz(x, coeffs) if form == "plain"
-                  else gram_newton_schulz(x, coeffs, (2, 3), jnp.float32))
+    run = jax.jit(lambda x: newton_schulz(x, coeffs) if form == "plain" else gram_newton_schulz(x, coeffs, (2, 3), jnp.float32))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 16, 48)), jnp.float32).at[1].set(0)
     base = run(x)
     assert not base[1].any()
@@ -110,15 +109,17 @@ def test_gram_keeps_the_band(name, steps, dtype):
     coeffs = coefficients(name, steps)
     segments = segments_for(coeffs, dtype)
     assert sum(segments) == steps
-    plain, gram = jax.jit(lambda x: (newton_schulz(x, coeffs, jnp.dtype(dtype)),
-                                     gram_newton_schulz(x, coeffs, segments, jnp.dtype(dtype))))(spectra())
+    plain, gram = jax.jit(
+        lambda x: (newton_schulz(x, coeffs, jnp.dtype(dtype)), gram_newton_schulz(x, coeffs, segments, jnp.dtype(dtype)))
+    )(spectra())
     largest = [np.linalg.svd(np.asarray(y, np.float64), compute_uv=False).max() for y in (plain, gram)]
     # float16 lets the geometric spectrum grow by up to 1 % more than the plain form, the others stay below that
     assert largest[1] <= 1.02 * max(largest[0], singular_value_band(coeffs, 0.0)[1])
     if dtype == "float32":
         full = jax.random.normal(jax.random.key(0), (2, 16, 64))
-        np.testing.assert_allclose(gram_newton_schulz(full, coeffs, segments, jnp.float32), newton_schulz(full, coeffs),
-                                   atol=2e-5)  # rounding only: both are the same polynomial
+        np.testing.assert_allclose(
+            gram_newton_schulz(full, coeffs, segments, jnp.float32), newton_schulz(full, coeffs), atol=2e-5
+        )  # rounding only: both are the same polynomial
 
 
 def test_gram_without_restarts_explodes_and_the_guard_catches_it():

@@ -11,9 +11,11 @@ from configs.schema import OptimConfig
 from optim.adamw import scale_by_adam
 from optim.build import build_optimizer
 
-SPECS = {"tall": spec((48, 16), "in out", matrix=matrix("in", "out")),
-         "square": spec((24, 24), "in out", matrix=matrix("in", "out")),
-         "stack": spec((3, 16, 40), "layers in out", matrix=matrix("in", "out"))}
+SPECS = {
+    "tall": spec((48, 16), "in out", matrix=matrix("in", "out")),
+    "square": spec((24, 24), "in out", matrix=matrix("in", "out")),
+    "stack": spec((3, 16, 40), "layers in out", matrix=matrix("in", "out")),
+}
 LR, DECAY, STEPS = 0.02, 0.1, 20
 
 
@@ -28,14 +30,16 @@ def weights_after(update, init, params):
 
 
 def ours(**changes):
-    cfg = OptimConfig(lr=LR, weight_decay=DECAY, warmup_steps=0, schedule="constant", qk_clip_tau=None,
-                      matrix_scale="keller", **changes)
+    cfg = OptimConfig(
+        lr=LR, weight_decay=DECAY, warmup_steps=0, schedule="constant", qk_clip_tau=None, matrix_scale="keller", **changes
+    )
     opt = build_optimizer(SPECS, cfg, STEPS)
     return weights_after(lambda g, s, p: opt.update(g, s, p), opt.init, arrays(SPECS, 7))
 
 
 def jordan(params):
     """K. Jordan's rule for a kernel stored as [in, out], in plain float64 numpy; the stack is a loop of singles."""
+
     def sign(g):
         x = g / (np.linalg.norm(g) + 1e-7)
         if g.shape[0] > g.shape[1]:
@@ -67,8 +71,7 @@ def optax_muon(nesterov):
     """optax.contrib.muon with the same matrices; its Nesterov sum carries a bias correction that torch has not."""
     last = {path: len(s.shape) - 1 for path, s in SPECS.items()}
     numbers = {path: optax.contrib.MuonDimensionNumbers(i - 1, i) for path, i in last.items()}
-    opt = optax.contrib.muon(LR, weight_decay=DECAY, beta=0.95, nesterov=nesterov, eps=0.0,
-                             muon_weight_dimension_numbers=numbers)
+    opt = optax.contrib.muon(LR, weight_decay=DECAY, beta=0.95, nesterov=nesterov, eps=0.0, muon_weight_dimension_numbers=numbers)
     return weights_after(opt.update, opt.init, arrays(SPECS, 7))
 
 
@@ -87,8 +90,9 @@ def test_optax_with_nesterov_differs_by_its_bias_correction():
 
     momentum = {p: jnp.zeros(s.shape) for p, s in SPECS.items()}
     weights = arrays(SPECS, 7)
-    cfg = OptimConfig(lr=LR, weight_decay=DECAY, warmup_steps=0, schedule="constant", qk_clip_tau=None,
-                      matrix_scale="keller", momentum=0.0)
+    cfg = OptimConfig(
+        lr=LR, weight_decay=DECAY, warmup_steps=0, schedule="constant", qk_clip_tau=None, matrix_scale="keller", momentum=0.0
+    )
     opt = build_optimizer(SPECS, cfg, STEPS)
     state, update = opt.init(weights), jax.jit(lambda g, s, p: opt.update(g, s, p))
     for i in range(STEPS):
@@ -104,8 +108,9 @@ def test_optax_with_nesterov_differs_by_its_bias_correction():
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_adamw_formula(decay):
     """Against the textbook in float64."""
-    cfg = OptimConfig(matrices="adamw", lr=LR, weight_decay=decay, warmup_steps=0, schedule="constant",
-                      qk_clip_tau=None, clip_norm=0.0)
+    cfg = OptimConfig(
+        matrices="adamw", lr=LR, weight_decay=decay, warmup_steps=0, schedule="constant", qk_clip_tau=None, clip_norm=0.0
+    )
     opt = build_optimizer(SPECS, cfg, STEPS)
     mine = weights_after(lambda g, s, p: opt.update(g, s, p), opt.init, arrays(SPECS, 7))
     w = {k: np.asarray(v, np.float64) for k, v in arrays(SPECS, 7).items()}

@@ -74,10 +74,14 @@ def test_factors(clip):
     _, logits, before, after, _, _, state = clip
     for layer, head in ((0, 0), (0, 2), (2, 3)):
         gamma = TAU / logits[layer + 1, head]
-        for path, part, factor in (("q_b", np.s_[:NOPE], gamma**0.5), ("q_b", np.s_[NOPE:], gamma),
-                                   ("kv_b", np.s_[:NOPE], gamma**0.5)):
-            np.testing.assert_allclose(after[path][layer, :, head, part], factor * before[path][layer, :, head, part],
-                                       rtol=1e-5, atol=1e-7)  # float32, through u = (p + u) * factor - p
+        for path, part, factor in (
+            ("q_b", np.s_[:NOPE], gamma**0.5),
+            ("q_b", np.s_[NOPE:], gamma),
+            ("kv_b", np.s_[:NOPE], gamma**0.5),
+        ):
+            np.testing.assert_allclose(
+                after[path][layer, :, head, part], factor * before[path][layer, :, head, part], rtol=1e-5, atol=1e-7
+            )  # float32, through u = (p + u) * factor - p
     assert int(state.clipped) == 2 + H and float(state.smallest) == pytest.approx(TAU / 50)
 
 

@@ -21,8 +21,9 @@ def abstract(specs, opt, mesh, places, dtype=jnp.float32):
     """Shapes with shardings of the parameters and of the optimizer state: enough to compile, nothing is allocated."""
     params = {path: jax.ShapeDtypeStruct(s.shape, dtype, sharding=places[path]) for path, s in specs.items()}
     state = jax.eval_shape(opt.init, params)
-    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state,
-                         state_shardings(state, mesh, places))
+    state = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, state_shardings(state, mesh, places)
+    )
     return params, state
 
 
@@ -74,7 +75,8 @@ def test_whole_table(alone, name):
     counted = census(compiled.as_text(), mesh.size)
     assert exchanges(plan) and all(g.strategy is not Strategy.GATHER for g in plan)
     assert counted.kinds() == {"all-to-all": 2 * len(exchanges(plan))} | {
-        kind: n for kind, n in counted.kinds().items() if kind != "all-to-all"}
+        kind: n for kind, n in counted.kinds().items() if kind != "all-to-all"
+    }
     assert set(counted.kinds(over_bytes=1024)) <= {"all-to-all"}
     assert not any(c.in_loop for c in counted.collectives)
     assert sum(c.received for c in counted.collectives if c.kind == "all-to-all") == device_bytes(plan, 4)
@@ -102,17 +104,22 @@ def test_whole_table(alone, name):
 
 
 def experts(layers=4, count=16, width=256, hidden=128):
-    return {"gate_up": spec((layers, count, width, 2, hidden), "layers experts embed gate_up expert_hidden",
-                            matrix=matrix("embed", "expert_hidden")),
-            "down": spec((layers, count, hidden, width), "layers experts expert_hidden embed",
-                         matrix=matrix("expert_hidden", "embed"))}
+    return {
+        "gate_up": spec(
+            (layers, count, width, 2, hidden),
+            "layers experts embed gate_up expert_hidden",
+            matrix=matrix("embed", "expert_hidden"),
+        ),
+        "down": spec(
+            (layers, count, hidden, width), "layers experts expert_hidden embed", matrix=matrix("expert_hidden", "embed")
+        ),
+    }
 
 
 PLAIN = OptimConfig(qk_clip_tau=None)
 
 
-@pytest.mark.parametrize("axes", [dict(expert=8), dict(data=2, fsdp=2, expert=2),
-                                  dict(fsdp=4, expert=2, explicit=True)])
+@pytest.mark.parametrize("axes", [dict(expert=8), dict(data=2, fsdp=2, expert=2), dict(fsdp=4, expert=2, explicit=True)])
 def test_experts_move_nothing(axes):
     """Split over E, the update of the experts has no collective at all, and every device works on its share only."""
     specs, mesh = experts(), mesh_of(**axes)
@@ -127,10 +134,12 @@ def test_experts_move_nothing(axes):
 def test_matrix_axes_are_exchanged_once_each_way():
     """Stacked and separate arrays of equal matrices share one exchange; FLOPs per device stay at an eighth."""
     mesh = mesh_of(fsdp=8)
-    specs = {"wide": spec((12, 256, 128), "layers embed hidden", matrix=matrix("embed", "hidden")),
-             "tall": spec((2, 128, 256), "layers hidden embed", matrix=matrix("hidden", "embed")),
-             "one": spec((256, 128), "embed hidden", matrix=matrix("embed", "hidden")),
-             "two": spec((256, 128), "embed hidden", matrix=matrix("embed", "hidden"))}
+    specs = {
+        "wide": spec((12, 256, 128), "layers embed hidden", matrix=matrix("embed", "hidden")),
+        "tall": spec((2, 128, 256), "layers hidden embed", matrix=matrix("hidden", "embed")),
+        "one": spec((256, 128), "embed hidden", matrix=matrix("embed", "hidden")),
+        "two": spec((256, 128), "embed hidden", matrix=matrix("embed", "hidden")),
+    }
     places = shardings(specs, mesh)
     compiled, plan, _ = compile_step(specs, PLAIN, mesh, places)
     assert [(g.count, g.strategy) for g in plan] == [(16, Strategy.ALL_TO_ALL)]

@@ -17,8 +17,9 @@ def test_every_square_is_stored_once(m):
     """Of 64 x 64: those on and under the diagonal from the tile they lie in, the others as mirror images."""
     times = np.zeros((m // 64, m // 64), int)
     for i, j in symmetric_gpu._schedule(m).T:
-        rows, columns = (np.arange(size // 64) + at * (size // 64) for at, size in
-                         ((i, symmetric_gpu.HEIGHT), (j, symmetric_gpu.WIDTH)))
+        rows, columns = (
+            np.arange(size // 64) + at * (size // 64) for at, size in ((i, symmetric_gpu.HEIGHT), (j, symmetric_gpu.WIDTH))
+        )
         for r in rows[rows < m // 64]:
             for c in columns[columns <= r]:
                 times[r, c] += 1
@@ -29,8 +30,12 @@ def test_every_square_is_stored_once(m):
 def test_shares():
     """Nearly a half of the full product for Kimi K2's matrices; what it does not take goes by block rows or in full."""
     assert symmetric_gpu.share(2048) == 0.5625 and symmetric_gpu.share(7168) == pytest.approx(0.518, abs=1e-3)
-    assert [implementation("hopper", *sizes) for sizes in ((1408, 2048), (2048, 2049), (1030, 2048), (512, 2048))] \
-        == ["hopper", "rows", "full", "full"]
+    assert [implementation("hopper", *sizes) for sizes in ((1408, 2048), (2048, 2049), (1030, 2048), (512, 2048))] == [
+        "hopper",
+        "rows",
+        "full",
+        "full",
+    ]
     assert symmetric_gpu.takes(128, 64) and not symmetric_gpu.takes(64, 64)  # one square, over whose edge a tile would hang
 
 
@@ -42,8 +47,9 @@ def lower_and_mirrored(x, y):
 
 
 @pytest.mark.skipif(not PRESENT, reason="this jax has no GPU interpreter")
-@pytest.mark.parametrize("batch, m, k, dtype, tolerance", [
-    ((2,), 192, 128, jnp.float16, 1e-3), ((), 320, 64, jnp.bfloat16, 4e-3)])
+@pytest.mark.parametrize(
+    "batch, m, k, dtype, tolerance", [((2,), 192, 128, jnp.float16, 1e-3), ((), 320, 64, jnp.bfloat16, 4e-3)]
+)
 def test_interpreted(batch, m, k, dtype, tolerance, monkeypatch):
     """x y^T of two operands that have nothing in common, so that each is known to be read for itself: to one rounding of the
     result, tiles over the edge, two cores sharing them; mirrored to the bit."""

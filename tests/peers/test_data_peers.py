@@ -12,15 +12,15 @@ from data.tasks import TASKS, make_problem
 from data.tokenizer import SPECIAL_NAMES, load_tokenizer
 
 OURS = load_tokenizer("bytes")
-CASES = [json.loads(line) for line in
-         (Path(__file__).parents[1] / "data" / "golden_prompts.jsonl").read_text().splitlines()]
+CASES = [json.loads(line) for line in (Path(__file__).parents[1] / "data" / "golden_prompts.jsonl").read_text().splitlines()]
 
 
-SYSTEM = "You are small, \"quick\"\nand exact."
+SYSTEM = 'You are small, "quick"\nand exact.'
 
 
-@pytest.fixture(scope="module", params=[(None, "interleaved"), (SYSTEM, "interleaved"), (SYSTEM, "preserved"),
-                                        (None, "preserved")])
+@pytest.fixture(
+    scope="module", params=[(None, "interleaved"), (SYSTEM, "interleaved"), (SYSTEM, "preserved"), (None, "preserved")]
+)
 def saved(request, tmp_path_factory):
     """(transformers' tokenizer of a saved folder, our renderer with the same default system message, the mode)."""
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -43,12 +43,11 @@ def test_chat_template_writes_what_the_renderer_writes(saved):
     theirs, renderer, mode = saved
     compared = 0
     for case in CASES:
-        messages = case["messages"][case["messages"][0]["role"] == "system":]
+        messages = case["messages"][case["messages"][0]["role"] == "system" :]
         if not messages:
             continue
         prompt = renderer.prompt(messages, case["tools"], mode)
-        text = theirs.apply_chat_template(messages, tools=case["tools"] or None, tokenize=False,
-                                          add_generation_prompt=True)
+        text = theirs.apply_chat_template(messages, tools=case["tools"] or None, tokenize=False, add_generation_prompt=True)
         assert text == OURS.decode(prompt)
         compared += 1
     assert compared > 40
@@ -60,8 +59,10 @@ def test_a_row_trains_the_history_that_engines_write(saved):
     given = [r'{"b":[1,2.50,1e5,null],"a":{"\u00fc":"\u2028\n\/"}}', "{ }"]
 
     def asked(*arguments):
-        calls = [{"id": f"functions.f:{i}", "type": "function", "function": {"name": "f", "arguments": value}}
-                 for i, value in enumerate(arguments)]
+        calls = [
+            {"id": f"functions.f:{i}", "type": "function", "function": {"name": "f", "arguments": value}}
+            for i, value in enumerate(arguments)
+        ]
         results = [{"role": "tool", "tool_call_id": call["id"], "name": "f", "content": "7"} for call in calls]
         return [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": calls}, *results]
 
@@ -81,6 +82,11 @@ def test_chat_template_gives_the_ids_of_training_rows(saved, task):
             continue
         if index >= row.end:
             row = next(rows)
-        ids = theirs.apply_chat_template(list(problem.messages[:index]), tools=list(problem.tools) or None,
-                                         add_generation_prompt=True, tokenize=True, return_dict=False)
-        assert ids == row.ids[:len(ids)]
+        ids = theirs.apply_chat_template(
+            list(problem.messages[:index]),
+            tools=list(problem.tools) or None,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
+        assert ids == row.ids[: len(ids)]

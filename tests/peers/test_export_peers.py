@@ -19,9 +19,7 @@ from quant.read_config import read_config
 from quant.source import InMemory
 from tests.quant.small_model import INT4, MODEL, PLAIN, random_weights, specs_of
 
-YARN = ModelConfig(
-    **{**MODEL.__dict__, "yarn_factor": 4.0, "yarn_original_positions": 32, "max_position_embeddings": 128}
-)
+YARN = ModelConfig(**{**MODEL.__dict__, "yarn_factor": 4.0, "yarn_original_positions": 32, "max_position_embeddings": 128})
 
 
 def torch_bf16(values: np.ndarray) -> torch.Tensor:
@@ -33,9 +31,7 @@ def test_packing_equals_compressed_tensors_on_ten_million_codes():
     assert codes.size >= 10**7
     theirs = pack_to_int32(torch.from_numpy(codes), 4).numpy()
     np.testing.assert_array_equal(pack(codes), theirs)
-    np.testing.assert_array_equal(
-        unpack(theirs), unpack_from_int32(torch.from_numpy(pack(codes)), 4, codes.shape).numpy()
-    )
+    np.testing.assert_array_equal(unpack(theirs), unpack_from_int32(torch.from_numpy(pack(codes)), 4, codes.shape).numpy())
 
 
 def ct_scheme():
@@ -50,7 +46,8 @@ def test_compress_and_decompress_agree_with_the_forward():
     forward = np.asarray(jax.jit(grid.on_grid, static_argnums=(1, 2))(w, -1, 32))
     words, scheme = pack(np.asarray(codes)), ct_scheme()
     packed = PackedQuantizationCompressor.compress(
-        {"weight": torch.from_numpy(w), "weight_scale": torch_bf16(np.asarray(scales))}, scheme)
+        {"weight": torch.from_numpy(w), "weight_scale": torch_bf16(np.asarray(scales))}, scheme
+    )
     np.testing.assert_array_equal(packed["weight_packed"].numpy(), words)
     plain = PackedQuantizationCompressor.decompress(packed, scheme)
     assert plain["weight"].dtype == torch.bfloat16
@@ -59,7 +56,8 @@ def test_compress_and_decompress_agree_with_the_forward():
 
 def load(directory, **more):
     model, report = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.bfloat16, output_loading_info=True, attn_implementation="eager", **more)
+        directory, dtype=torch.bfloat16, output_loading_info=True, attn_implementation="eager", **more
+    )
     return model.eval(), report
 
 
@@ -81,10 +79,7 @@ def test_transformers_loads_every_tensor_and_agrees_with_a_dense_twin(exported, 
     model, specs, directory = exported
     masters = random_weights(specs, scale=0.1)
     axis = {path: spec.axis(spec.matrix.rows[0]) - len(spec.axes) for path, spec in specs.items() if spec.on_grid}
-    dense = {
-        path: np.asarray(grid.on_grid(jnp.asarray(w), axis[path], 32)) if path in axis else w
-        for path, w in masters.items()
-    }
+    dense = {path: np.asarray(grid.on_grid(jnp.asarray(w), axis[path], 32)) if path in axis else w for path, w in masters.items()}
     export_model(InMemory(dense), specs, model, PLAIN, tmp_path / "dense")
     packed, report = load(directory)
     twin, twin_report = load(tmp_path / "dense")
@@ -103,14 +98,7 @@ def test_transformers_reads_the_config_as_written(exported):
     rope = config.rope_parameters
     assert rope["rope_theta"] == model.rope_theta
     assert rope.get("factor", 1.0) == model.yarn_factor
-    for name in (
-        "hidden_size",
-        "n_routed_experts",
-        "routed_scaling_factor",
-        "norm_topk_prob",
-        "rms_norm_eps",
-        "n_group",
-    ):
+    for name in ("hidden_size", "n_routed_experts", "routed_scaling_factor", "norm_topk_prob", "rms_norm_eps", "n_group"):
         assert getattr(config, name) == getattr(model, name)
 
 

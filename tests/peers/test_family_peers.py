@@ -28,22 +28,69 @@ from tests.peers.test_model_peers import (
 from tests.scale.networks import FAST_COMPILE
 from train.console import Bar
 
-SHARED = dict(vocab_size=160, bos_token_id=0, eos_token_id=1, pad_token_id=2, qk_nope_head_dim=8, qk_rope_head_dim=4,
-              v_head_dim=8, kv_lora_rank=16, dtype="float32")
+SHARED = dict(
+    vocab_size=160,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=2,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    kv_lora_rank=16,
+    dtype="float32",
+)
 
 RELEASED = {  # widths, heads and ranks over 32 or 64; counts of experts over 8; what decides the mathematics as released
-    "kimi_k2": dict(hidden_size=112, num_hidden_layers=4, first_k_dense_replace=1, num_attention_heads=4, q_lora_rank=24,
-                    intermediate_size=288, moe_intermediate_size=32, n_routed_experts=48, num_experts_per_tok=8,
-                    n_shared_experts=1, routed_scaling_factor=2.827, rms_norm_eps=1e-6, rope_theta=50000.0,
-                    yarn_factor=32.0, yarn_beta_fast=1.0),
-    "deepseek_v3": dict(hidden_size=112, num_hidden_layers=5, first_k_dense_replace=3, num_attention_heads=8,
-                        q_lora_rank=24, intermediate_size=288, moe_intermediate_size=32, n_routed_experts=32,
-                        num_experts_per_tok=8, n_shared_experts=1, n_group=8, topk_group=4, routed_scaling_factor=2.5,
-                        rms_norm_eps=1e-6, rope_theta=10000.0, yarn_factor=40.0),
-    "moonlight_16b": dict(hidden_size=64, num_hidden_layers=4, first_k_dense_replace=1, num_attention_heads=2,
-                          q_lora_rank=None, intermediate_size=352, moe_intermediate_size=44, n_routed_experts=16,
-                          num_experts_per_tok=6, n_shared_experts=2, routed_scaling_factor=2.446, rms_norm_eps=1e-5,
-                          rope_theta=50000.0),
+    "kimi_k2": dict(
+        hidden_size=112,
+        num_hidden_layers=4,
+        first_k_dense_replace=1,
+        num_attention_heads=4,
+        q_lora_rank=24,
+        intermediate_size=288,
+        moe_intermediate_size=32,
+        n_routed_experts=48,
+        num_experts_per_tok=8,
+        n_shared_experts=1,
+        routed_scaling_factor=2.827,
+        rms_norm_eps=1e-6,
+        rope_theta=50000.0,
+        yarn_factor=32.0,
+        yarn_beta_fast=1.0,
+    ),
+    "deepseek_v3": dict(
+        hidden_size=112,
+        num_hidden_layers=5,
+        first_k_dense_replace=3,
+        num_attention_heads=8,
+        q_lora_rank=24,
+        intermediate_size=288,
+        moe_intermediate_size=32,
+        n_routed_experts=32,
+        num_experts_per_tok=8,
+        n_shared_experts=1,
+        n_group=8,
+        topk_group=4,
+        routed_scaling_factor=2.5,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        yarn_factor=40.0,
+    ),
+    "moonlight_16b": dict(
+        hidden_size=64,
+        num_hidden_layers=4,
+        first_k_dense_replace=1,
+        num_attention_heads=2,
+        q_lora_rank=None,
+        intermediate_size=352,
+        moe_intermediate_size=44,
+        n_routed_experts=16,
+        num_experts_per_tok=6,
+        n_shared_experts=2,
+        routed_scaling_factor=2.446,
+        rms_norm_eps=1e-5,
+        rope_theta=50000.0,
+    ),
 }
 
 
@@ -80,8 +127,9 @@ def test_whole_grid(structure, tmp_path, monkeypatch):
             params = weights_of(cfg, case["bias"], seed)
             tokens, segments = tokens_and_segments(cfg, (0, 0, 2, 7), seed, positions=12)
             with jax.disable_jit():
-                error, clear = compare(cfg, params, transformers_twin(cfg, params, tmp_path), tokens, segments, monkeypatch,
-                                       platform="gpu")
+                error, clear = compare(
+                    cfg, params, transformers_twin(cfg, params, tmp_path), tokens, segments, monkeypatch, platform="gpu"
+                )
             monkeypatch.undo()
             errors.append(error)
             compared += clear
@@ -91,6 +139,7 @@ def test_whole_grid(structure, tmp_path, monkeypatch):
 
 def random_member(rng: np.random.Generator) -> ModelConfig:
     """Any widths, ranks, counts and rope settings that the family allows."""
+
     def pick(*values):
         return values[rng.integers(len(values))]
 
@@ -101,18 +150,40 @@ def random_member(rng: np.random.Generator) -> ModelConfig:
     if rng.integers(3) == 0:  # whole groups of the INT4 grid
         width, hidden = 32 * pick(1, 2), 32 * pick(1, 2)
     factor = pick(1, 4, 32, 40, 64)
-    yarn = {} if factor == 1 else dict(yarn_factor=float(factor), yarn_original_positions=pick(16, 128, 4096),
-                                       yarn_beta_fast=float(pick(1, 32)))
+    yarn = (
+        {}
+        if factor == 1
+        else dict(yarn_factor=float(factor), yarn_original_positions=pick(16, 128, 4096), yarn_beta_fast=float(pick(1, 32)))
+    )
     return ModelConfig(
-        vocab_size=int(rng.integers(40, 200)), hidden_size=width, num_hidden_layers=dense + pick(1, 2, 3),
-        first_k_dense_replace=dense, num_attention_heads=pick(1, 2, 3, 5), q_lora_rank=pick(None, 7, 12, 24),
-        kv_lora_rank=int(rng.integers(4, 40)), qk_nope_head_dim=int(rng.integers(1, 20)), qk_rope_head_dim=2 * pick(2, 3, 8),
-        v_head_dim=int(rng.integers(2, 20)), intermediate_size=int(rng.integers(8, 90)),
-        moe_intermediate_size=hidden, n_routed_experts=groups * per_group,
-        num_experts_per_tok=int(rng.integers(1, kept * per_group + 1)), n_shared_experts=pick(1, 2, 3),
-        norm_topk_prob=bool(rng.integers(2)), routed_scaling_factor=float(rng.uniform(0.5, 3)), n_group=groups, topk_group=kept,
-        rms_norm_eps=pick(1e-5, 1e-6), rope_theta=float(pick(1e3, 1e4, 5e4)), **yarn, bos_token_id=0, eos_token_id=1,
-        stop_token_ids=pick((), (3, 4)), pad_token_id=2, dtype=pick("float32", "bfloat16"))
+        vocab_size=int(rng.integers(40, 200)),
+        hidden_size=width,
+        num_hidden_layers=dense + pick(1, 2, 3),
+        first_k_dense_replace=dense,
+        num_attention_heads=pick(1, 2, 3, 5),
+        q_lora_rank=pick(None, 7, 12, 24),
+        kv_lora_rank=int(rng.integers(4, 40)),
+        qk_nope_head_dim=int(rng.integers(1, 20)),
+        qk_rope_head_dim=2 * pick(2, 3, 8),
+        v_head_dim=int(rng.integers(2, 20)),
+        intermediate_size=int(rng.integers(8, 90)),
+        moe_intermediate_size=hidden,
+        n_routed_experts=groups * per_group,
+        num_experts_per_tok=int(rng.integers(1, kept * per_group + 1)),
+        n_shared_experts=pick(1, 2, 3),
+        norm_topk_prob=bool(rng.integers(2)),
+        routed_scaling_factor=float(rng.uniform(0.5, 3)),
+        n_group=groups,
+        topk_group=kept,
+        rms_norm_eps=pick(1e-5, 1e-6),
+        rope_theta=float(pick(1e3, 1e4, 5e4)),
+        **yarn,
+        bos_token_id=0,
+        eos_token_id=1,
+        stop_token_ids=pick((), (3, 4)),
+        pad_token_id=2,
+        dtype=pick("float32", "bfloat16"),
+    )
 
 
 def there_and_back(cfg: ModelConfig, quant: QuantConfig, arrays: dict[str, np.ndarray], folder) -> dict[str, np.ndarray]:

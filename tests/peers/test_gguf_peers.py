@@ -21,12 +21,20 @@ from tests.quant.small_model import INT4, MODEL, random_weights, specs_of
 
 gguf = pytest.importorskip("gguf")
 
-SMALL = ModelConfig(**{**MODEL.__dict__, "vocab_size": 320, "hidden_size": 128, "moe_intermediate_size": 64,
-                       "bos_token_id": 256, "eos_token_id": 258, "pad_token_id": 257, "max_position_embeddings": 256})
-YARN = ModelConfig(**{**SMALL.__dict__, "yarn_factor": 4.0, "yarn_original_positions": 64})
-GROUPED = ModelConfig(
-    **{**SMALL.__dict__, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.7}
+SMALL = ModelConfig(
+    **{
+        **MODEL.__dict__,
+        "vocab_size": 320,
+        "hidden_size": 128,
+        "moe_intermediate_size": 64,
+        "bos_token_id": 256,
+        "eos_token_id": 258,
+        "pad_token_id": 257,
+        "max_position_embeddings": 256,
+    }
 )
+YARN = ModelConfig(**{**SMALL.__dict__, "yarn_factor": 4.0, "yarn_original_positions": 64})
+GROUPED = ModelConfig(**{**SMALL.__dict__, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.7})
 
 
 def hf_directory(directory, model):
@@ -85,8 +93,9 @@ class LlamaCpp:
         self.server = xllamacpp.Server(params)
 
     def ask(self, path: str, **question):
-        request = urllib.request.Request(self.server.listening_address + path, json.dumps(question).encode(),
-                                         {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.server.listening_address + path, json.dumps(question).encode(), {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
 
@@ -95,8 +104,15 @@ class LlamaCpp:
         token that breaks off inside a UTF-8 character, so the next one is made to be an A; probabilities are without that."""
         out = np.full((len(tokens), vocabulary), np.nan, np.float32)
         for at in range(len(tokens)):
-            answer = self.ask("/completion", prompt=tokens[:at + 1], n_predict=1, n_probs=vocabulary, cache_prompt=False,
-                              temperature=0, logit_bias=[[ord("A"), 1000]])
+            answer = self.ask(
+                "/completion",
+                prompt=tokens[: at + 1],
+                n_predict=1,
+                n_probs=vocabulary,
+                cache_prompt=False,
+                temperature=0,
+                logit_bias=[[ord("A"), 1000]],
+            )
             for entry in answer["completion_probabilities"][0]["top_logprobs"]:
                 out[at, entry["id"]] = entry["logprob"]
         assert np.isfinite(out).all()
@@ -111,16 +127,35 @@ def test_llama_cpp_splits_text_into_the_same_tokens(tmp_path):
     assert model.ask("/tokenize", content="a<|im_end|>", add_special=False)["tokens"] == [97, 258]
 
 
-SCHEMA = {"type": "object", "required": ["key"], "properties": {
-    "key": {"type": "string", "enum": ["\u00e4\n", "<&'\"", ""]}, "N": {"minimum": 0.5}, "\u00e9": {},
-    "e": {"const": [None, True, -3, {}]}}}
-TOOLS = [{"type": "function", "function": {"name": name, "description": "of " + name, "parameters": SCHEMA}}
-         for name in ("get", "put")]
-TALK = [{"role": "user", "content": "q"},
-        {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [
-            {"id": "functions.get:0", "type": "function",
-             "function": {"name": "get", "arguments": '{"key": "\u00e4", "of": [1, null, {"x": true}]}'}}]},
-        {"role": "tool", "tool_call_id": "functions.get:0", "name": "get", "content": "7"}]
+SCHEMA = {
+    "type": "object",
+    "required": ["key"],
+    "properties": {
+        "key": {"type": "string", "enum": ["\u00e4\n", "<&'\"", ""]},
+        "N": {"minimum": 0.5},
+        "\u00e9": {},
+        "e": {"const": [None, True, -3, {}]},
+    },
+}
+TOOLS = [
+    {"type": "function", "function": {"name": name, "description": "of " + name, "parameters": SCHEMA}} for name in ("get", "put")
+]
+TALK = [
+    {"role": "user", "content": "q"},
+    {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "hm",
+        "tool_calls": [
+            {
+                "id": "functions.get:0",
+                "type": "function",
+                "function": {"name": "get", "arguments": '{"key": "\u00e4", "of": [1, null, {"x": true}]}'},
+            }
+        ],
+    },
+    {"role": "tool", "tool_call_id": "functions.get:0", "name": "get", "content": "7"},
+]
 DONE = [*TALK, {"role": "assistant", "content": "7", "reasoning_content": "so"}, {"role": "user", "content": "and?"}]
 
 
@@ -135,8 +170,9 @@ def test_the_chat_template_asks_little_of_an_engine(tmp_path, messages):
     field = gguf.GGUFReader(tmp_path / "model.gguf").get_field("tokenizer.chat_template")
     engine = jinja2.Environment()
     engine.filters["tojson"] = bare_tojson
-    text = engine.from_string(field.contents()).render(messages=messages, tools=TOOLS, add_generation_prompt=True,
-                                                       preserve_thinking=True)
+    text = engine.from_string(field.contents()).render(
+        messages=messages, tools=TOOLS, add_generation_prompt=True, preserve_thinking=True
+    )
     assert text == ByteTokenizer().decode(KimiRenderer(ByteTokenizer()).prompt(messages, TOOLS))
 
 
@@ -146,8 +182,12 @@ def test_llama_cpp_renders_the_prompts_of_training(tmp_path):
     model, tokenizer = LlamaCpp(tmp_path / "model.gguf"), ByteTokenizer()
     for messages in (TALK[:1], TALK, DONE):
         for tools in ([], TOOLS):
-            asked = model.ask("/apply-template", messages=messages, chat_template_kwargs={"preserve_reasoning": True},
-                              **({"tools": tools} if tools else {}))
+            asked = model.ask(
+                "/apply-template",
+                messages=messages,
+                chat_template_kwargs={"preserve_reasoning": True},
+                **({"tools": tools} if tools else {}),
+            )
             assert asked["prompt"] == tokenizer.decode(KimiRenderer(tokenizer).prompt(messages, tools))
 
 

@@ -16,8 +16,24 @@ from train.weights import load_weights
 def run(tmp_path_factory):
     """The tiny preset after 12 steps, its experts on the grid for the last six."""
     run = str(tmp_path_factory.mktemp("job") / "run")
-    assert launch.main(["train", "--run", run, "--train.steps", "12", "--quant.start-step", "6", "--train.batch-size", "8",
-                        "--train.eval-batches", "1"]) == 0
+    assert (
+        launch.main(
+            [
+                "train",
+                "--run",
+                run,
+                "--train.steps",
+                "12",
+                "--quant.start-step",
+                "6",
+                "--train.batch-size",
+                "8",
+                "--train.eval-batches",
+                "1",
+            ]
+        )
+        == 0
+    )
     assert launch.main(["export", run]) == 0
     assert launch.main(["verify", f"{run}/export", "--run", run]) == 0
     return run
@@ -31,8 +47,9 @@ def test_transformers_computes_what_the_training_forward_computes(run, dtype, to
     masters = load_weights(f"{run}:int4", dtype=dtype)
     tokens = np.random.default_rng(0).integers(0, 256, (4, 32))
     ours = forward_logits(masters.model, masters.params, tokens, masters.platform, dtype)
-    model, report = AutoModelForCausalLM.from_pretrained(f"{run}/export", dtype=torch.bfloat16, output_loading_info=True,
-                                                         attn_implementation="eager")
+    model, report = AutoModelForCausalLM.from_pretrained(
+        f"{run}/export", dtype=torch.bfloat16, output_loading_info=True, attn_implementation="eager"
+    )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     model = torch.nn.Module.to(model.eval(), getattr(torch, dtype))
     with torch.no_grad():
@@ -49,14 +66,23 @@ def test_generated_text_is_the_same(run):
     ours = weights.decoder(1).reply({0: prompt}, 12)[0]
     model = AutoModelForCausalLM.from_pretrained(f"{run}/export", dtype=torch.bfloat16, attn_implementation="eager")
     model = torch.nn.Module.to(model.eval(), torch.float32)
-    theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt):].tolist()
-    assert ours == theirs[:len(ours)]
+    theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
+    assert ours == theirs[: len(ours)]
 
 
 def test_the_directory_is_complete(run):
     from pathlib import Path
+
     export = Path(run) / "export"
-    for name in ("config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
-                 "tokenizer_config.json", "chat_template.jinja", "README.md", "evidence.json"):
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "README.md",
+        "evidence.json",
+    ):
         assert (export / name).stat().st_size > 0
     assert json.loads((export / "config.json").read_text())["model_type"] == "deepseek_v3"

@@ -50,8 +50,9 @@ def covering(grid: dict[str, tuple]) -> list[dict]:
     """Cases in which every pair of values of any two settings occurs; greedy over random candidates, seeded."""
     rng = np.random.default_rng(0)
     names = list(grid)
-    missing = {((a, i), (b, j)) for a, b in itertools.combinations(names, 2)
-               for i in range(len(grid[a])) for j in range(len(grid[b]))}
+    missing = {
+        ((a, i), (b, j)) for a, b in itertools.combinations(names, 2) for i in range(len(grid[a])) for j in range(len(grid[b]))
+    }
     cases = []
 
     def new_pairs(case):
@@ -71,12 +72,26 @@ def covering(grid: dict[str, tuple]) -> list[dict]:
 def config_of(case: dict) -> ModelConfig:
     factor, beta = case["yarn"]
     groups, kept = case["groups"]
-    return small(q_lora_rank=case["q_lora_rank"], yarn_factor=factor, yarn_beta_fast=beta, rope_theta=10000.0,
-                 qk_rope_head_dim=16, yarn_mscale=case["mscale"][0], yarn_mscale_all_dim=case["mscale"][1],
-                 n_group=groups, topk_group=kept, num_hidden_layers=case["dense"] + 2,
-                 first_k_dense_replace=case["dense"], n_shared_experts=case["n_shared_experts"],
-                 norm_topk_prob=case["norm_topk_prob"], rms_norm_eps=case["rms_norm_eps"], routed_scaling_factor=1.7,
-                 bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    return small(
+        q_lora_rank=case["q_lora_rank"],
+        yarn_factor=factor,
+        yarn_beta_fast=beta,
+        rope_theta=10000.0,
+        qk_rope_head_dim=16,
+        yarn_mscale=case["mscale"][0],
+        yarn_mscale_all_dim=case["mscale"][1],
+        n_group=groups,
+        topk_group=kept,
+        num_hidden_layers=case["dense"] + 2,
+        first_k_dense_replace=case["dense"],
+        n_shared_experts=case["n_shared_experts"],
+        norm_topk_prob=case["norm_topk_prob"],
+        rms_norm_eps=case["rms_norm_eps"],
+        routed_scaling_factor=1.7,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
 
 
 def weights_of(cfg: ModelConfig, bias: float, seed: int) -> dict[str, jax.Array]:
@@ -86,15 +101,14 @@ def weights_of(cfg: ModelConfig, bias: float, seed: int) -> dict[str, jax.Array]
         if path.endswith("q_a"):
             params[path] = params[path] * 0.02
         elif path.endswith("kv_a"):
-            params[path] = params[path].at[..., :cfg.kv_lora_rank].multiply(0.02)
+            params[path] = params[path].at[..., : cfg.kv_lora_rank].multiply(0.02)
     return params
 
 
 def transformers_twin(cfg: ModelConfig, params: dict[str, jax.Array], folder) -> DeepseekV3ForCausalLM:
     """The same weights in transformers, through files."""
     arrays = {path: np.asarray(x) for path, x in params.items()}
-    tensors = {slot.name: np.ascontiguousarray(slot.to_hf(arrays[slot.path][slot.block]))
-               for slot in all_slots(param_specs(cfg))}
+    tensors = {slot.name: np.ascontiguousarray(slot.to_hf(arrays[slot.path][slot.block])) for slot in all_slots(param_specs(cfg))}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(write_config(cfg, QuantConfig(grid="none"))))
     return read_by_transformers(folder)
@@ -103,13 +117,15 @@ def transformers_twin(cfg: ModelConfig, params: dict[str, jax.Array], folder) ->
 def read_by_transformers(folder) -> DeepseekV3ForCausalLM:
     """In float32; a missing or unexpected key is a failure."""
     model, report = DeepseekV3ForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager", output_loading_info=True)
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager", output_loading_info=True
+    )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     return model.eval()
 
 
-def tokens_and_segments(cfg: ModelConfig, left_out: bool | tuple[int, ...], seed: int, positions: int = 29
-                        ) -> tuple[np.ndarray, np.ndarray]:
+def tokens_and_segments(
+    cfg: ModelConfig, left_out: bool | tuple[int, ...], seed: int, positions: int = 29
+) -> tuple[np.ndarray, np.ndarray]:
     """Rows of random tokens; `left_out` is how many are padding at the end of each, or whether any are."""
     if isinstance(left_out, bool):
         left_out = (2, 6, 10) if left_out else (0, 0, 0)
@@ -121,8 +137,11 @@ def tokens_and_segments(cfg: ModelConfig, left_out: bool | tuple[int, ...], seed
 def twin_forward(twin, tokens, segments) -> tuple[np.ndarray, list[tuple[np.ndarray, ...]]]:
     """Logits, and (router logits, chosen experts) of every MoE layer."""
     routed = []
-    hooks = [layer.mlp.gate.register_forward_hook(lambda _, __, out: routed.append((out[0].numpy(), out[2].numpy())))
-             for layer in twin.model.layers if hasattr(layer.mlp, "gate")]
+    hooks = [
+        layer.mlp.gate.register_forward_hook(lambda _, __, out: routed.append((out[0].numpy(), out[2].numpy())))
+        for layer in twin.model.layers
+        if hasattr(layer.mlp, "gate")
+    ]
     with torch.no_grad():
         logits = twin(torch.tensor(tokens, dtype=torch.long), attention_mask=torch.tensor(segments, dtype=torch.long)).logits
     for hook in hooks:
@@ -130,8 +149,7 @@ def twin_forward(twin, tokens, segments) -> tuple[np.ndarray, list[tuple[np.ndar
     return logits.numpy(), routed
 
 
-def our_forward(cfg, params, tokens, segments, monkeypatch, options=None, platform="cpu"
-                ) -> tuple[np.ndarray, list[np.ndarray]]:
+def our_forward(cfg, params, tokens, segments, monkeypatch, options=None, platform="cpu") -> tuple[np.ndarray, list[np.ndarray]]:
     """Jitted logits, and the chosen experts of every MoE layer, seen by a callback inside the scan. `options`: of the
     compiler; `platform`: whose entries of the registries are used."""
     chosen = []
@@ -164,7 +182,7 @@ def routing_margin(cfg: ModelConfig, router_logits: np.ndarray, bias: np.ndarray
     of_groups = np.full(len(choice), np.inf)
     if cfg.n_group > cfg.topk_group:
         of_groups = groups[:, -cfg.topk_group] - groups[:, -cfg.topk_group - 1]
-    kept = np.argsort(np.sort(grouped, -1)[..., -2:].sum(-1), -1)[:, -cfg.topk_group:]
+    kept = np.argsort(np.sort(grouped, -1)[..., -2:].sum(-1), -1)[:, -cfg.topk_group :]
     eligible = np.take_along_axis(grouped, kept[..., None], 1).reshape(len(choice), -1)
     eligible = np.sort(eligible, -1)
     if eligible.shape[1] == cfg.num_experts_per_tok:
@@ -172,8 +190,16 @@ def routing_margin(cfg: ModelConfig, router_logits: np.ndarray, bias: np.ndarray
     return np.minimum(of_groups, eligible[:, -cfg.num_experts_per_tok] - eligible[:, -cfg.num_experts_per_tok - 1])
 
 
-def compare(cfg: ModelConfig, params: dict[str, jax.Array], twin, tokens: np.ndarray, segments: np.ndarray, monkeypatch,
-            options=None, platform="cpu") -> tuple[float, int]:
+def compare(
+    cfg: ModelConfig,
+    params: dict[str, jax.Array],
+    twin,
+    tokens: np.ndarray,
+    segments: np.ndarray,
+    monkeypatch,
+    options=None,
+    platform="cpu",
+) -> tuple[float, int]:
     """Asserts equal experts and logits; returns the relative error and the number of compared choices."""
     theirs, routed = twin_forward(twin, tokens, segments)
     ours, chosen = our_forward(cfg, params, tokens, segments, monkeypatch, options, platform)
@@ -206,7 +232,7 @@ def their_gradients(twin, cfg: ModelConfig) -> dict[str, np.ndarray]:
         if name.endswith("experts.gate_up_proj"):
             for e, half in itertools.product(range(cfg.n_routed_experts), range(2)):
                 F = cfg.moe_intermediate_size
-                grads[f"{name[:-12]}{e}.{('gate', 'up')[half]}_proj.weight"] = g[e, half * F:(half + 1) * F]
+                grads[f"{name[:-12]}{e}.{('gate', 'up')[half]}_proj.weight"] = g[e, half * F : (half + 1) * F]
         elif name.endswith("experts.down_proj"):
             for e in range(cfg.n_routed_experts):
                 grads[f"{name[:-9]}{e}.down_proj.weight"] = g[e]
@@ -216,10 +242,31 @@ def their_gradients(twin, cfg: ModelConfig) -> dict[str, np.ndarray]:
 
 
 GRADIENT_CASES = [
-    dict(q_lora_rank=16, yarn=(32.0, 1.0), mscale=(1.0, 1.0), groups=(1, 1), bias=0.2, dense=1, n_shared_experts=1,
-         norm_topk_prob=True, rms_norm_eps=1e-6, left_out=True),
-    dict(q_lora_rank=None, yarn=(40.0, 32.0), mscale=(1.0, 1.0), groups=(4, 2), bias=0.2, dense=3, n_shared_experts=2,
-         norm_topk_prob=False, rms_norm_eps=1e-5, left_out=False)]
+    dict(
+        q_lora_rank=16,
+        yarn=(32.0, 1.0),
+        mscale=(1.0, 1.0),
+        groups=(1, 1),
+        bias=0.2,
+        dense=1,
+        n_shared_experts=1,
+        norm_topk_prob=True,
+        rms_norm_eps=1e-6,
+        left_out=True,
+    ),
+    dict(
+        q_lora_rank=None,
+        yarn=(40.0, 32.0),
+        mscale=(1.0, 1.0),
+        groups=(4, 2),
+        bias=0.2,
+        dense=3,
+        n_shared_experts=2,
+        norm_topk_prob=False,
+        rms_norm_eps=1e-5,
+        left_out=False,
+    ),
+]
 
 
 @pytest.mark.parametrize("case", GRADIENT_CASES)
@@ -232,8 +279,9 @@ def test_gradients(case, tmp_path):
     def loss(params):
         network, call = bind(cfg, params), call_for(tokens, segments)
         hidden, _, _ = network(tokens, call)
-        nll, _ = cross_entropy.chunked(hidden[:, :-1].reshape(-1, hidden.shape[-1]), call.weight(network.head),
-                                       jnp.asarray(tokens[:, 1:]).reshape(-1))
+        nll, _ = cross_entropy.chunked(
+            hidden[:, :-1].reshape(-1, hidden.shape[-1]), call.weight(network.head), jnp.asarray(tokens[:, 1:]).reshape(-1)
+        )
         return jnp.sum(nll * valid.reshape(-1)) / valid.sum()
 
     value, ours = jax.jit(jax.value_and_grad(loss))(params)
@@ -264,10 +312,17 @@ def test_greedy_generation(tmp_path):
     cfg = config_of(GRADIENT_CASES[0])
     params = weights_of(cfg, GRADIENT_CASES[0]["bias"], seed=3)
     prompts = [np.random.default_rng(n).integers(3, cfg.vocab_size, n).tolist() for n in (3, 21, 9)]
-    ours = generate_batch(cfg, params, prompts, max_new_tokens=12, stop_ids=(), serving=EXACT, amount=0,
-                          dtype="float32", platform="cpu")
+    ours = generate_batch(
+        cfg, params, prompts, max_new_tokens=12, stop_ids=(), serving=EXACT, amount=0, dtype="float32", platform="cpu"
+    )
     twin = transformers_twin(cfg, params, tmp_path)
     for prompt, mine in zip(prompts, ours):
-        theirs = twin.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                               max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
-        assert theirs[0, len(prompt):].tolist() == mine
+        theirs = twin.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert theirs[0, len(prompt) :].tolist() == mine

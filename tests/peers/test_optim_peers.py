@@ -11,8 +11,10 @@ from configs.schema import OptimConfig
 from optim.build import build_optimizer
 
 SHAPES = {"tall": (48, 16), "square": (24, 24), "wide": (16, 40)}
-SPECS = {name: ParamSpec(shape, ("in", "out"), 0.02, "muon", (HFTensor("x"),), matrix=Matrix(("in",), ("out",)))
-         for name, shape in SHAPES.items()}
+SPECS = {
+    name: ParamSpec(shape, ("in", "out"), 0.02, "muon", (HFTensor("x"),), matrix=Matrix(("in",), ("out",)))
+    for name, shape in SHAPES.items()
+}
 LR, DECAY, STEPS = 0.02, 0.1, 20
 
 
@@ -27,8 +29,7 @@ START = {name: np.random.default_rng(9).normal(size=shape).astype(np.float32) fo
 
 
 def ours(**changes):
-    cfg = OptimConfig(lr=LR, weight_decay=DECAY, warmup_steps=0, schedule="constant", qk_clip_tau=None, clip_norm=0.0,
-                      **changes)
+    cfg = OptimConfig(lr=LR, weight_decay=DECAY, warmup_steps=0, schedule="constant", qk_clip_tau=None, clip_norm=0.0, **changes)
     opt = build_optimizer(SPECS, cfg, STEPS)
     params = {name: jnp.asarray(w) for name, w in START.items()}
     state, step = opt.init(params), jax.jit(lambda g, s, p: opt.update(g, s, p))
@@ -54,9 +55,9 @@ def theirs(make):
 def test_torch_muon(torch_scale, our_scale, nesterov, monkeypatch):
     """torch runs its iteration in bfloat16; with that one cast replaced by a float32 copy the rules are the same to
     1e-5, and as shipped they differ by what bfloat16 rounds."""
+
     def make(params):
-        return torch.optim.Muon(params, lr=LR, weight_decay=DECAY, momentum=0.95, nesterov=nesterov,
-                                adjust_lr_fn=torch_scale)
+        return torch.optim.Muon(params, lr=LR, weight_decay=DECAY, momentum=0.95, nesterov=nesterov, adjust_lr_fn=torch_scale)
 
     mine = ours(matrix_scale=our_scale, nesterov=nesterov)
     shipped = theirs(make)

@@ -16,8 +16,10 @@ from train.plan.aot import compile_step
 from train.plan.roofline import STATED
 from train.plan.topology import topology
 
-pytestmark = [pytest.mark.slow,
-              pytest.mark.skipif(not importlib.util.find_spec("jax_plugins"), reason="needs the extra plan-gpu")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not importlib.util.find_spec("jax_plugins"), reason="needs the extra plan-gpu"),
+]
 
 
 @pytest.mark.parametrize("d, v", [(192, 128), (128, 128), (64, 64)])
@@ -31,8 +33,13 @@ def test_attention(d, v):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        program = compiled("h200-1", jax.grad(loss, argnums=(0, 1, 2), has_aux=True), *[array((B, S, H, d), BF16)] * 2,
-                           array((B, S, H, v), BF16), array((B, S), jnp.int32))
+        program = compiled(
+            "h200-1",
+            jax.grad(loss, argnums=(0, 1, 2), has_aux=True),
+            *[array((B, S, H, d), BF16)] * 2,
+            array((B, S, H, v), BF16),
+            array((B, S), jnp.int32),
+        )
     pairs = B * H * S * S  # of a query and a key, half of which see each other; two FLOPs each
     assert sorted(kernels(program)) == sorted(pairs * n for n in (d + v, 2 * d + v, 2 * d + 2 * v))
     # output, its gradient, and a few numbers per row
@@ -43,14 +50,29 @@ def test_in_the_train_step():
     """A step of a small K2-shaped model: attention is kernels in every layer, and is not repeated under remat names. They are
     told from those of the experts by the FLOPs that they state."""
     cfg = preset("tiny")
-    model = dataclasses.replace(cfg.model, num_hidden_layers=3, hidden_size=256, moe_intermediate_size=128,
-                                qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
-    cfg = dataclasses.replace(cfg, model=model, mesh=MeshConfig(data=1), train=dataclasses.replace(
-        cfg.train, batch_size=2, seq_len=512, accumulate=1, remat="names", layers="scan"))
+    model = dataclasses.replace(
+        cfg.model,
+        num_hidden_layers=3,
+        hidden_size=256,
+        moe_intermediate_size=128,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+    )
+    cfg = dataclasses.replace(
+        cfg,
+        model=model,
+        mesh=MeshConfig(data=1),
+        train=dataclasses.replace(cfg.train, batch_size=2, seq_len=512, accumulate=1, remat="names", layers="scan"),
+    )
     program = compile_step(cfg, topology("h200-1")).program
     d, v, pairs = model.qk_head_dim, model.v_head_dim, 2 * model.num_attention_heads * 512 * 512
-    stated = [int(STATED.search(i.op_name).group(1)) for scope in program.computations.values() for i in scope.values()
-              if i.kind == "custom-call" and "mosaic_gpu" in i.rest and STATED.search(i.op_name)]
+    stated = [
+        int(STATED.search(i.op_name).group(1))
+        for scope in program.computations.values()
+        for i in scope.values()
+        if i.kind == "custom-call" and "mosaic_gpu" in i.rest and STATED.search(i.op_name)
+    ]
     calls = [flops for flops in stated if flops in {pairs * n for n in (d + v, 2 * d + v, 2 * d + 2 * v)}]
     assert len(calls) == 3 * (1 + 1), "the dense layer's and the scanned layers'"
     assert len(set(calls)) == 3

@@ -49,8 +49,10 @@ def test_no_report_of_memory_is_no_decision(tmp_path):
     assert not _decided(tmp_path)
 
 
-@pytest.mark.parametrize("last_word, sentence", [("v5p-4 cannot run this step: why", "cannot run this step: why"),
-                                                 (None, "ended without a word; is there enough memory")])
+@pytest.mark.parametrize(
+    "last_word, sentence",
+    [("v5p-4 cannot run this step: why", "cannot run this step: why"), (None, "ended without a word; is there enough memory")],
+)
 def test_a_compiler_that_fails_is_one_sentence(last_word, sentence):
     here, there = multiprocessing.Pipe(duplex=False)
     if last_word:
@@ -89,8 +91,9 @@ def test_a_killed_plan_leaves_no_compiler_behind(tmp_path):
     """The pipe closes when the last of both processes is gone."""
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, cwd=ROOT,
-                              env=os.environ | {"PYTHONPATH": str(ROOT)})
+    parent = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
     child = int(parent.stdout.readline())
     os.kill(child, 0)
     parent.kill()

@@ -49,9 +49,16 @@ ENTRY %main (x: f32[8,16]) -> f32[8,16] {
 """
 
 
-@pytest.mark.parametrize("groups, first", [
-    ("{{0,2},{1,3}}", (0, 2)), ("[2,2]<=[4]", (0, 1)), ("[2,2]<=[2,2]T(1,0)", (0, 2)),
-    ("mesh['data'=2,'fsdp'=2] {'data'}", (0, 2)), ("mesh['axis_0'=2,'axis_1'=2] {'axis_1'}", (0, 1))])
+@pytest.mark.parametrize(
+    "groups, first",
+    [
+        ("{{0,2},{1,3}}", (0, 2)),
+        ("[2,2]<=[4]", (0, 1)),
+        ("[2,2]<=[2,2]T(1,0)", (0, 2)),
+        ("mesh['data'=2,'fsdp'=2] {'data'}", (0, 2)),
+        ("mesh['axis_0'=2,'axis_1'=2] {'axis_1'}", (0, 1)),
+    ],
+)
 def test_groups_and_trips(groups, first):
     """The loop's 6 trips are read from its condition. An inner loop bounded by data counts as causal attention,
     (6 + 1) / 2 trips, a transport's further rounds as none; without being told so both are an error."""
@@ -64,12 +71,21 @@ def test_groups_and_trips(groups, first):
         census(text, 4)
 
 
-@pytest.mark.parametrize("line, flops", [
-    ("%c = bf16[512,256]{1,0} convolution(%a, %b), dim_labels=bf_io->bf", 2 * 512 * 256 * 128),
-    ("%c = bf16[16,512,256]{2,1,0} convolution(%a3, %b3), window={size=16 stride=15 lhs_dilate=16}, dim_labels=0bf_0io->0bf",
-     16 * 2 * 512 * 256 * 128),
-    ("%c = bf16[1,512,256]{2,1,0} convolution(%a3, %b3), window={size=16}, dim_labels=0bf_0io->0bf", 16 * 2 * 512 * 256 * 128),
-])
+@pytest.mark.parametrize(
+    "line, flops",
+    [
+        ("%c = bf16[512,256]{1,0} convolution(%a, %b), dim_labels=bf_io->bf", 2 * 512 * 256 * 128),
+        (
+            "%c = bf16[16,512,256]{2,1,0} convolution(%a3, %b3), window={size=16 stride=15 lhs_dilate=16}, "
+            "dim_labels=0bf_0io->0bf",
+            16 * 2 * 512 * 256 * 128,
+        ),
+        (
+            "%c = bf16[1,512,256]{2,1,0} convolution(%a3, %b3), window={size=16}, dim_labels=0bf_0io->0bf",
+            16 * 2 * 512 * 256 * 128,
+        ),
+    ],
+)
 def test_products_of_a_tpu(line, flops):
     """A plain product, a batched one (its batch a dilated window, of which every output meets one input), and one summed
     over the window."""

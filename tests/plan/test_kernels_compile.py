@@ -14,8 +14,10 @@ from train.plan.hlo import Program
 from train.plan.roofline import KERNELS, STATED
 from train.plan.topology import topology
 
-pytestmark = [pytest.mark.slow,
-              pytest.mark.skipif(not importlib.util.find_spec("jax_plugins"), reason="needs the extra plan-gpu")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not importlib.util.find_spec("jax_plugins"), reason="needs the extra plan-gpu"),
+]
 E = 4
 BF16 = jnp.bfloat16
 
@@ -33,8 +35,12 @@ def compiled(machine, function, *arrays):
 
 def kernels(program):
     """FLOPs that each kernel in a program states."""
-    found = [i for scope in Program(program.as_text()).computations.values() for i in scope.values()
-             if i.kind == "custom-call" and any(f'custom_call_target="{target}"' in i.rest for target in KERNELS)]
+    found = [
+        i
+        for scope in Program(program.as_text()).computations.values()
+        for i in scope.values()
+        if i.kind == "custom-call" and any(f'custom_call_target="{target}"' in i.rest for target in KERNELS)
+    ]
     return [int(STATED.search(i.op_name).group(1)) for i in found]
 
 
@@ -46,10 +52,11 @@ def test_grouped_matmul(D, F, block):
     M = 6 * block
     x, y, w, blocks = array((M, D), BF16), array((M, F), BF16), array((E, D, F), BF16), array((6,), jnp.int32)
     for function, arrays in (
-            (lambda x, w, b: grouped_matmul_gpu.rows(x, w, b, False), (x, w, blocks)),
-            (lambda y, w, b: grouped_matmul_gpu.rows(y, w, b, True), (y, w, blocks)),
-            (lambda x, y, b: grouped_matmul_gpu.weights(x, y, b, E, BF16), (x, y, blocks)),
-            (lambda x, y, b: grouped_matmul_gpu.weights(x, y, b, E, jnp.float32), (x, y, blocks))):
+        (lambda x, w, b: grouped_matmul_gpu.rows(x, w, b, False), (x, w, blocks)),
+        (lambda y, w, b: grouped_matmul_gpu.rows(y, w, b, True), (y, w, blocks)),
+        (lambda x, y, b: grouped_matmul_gpu.weights(x, y, b, E, BF16), (x, y, blocks)),
+        (lambda x, y, b: grouped_matmul_gpu.weights(x, y, b, E, jnp.float32), (x, y, blocks)),
+    ):
         program = compiled("h200-1", function, *arrays)
         assert kernels(program) == [2 * M * D * F]
         assert program.memory_analysis().temp_size_in_bytes < 16384
@@ -71,9 +78,16 @@ def test_experts_of_a_decoding_step(on_grid):
     single expert's weights take."""
     D, F = 2048, 1408
     shapes = (E, D, 2 * F), (E, F, D)
-    weights = [Int4Weight(array(s, jnp.int4), array((E, s[1] // 32, s[2]), BF16), -2, 32) if on_grid else array(s, BF16)
-               for s in shapes]
-    program = compiled("h200-1", lambda x, chosen, gates, w: experts.apply(x, chosen, gates, w, "hopper"),
-                       array((4, D), BF16), array((4, 2), jnp.int32), array((4, 2), jnp.float32), weights)
+    weights = [
+        Int4Weight(array(s, jnp.int4), array((E, s[1] // 32, s[2]), BF16), -2, 32) if on_grid else array(s, BF16) for s in shapes
+    ]
+    program = compiled(
+        "h200-1",
+        lambda x, chosen, gates, w: experts.apply(x, chosen, gates, w, "hopper"),
+        array((4, D), BF16),
+        array((4, 2), jnp.int32),
+        array((4, 2), jnp.float32),
+        weights,
+    )
     assert len(kernels(program)) == 2
     assert program.memory_analysis().temp_size_in_bytes < 2 * D * F

@@ -27,9 +27,11 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 def small(**mesh):
     cfg = preset("tiny")
     return dataclasses.replace(
-        cfg, model=dataclasses.replace(cfg.model, num_hidden_layers=3, hidden_size=256, moe_intermediate_size=128),
+        cfg,
+        model=dataclasses.replace(cfg.model, num_hidden_layers=3, hidden_size=256, moe_intermediate_size=128),
         mesh=MeshConfig(**{"data": 1} | mesh),
-        train=dataclasses.replace(cfg.train, batch_size=16, seq_len=256, accumulate=2, remat="names"))
+        train=dataclasses.replace(cfg.train, batch_size=16, seq_len=256, accumulate=2, remat="names"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +68,10 @@ def test_too_large_is_an_answer():
 
 
 @needs_libtpu
-@pytest.mark.parametrize("mesh, sentence", [(dict(fsdp=8), "choose axes whose product is 4"),
-                                            (dict(expert=4, data=1, fsdp=2), "choose axes whose product is 4")])
+@pytest.mark.parametrize(
+    "mesh, sentence",
+    [(dict(fsdp=8), "choose axes whose product is 4"), (dict(expert=4, data=1, fsdp=2), "choose axes whose product is 4")],
+)
 def test_meshes_that_do_not_fit(mesh, sentence):
     with pytest.raises(ConfigError, match=sentence):
         compile_step(small(**mesh), topology("v5p-4"))
@@ -111,14 +115,21 @@ def test_a_failed_plan_leaves_its_file_as_it_was(monkeypatch, tmp_path, before):
     assert (file.read_text() if file.exists() else None) == before
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    ("--sweep -1", "--sweep must be at least 0"),
-    ("--sweep 2", "--sweep needs a machine"), ("--json plan.json", "--json needs a machine"),
-    ("--mesh.expert 3", "does not divide model.n_routed_experts"), ("--mesh.context 7", "the nearest that can")])
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ("--sweep -1", "--sweep must be at least 0"),
+        ("--sweep 2", "--sweep needs a machine"),
+        ("--json plan.json", "--json needs a machine"),
+        ("--mesh.expert 3", "does not divide model.n_routed_experts"),
+        ("--mesh.context 7", "the nearest that can"),
+    ],
+)
 def test_wrong_commands_are_one_sentence(capsys, arguments, sentence):
     assert launch.main(["plan", *arguments.split()]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert sentence in line
+
 
 @needs_libtpu
 @pytest.mark.slow
@@ -132,11 +143,17 @@ def test_shipped_plan(name, tmp_path):
         pytest.skip("no committed result to compare with: python -m bench.plans")
     committed = json.loads((RESULTS / f"{name}.json").read_text())
     file = tmp_path / "plan.json"
-    ran = subprocess.run([sys.executable, "launch.py", "plan", "--preset", name, "--json", str(file)], cwd=ROOT, text=True,
-                         capture_output=True, timeout=1200)
+    ran = subprocess.run(
+        [sys.executable, "launch.py", "plan", "--preset", name, "--json", str(file)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=1200,
+    )
     assert ran.returncode == (0 if committed["fits"] else 1), ran.stdout + ran.stderr
     found = json.loads(file.read_text())
     assert found["bytes_per_device"]["peak"] == pytest.approx(committed["bytes_per_device"]["peak"], rel=0.02)
     assert found["seconds"]["seconds"] == pytest.approx(committed["seconds"]["seconds"], rel=0.05)
-    assert {(c["kind"], c["axes"]) for c in found["collectives"] if c["bytes"] > 1e6} \
-        == {(c["kind"], c["axes"]) for c in committed["collectives"] if c["bytes"] > 1e6}
+    assert {(c["kind"], c["axes"]) for c in found["collectives"] if c["bytes"] > 1e6} == {
+        (c["kind"], c["axes"]) for c in committed["collectives"] if c["bytes"] > 1e6
+    }

@@ -24,8 +24,10 @@ from train.plan.roofline import Roofline
 from train.plan.topology import topology
 
 needs_tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra plan-tpu")
-needs_gpu = pytest.mark.skipif(not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{n}") for n in (12, 13)
-                                       if importlib.util.find_spec("jax_plugins")), reason="needs the extra plan-gpu")
+needs_gpu = pytest.mark.skipif(
+    not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{n}") for n in (12, 13) if importlib.util.find_spec("jax_plugins")),
+    reason="needs the extra plan-gpu",
+)
 TPUS = [pytest.param(name, marks=needs_tpu) for name in ("v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")]
 GPUS = [pytest.param(name, marks=needs_gpu) for name in ("h100:1x4", "b200:1x4")]
 
@@ -36,8 +38,10 @@ def compiled_for(machine: str, mesh_axes: dict[str, int], function, in_specs, sh
     devices = found.devices()
     mesh = make_mesh(MeshConfig(**{"data": 0} | mesh_axes), devices)
     function = partial(function, shards=shards_of(mesh), platform=platform(mesh))
-    args = [jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-            for (shape, dtype), spec in zip(shapes, in_specs, strict=True)]
+    args = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for (shape, dtype), spec in zip(shapes, in_specs, strict=True)
+    ]
     run = jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=False))
     with jax.default_device(devices[0]):
         text = compile_for_devices(run.lower(*args), folder, devices).as_text()
@@ -72,8 +76,9 @@ def test_no_product_runs_over_all_experts(machine, tmp_path):
 def exchanged(x, chosen, gates, gate_up, down, *, shards, platform):
     def total(variables):
         x, gates, *weights = variables
-        return jnp.sum(transport.routed(x, chosen, gates, tuple(weights), shards, platform, "ragged_all_to_all")
-                       .astype(jnp.float32))
+        return jnp.sum(
+            transport.routed(x, chosen, gates, tuple(weights), shards, platform, "ragged_all_to_all").astype(jnp.float32)
+        )
 
     gradients = jax.grad(total)((x, gates, gate_up, down))
     return jax.lax.psum(sum(jnp.sum(g.astype(jnp.float32)) for g in gradients), "expert")
@@ -86,8 +91,13 @@ def test_ragged_exchange_compiles(machine, tmp_path):
     there and back, forward and in the gradient."""
     N, K, E = 4 * 512, 4, 16
     rows = P("expert")
-    shapes = [((N, D), jnp.bfloat16), ((N, K), jnp.int32), ((N, K), jnp.float32), ((E, D, 2 * F), jnp.bfloat16),
-              ((E, F, D), jnp.bfloat16)]
+    shapes = [
+        ((N, D), jnp.bfloat16),
+        ((N, K), jnp.int32),
+        ((N, K), jnp.float32),
+        ((E, D, 2 * F), jnp.bfloat16),
+        ((E, F, D), jnp.bfloat16),
+    ]
     program, _ = compiled_for(machine, {"data": 1, "expert": 4}, exchanged, (rows,) * 5, shapes, tmp_path)
     ops = [i for scope in program.computations.values() for i in scope.values() if i.kind.startswith("ragged-all-to-all")]
     assert len(ops) >= 4

@@ -68,24 +68,45 @@ def test_generating(machine, packed):
     assert compiled(machine, generate._prefill, params, integers(4, 512), integers(4), cache_len=1024, program=program)
     cache = array((3, 4, 1024, MODEL.kv_lora_rank + MODEL.qk_rope_head_dim), jnp.bfloat16)
     budget, sampling = Budget(), Sampling()
-    found = compiled(machine, generate._loop, params, array((4, MODEL.vocab_size), jnp.float32), cache, integers(4),
-                     integers(4), integers(1), sampling, budget, room=16, program=program)
+    found = compiled(
+        machine,
+        generate._loop,
+        params,
+        array((4, MODEL.vocab_size), jnp.float32),
+        cache,
+        integers(4),
+        integers(4),
+        integers(1),
+        sampling,
+        budget,
+        room=16,
+        program=program,
+    )
     assert found.memory_analysis().alias_size_in_bytes >= cache.size * 2
 
 
 @pytest.mark.parametrize("machine", [TPU, GPU])
 def test_the_probe_of_an_export(machine):
-    layer = {path: jax.tree.map(lambda a: array((1, *a.shape[1:]), a.dtype), w)
-             for path, w in weights(jnp.float32, True).items() if path.startswith("moe.")}
-    assert compiled(machine, probe._run, layer, array((2, 32, MODEL.hidden_size), jnp.float32), model=MODEL,
-                    platform=kind(machine), part="moe")
+    layer = {
+        path: jax.tree.map(lambda a: array((1, *a.shape[1:]), a.dtype), w)
+        for path, w in weights(jnp.float32, True).items()
+        if path.startswith("moe.")
+    }
+    assert compiled(
+        machine,
+        probe._run,
+        layer,
+        array((2, 32, MODEL.hidden_size), jnp.float32),
+        model=MODEL,
+        platform=kind(machine),
+        part="moe",
+    )
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs plan-tpu")
 def test_the_held_out_loss_of_several_devices():
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2), topology("v6e-4").devices())
-    params = {path: array(SPECS[path].shape, jnp.float32, sharding=place)
-              for path, place in param_shardings(SPECS, mesh).items()}
+    params = {path: array(SPECS[path].shape, jnp.float32, sharding=place) for path, place in param_shardings(SPECS, mesh).items()}
     rows = {name: array((8, 1024), dtype, sharding=batch_sharding(mesh)) for name, dtype in BATCH.items()}
     setting = held_out.Setting(MODEL, Serving.of(MODEL, preset("moonlight_16b").quant), "bfloat16", "tpu", 2, mesh=mesh)
     program = held_out.sums.lower(params, rows, array((), jnp.float32), setting).compile()

@@ -15,8 +15,10 @@ from optim import symmetric_gpu
 from tests.plan import ptx
 from tests.plan.test_kernels_compile import array, compiled
 
-pytestmark = [pytest.mark.slow,
-              pytest.mark.skipif(not importlib.util.find_spec("jax_plugins"), reason="needs the extra plan-gpu")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not importlib.util.find_spec("jax_plugins"), reason="needs the extra plan-gpu"),
+]
 
 BF16 = ml_dtypes.bfloat16
 BLOCK_EXPERT, E = [0, 0, 2, 4], 4
@@ -49,8 +51,8 @@ def carried_out(kernel, given, results, blocks=CORES, schedules=((1, True), (2, 
         arrays = [np.array(a) for a in (*given, *results)]
         times = ptx.run(kernel, arrays, blocks, seed, late)
         for count, a in zip(times, arrays):
-            assert (count == any(a is r for r in arrays[len(given):])).all()
-        yield arrays[len(given):]
+            assert (count == any(a is r for r in arrays[len(given) :])).all()
+        yield arrays[len(given) :]
 
 
 def recorded(monkeypatch, folder, function, given, results):
@@ -64,21 +66,26 @@ def rows_problem(block, transposed, I, O, block_expert=BLOCK_EXPERT):
     x[np.repeat(expert, block) == E] = 0
     w64 = np.concatenate([w.astype(np.float64), np.zeros((1, *w.shape[1:]))])[expert]
     want = np.einsum("bmi,boi->bmo" if transposed else "bmi,bio->bmo", x.astype(np.float64).reshape(len(expert), block, I), w64)
-    return (lambda e, x, w: grouped_matmul_gpu.rows(x, w, e, transposed, cores=CORES), [expert, x, w],
-            [nan((len(x), O), BF16)], want.reshape(-1, O))
+    return (
+        lambda e, x, w: grouped_matmul_gpu.rows(x, w, e, transposed, cores=CORES),
+        [expert, x, w],
+        [nan((len(x), O), BF16)],
+        want.reshape(-1, O),
+    )
 
 
-@pytest.mark.parametrize("block, transposed, I, O", [
-    (64, False, 128, 192), (64, True, 192, 320), (128, False, 320, 64), (128, True, 192, 320)])
+@pytest.mark.parametrize(
+    "block, transposed, I, O", [(64, False, 128, 192), (64, True, 192, 320), (128, False, 320, 64), (128, True, 192, 320)]
+)
 def test_rows(block, transposed, I, O, monkeypatch, tmp_path):
     """Widths that hang over the last tile's edge, a block of nobody, and the same program with other experts."""
     function, given, result, want = rows_problem(block, transposed, I, O)
     kernel = recorded(monkeypatch, tmp_path, function, given, result)
-    for mine, in carried_out(kernel, given, result):
+    for (mine,) in carried_out(kernel, given, result):
         close(mine, want, 4e-3)  # one rounding to bfloat16
     for block_expert in ([4, 4, 4, 4], [3, 3, 3, 3]):
         _, given, result, want = rows_problem(block, transposed, I, O, block_expert)
-        for mine, in carried_out(kernel, given, result, schedules=((3, True),)):
+        for (mine,) in carried_out(kernel, given, result, schedules=((3, True),)):
             close(mine, want, 4e-3)
 
 
@@ -91,10 +98,17 @@ def test_weights(block, D, F, dtype, monkeypatch, tmp_path):
     np.add.at(want, expert, np.einsum("bmd,bmf->bdf", *(a.astype(np.float64).reshape(4, block, -1) for a in (x, y))))
     first = np.sum(expert < np.arange(E + 1)[:, None], axis=1, dtype=np.int32)
     result = [nan((E, D, F), dtype)]
-    kernel = ptx.record(monkeypatch, lambda: compiled(
-        "h200-1", lambda e, x, y: grouped_matmul_gpu.weights(x, y, e, E, jnp.dtype(dtype), cores=CORES),
-        *abstract([expert, x, y])), tmp_path, 4)
-    for mine, in carried_out(kernel, [first, x, y], result):
+    kernel = ptx.record(
+        monkeypatch,
+        lambda: compiled(
+            "h200-1",
+            lambda e, x, y: grouped_matmul_gpu.weights(x, y, e, E, jnp.dtype(dtype), cores=CORES),
+            *abstract([expert, x, y]),
+        ),
+        tmp_path,
+        4,
+    )
+    for (mine,) in carried_out(kernel, [first, x, y], result):
         close(mine, want[:E], 1e-6 if dtype == np.float32 else 4e-3)
         assert not mine[[1, 3]].any()
 
@@ -104,12 +118,16 @@ def test_symmetric(batch, m, k, dtype, monkeypatch, tmp_path):
     """x y^T on and under the diagonal, squares of 64 x 64, and its mirror image above."""
     x, y = normal((batch, m, k), (batch, m, k), dtype=dtype)
     rows, columns = (np.ascontiguousarray(table) for table in symmetric_gpu._schedule(m))
-    kernel = ptx.record(monkeypatch, lambda: compiled(
-        "h200-1", lambda x, y: symmetric_gpu.symmetric(x, y, cores=CORES), *abstract([x, y])), tmp_path, 5)
+    kernel = ptx.record(
+        monkeypatch,
+        lambda: compiled("h200-1", lambda x, y: symmetric_gpu.symmetric(x, y, cores=CORES), *abstract([x, y])),
+        tmp_path,
+        5,
+    )
     product = x.astype(np.float64) @ np.swapaxes(y.astype(np.float64), 1, 2)
     square = np.arange(m) // 64
     want = np.where(square[:, None] >= square, product, np.swapaxes(product, 1, 2))
-    for mine, in carried_out(kernel, [rows, columns, x, y], [nan((batch, m, m), dtype)]):
+    for (mine,) in carried_out(kernel, [rows, columns, x, y], [nan((batch, m, m), dtype)]):
         close(mine, want, 1e-3 if dtype == np.float16 else 4e-3)
 
 
@@ -117,7 +135,7 @@ def packed(B, S):
     """A short document, one that goes around every ring, a short one, padding."""
     segments = np.zeros((B, S), np.int32)
     for b in range(B):
-        segments[b, :S - 5 - 3 * b] = np.repeat([1, 2, 3], [S // 8 - 7 * b, S - S // 8 - 40 + 7 * b, 35 - 3 * b])
+        segments[b, : S - 5 - 3 * b] = np.repeat([1, 2, 3], [S // 8 - 7 * b, S - S // 8 - 40 + 7 * b, 35 - 3 * b])
     return segments
 
 
@@ -134,8 +152,12 @@ def defined(q, k, v, g, low, high, scale):
     out = np.einsum("bhst,bthv->bshv", p, v)
     delta = np.einsum("bshv,bshv->bhs", g, out)
     ds = p * (np.einsum("bshv,bthv->bhst", g, v) - delta[..., None]) * scale
-    return ((out, top + np.log(total), top), delta, np.einsum("bhst,bthd->bshd", ds, k),
-            (np.einsum("bhst,bshd->bthd", ds, q), np.einsum("bhst,bshv->bthv", p, g)))
+    return (
+        (out, top + np.log(total), top),
+        delta,
+        np.einsum("bhst,bthd->bshd", ds, k),
+        (np.einsum("bhst,bshd->bthd", ds, q), np.einsum("bhst,bshv->bthv", p, g)),
+    )
 
 
 @pytest.mark.parametrize("B, S, H, d, v", [(2, 256, 2, 64, 64), (1, 512, 1, 192, 128)])
@@ -160,9 +182,14 @@ def test_attention(which, B, S, H, d, v, monkeypatch, tmp_path):
         given, spans, want = [q, k, v, g, *numbers], seen.queries_of_keys(attention_gpu.ROWS, tile, S), (dk, dv)
         results = [nan(k.shape, BF16), nan(v.shape, BF16)]
     function = {"forward": attention_gpu.forward, "queries": attention_gpu._queries, "keys": attention_gpu._keys}[which]
-    kernel = ptx.record(monkeypatch, lambda: compiled(
-        "h200-1", lambda low, high, *x: function(*x, Intervals(low, high), scale), *abstract([low, high, *given])),
-        tmp_path, len(given) + 3 + len(results))
+    kernel = ptx.record(
+        monkeypatch,
+        lambda: compiled(
+            "h200-1", lambda low, high, *x: function(*x, Intervals(low, high), scale), *abstract([low, high, *given])
+        ),
+        tmp_path,
+        len(given) + 3 + len(results),
+    )
     blocks = [(t, h, b) for t in range(S // tile) for h in range(H) for b in range(B)]
     for mine in carried_out(kernel, [*given, low, high, np.asarray(spans, np.int32)], results, blocks):
         close(mine[0], want[0], 0.012)  # rounding of weights, of their gradients and of the result
@@ -173,11 +200,15 @@ def test_attention(which, B, S, H, d, v, monkeypatch, tmp_path):
                 close(x, y, 0.012)
 
 
-@pytest.mark.parametrize("name, harmless", [
-    ("wgmma_wait", lambda left: left == 1),     # a buffer is handed back while it is multiplied
-    ("commit_smem", lambda: True),              # no fence between a result's way out and the copy engine
-    ("wait_smem_to_gmem", lambda left, **_: left == 1)],  # a result goes where the one before it still lies
-    ids=["release in flight", "no fence", "no wait for stores"])
+@pytest.mark.parametrize(
+    "name, harmless",
+    [
+        ("wgmma_wait", lambda left: left == 1),  # a buffer is handed back while it is multiplied
+        ("commit_smem", lambda: True),  # no fence between a result's way out and the copy engine
+        ("wait_smem_to_gmem", lambda left, **_: left == 1),
+    ],  # a result goes where the one before it still lies
+    ids=["release in flight", "no fence", "no wait for stores"],
+)
 def test_it_notices(name, harmless, monkeypatch, tmp_path):
     """The emulation can fail: the frame with one thing left out gives wrong values or a hazard."""
     real = getattr(hopper.plgpu, name)
@@ -185,7 +216,7 @@ def test_it_notices(name, harmless, monkeypatch, tmp_path):
     function, given, result, want = rows_problem(128, True, 192, 320)
     kernel = recorded(monkeypatch, tmp_path, function, given, result)
     with pytest.raises((AssertionError, ptx.Hazard)):
-        for mine, in carried_out(kernel, given, result):
+        for (mine,) in carried_out(kernel, given, result):
             close(mine, want, 4e-3)
 
 
@@ -195,5 +226,5 @@ def test_why_a_width_of_64_is_not_taken(monkeypatch, tmp_path):
     assert not grouped_matmul_gpu.takes(jnp.bfloat16, 64, 64, 64)
     kernel = recorded(monkeypatch, tmp_path, function, given, result)
     with pytest.raises(AssertionError):
-        for mine, in carried_out(kernel, given, result):
+        for (mine,) in carried_out(kernel, given, result):
             close(mine, want, 4e-3)

@@ -11,8 +11,10 @@ from optim.form import choose_form
 from optim.newton_schulz import coefficients
 from tests.plan.test_kernels_compile import array, compiled, kernels
 
-pytestmark = [pytest.mark.slow,
-              pytest.mark.skipif(not importlib.util.find_spec("jax_plugins"), reason="needs the extra plan-gpu")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not importlib.util.find_spec("jax_plugins"), reason="needs the extra plan-gpu"),
+]
 
 
 @pytest.mark.parametrize("batch, m, n", [(64, 1408, 2048), (2, 2048, 7168)])

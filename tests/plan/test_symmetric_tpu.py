@@ -24,8 +24,9 @@ CFG = OptimConfig(qk_clip_tau=None)
 
 
 def matrices(count: int, m: int, n: int) -> ParamSpec:
-    return ParamSpec((count, m, n), ("experts", "embed", "hidden"), 0.02, "muon", (HFTensor("x"),),
-                     matrix=Matrix(("embed",), ("hidden",)))
+    return ParamSpec(
+        (count, m, n), ("experts", "embed", "hidden"), 0.02, "muon", (HFTensor("x"),), matrix=Matrix(("embed",), ("hidden",))
+    )
 
 
 @pytest.mark.parametrize("name", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
@@ -40,8 +41,9 @@ def test_compiles(name, m, n):
     opt = build_optimizer(specs, CFG, 10, mesh=mesh, shardings=places)
     params = {"w": jax.ShapeDtypeStruct((4, m, n), jnp.float32, sharding=places["w"])}
     state = jax.eval_shape(opt.init, params)
-    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state,
-                         state_shardings(state, mesh, places))
+    state = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, state_shardings(state, mesh, places)
+    )
     with jax.set_mesh(mesh):
         text = jax.jit(lambda g, s, p: opt.update(g, s, p)).lower(params, state, params).compile().as_text()
     assert text.count("tpu_custom_call") >= 14, "two Gram matrices, five squares, seven products"

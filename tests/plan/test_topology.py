@@ -14,22 +14,44 @@ from train.plan.roofline import Roofline
 from train.plan.topology import CHIPS, topology
 
 
-@pytest.mark.parametrize("name, shape, devices", [
-    ("v5p:8x8x8", (8, 8, 8), 512), ("v5p-512", (8, 8, 8), 512), ("v6e-16", (4, 4), 16), ("v6e:16x16", (16, 16), 256),
-    ("tpu7x-256", (4, 8, 8), 512), ("tpu7x:4x4x4", (4, 4, 4), 128), ("2xv5p:4x4x4", (4, 4, 4), 128),
-    ("h100-512", (64, 8), 512), ("H100:2x8", (2, 8), 16), ("b200-4", (1, 4), 4), ("v5p-4", (2, 2, 1), 4),
-])
+@pytest.mark.parametrize(
+    "name, shape, devices",
+    [
+        ("v5p:8x8x8", (8, 8, 8), 512),
+        ("v5p-512", (8, 8, 8), 512),
+        ("v6e-16", (4, 4), 16),
+        ("v6e:16x16", (16, 16), 256),
+        ("tpu7x-256", (4, 8, 8), 512),
+        ("tpu7x:4x4x4", (4, 4, 4), 128),
+        ("2xv5p:4x4x4", (4, 4, 4), 128),
+        ("h100-512", (64, 8), 512),
+        ("H100:2x8", (2, 8), 16),
+        ("b200-4", (1, 4), 4),
+        ("v5p-4", (2, 2, 1), 4),
+    ],
+)
 def test_names(name, shape, devices):
     found = topology(name)
     assert found.shape == shape and found.device_count == devices
 
 
-@pytest.mark.parametrize("name, sentence", [
-    ("v9p-16", "did you mean v5p"), ("v6e-17", "no v6e slice has 17 chips"), ("v6e:4x4x4", "has 2 sizes"),
-    ("h100:2x2x2", "nodes x GPUs per node"), ("2xh100:4x8", "several slices of GPUs"), ("v5p", "write CHIP:SHAPE"),
-    ("0xv5p:2x2x2", "no topology"), ("v5p:2xx2x2", "no topology"), ("h100:0x8", "no topology"), ("", "no topology"),
-    ("v5p:1000x1000x1000", "9216 at most"), ("h100-12", "no whole nodes of 8"),
-])
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("v9p-16", "did you mean v5p"),
+        ("v6e-17", "no v6e slice has 17 chips"),
+        ("v6e:4x4x4", "has 2 sizes"),
+        ("h100:2x2x2", "nodes x GPUs per node"),
+        ("2xh100:4x8", "several slices of GPUs"),
+        ("v5p", "write CHIP:SHAPE"),
+        ("0xv5p:2x2x2", "no topology"),
+        ("v5p:2xx2x2", "no topology"),
+        ("h100:0x8", "no topology"),
+        ("", "no topology"),
+        ("v5p:1000x1000x1000", "9216 at most"),
+        ("h100-12", "no whole nodes of 8"),
+    ],
+)
 def test_wrong_names_are_one_sentence(name, sentence):
     with pytest.raises(ConfigError, match=sentence) as error:
         topology(name)
@@ -112,8 +134,13 @@ def test_what_comes_along_an_axis_has_to_come_through_it():
 
 def test_devices_of_a_chip_share_its_way_to_other_slices():
     found = topology("2xtpu7x:2x2x1")
-    devices = [types.SimpleNamespace(coords=[x, y, 0], core_on_chip=core, slice_index=slice_)
-               for slice_ in range(2) for x in range(2) for y in range(2) for core in range(2)]
+    devices = [
+        types.SimpleNamespace(coords=[x, y, 0], core_on_chip=core, slice_index=slice_)
+        for slice_ in range(2)
+        for x in range(2)
+        for y in range(2)
+        for core in range(2)
+    ]
     grid = np.array(devices, object).reshape(2, 8)
     wires = Interconnect(found, types.SimpleNamespace(devices=grid, size=16, axis_names=("data", "fsdp")))
     both = 2 * 4e9 / seconds(wires, "all-gather", 8e9, "data")
@@ -137,8 +164,10 @@ ENTRY %main (a: bf16[64,128]) -> bf16[8,128] {
 """
 
 
-NOTES = ('metadata={op_name="jit(f)/transpose(jvp(even_load_0.7500))/pallas_call"}, '
-         'backend_config={"cost_estimate":{"flops":"4000","bytes_accessed":"800"}}')
+NOTES = (
+    'metadata={op_name="jit(f)/transpose(jvp(even_load_0.7500))/pallas_call"}, '
+    'backend_config={"cost_estimate":{"flops":"4000","bytes_accessed":"800"}}'
+)
 
 
 def test_what_a_program_says_is_read_as_what_it_is():

@@ -50,8 +50,10 @@ def errors(directory, **more):
 
 def codes_of(change):
     """A change of the codes of the first gate projection."""
+
     def apply(t):
         t[GATE + WORDS] = pack(change(unpack(t[GATE + WORDS])))
+
     return apply
 
 
@@ -59,12 +61,14 @@ def swap(*pairs):
     def apply(t):
         for a, b in pairs:
             t[a], t[b] = t[b], t[a]
+
     return apply
 
 
 def put(name, change):
     def apply(t):
         t[name] = np.ascontiguousarray(change(t[name].copy()))
+
     return apply
 
 
@@ -90,29 +94,17 @@ def zero_at(a):
 
 TENSORS = {
     "gate and up swapped": (swap((GATE + WORDS, UP + WORDS)), f"{GATE}weight_packed.*{UP}weight_packed.*swapped"),
-    "experts swapped": (
-        swap((GATE + WORDS, OTHER + WORDS), (GATE + SCALE, OTHER + SCALE)),
-        f"{GATE}.*{OTHER}.*swapped",
-    ),
+    "experts swapped": (swap((GATE + WORDS, OTHER + WORDS), (GATE + SCALE, OTHER + SCALE)), f"{GATE}.*{OTHER}.*swapped"),
     "one expert copied over another": (
         lambda t: t.update({OTHER + WORDS: t[GATE + WORDS]}),
         f"{OTHER}.* holds the values of {GATE}",
     ),
-    "nibbles reversed": (
-        codes_of(lambda q: q.reshape(-1, 8)[:, ::-1].reshape(q.shape)),
-        "nibbles of every word are in reverse",
-    ),
-    "nibbles exchanged": (
-        codes_of(lambda q: q.reshape(-1, 2)[:, ::-1].reshape(q.shape)),
-        "nibbles of every byte are exchanged",
-    ),
+    "nibbles reversed": (codes_of(lambda q: q.reshape(-1, 8)[:, ::-1].reshape(q.shape)), "nibbles of every word are in reverse"),
+    "nibbles exchanged": (codes_of(lambda q: q.reshape(-1, 2)[:, ::-1].reshape(q.shape)), "nibbles of every byte are exchanged"),
     "AWQ order": (codes_of(lambda q: q.reshape(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(q.shape)), "AWQ"),
     "two's complement": (put(GATE + WORDS, lambda w: w ^ np.int32(-0x77777778)), "two's complement"),
     "bytes reversed": (put(GATE + WORDS, lambda w: w.byteswap()), "bytes of every value are in reverse order"),
-    "groups reversed": (
-        codes_of(lambda q: q.reshape(32, 2, 32)[:, ::-1].reshape(q.shape)),
-        "groups of every row are in reverse",
-    ),
+    "groups reversed": (codes_of(lambda q: q.reshape(32, 2, 32)[:, ::-1].reshape(q.shape)), "groups of every row are in reverse"),
     "rows shifted": (put(DOWN + WORDS, lambda w: np.roll(w, 1, 0)), "rows are shifted by one"),
     "scales shifted": (put(DOWN + SCALE, lambda s: np.roll(s, 1, 0)), "weight_scale.*rows are shifted by one"),
     "scales of a row exchanged": (put(GATE + SCALE, lambda s: s[:, ::-1]), "weight_scale.*columns are in reverse"),
@@ -126,10 +118,7 @@ TENSORS = {
     "some words rewritten": (put(GATE + WORDS, rewritten), "several values were changed"),
     "router bias zeroed": (put("model.layers.1.mlp.gate.e_score_correction_bias", np.zeros_like), "set to zero"),
     "transposed": (put("model.layers.0.self_attn.o_proj.weight", lambda w: w.T.reshape(w.shape)), "stored transposed"),
-    "all codes scaled": (
-        put(GATE + SCALE, lambda s: (s.astype(np.float32) * 1.5).astype(ml_dtypes.bfloat16)),
-        "several values",
-    ),
+    "all codes scaled": (put(GATE + SCALE, lambda s: (s.astype(np.float32) * 1.5).astype(ml_dtypes.bfloat16)), "several values"),
     "code of -8": (codes_of(lambda q: np.where(q == -7, -8, q).astype(np.int8)), "several values"),
     "scale not a number": (put(GATE + SCALE, nan), "not finite"),
     "scale of zero": (put(GATE + SCALE, zero_at), "scales of zero over codes"),
@@ -144,19 +133,12 @@ TENSORS = {
     "scales of another group": (put(GATE + SCALE, lambda s: s.repeat(2, 1)), r"groups of 32 need \[32, 2\]"),
     "projection too small": (
         lambda t: t.update(
-            {
-                GATE + WORDS: t[GATE + WORDS][:16],
-                GATE + SCALE: t[GATE + SCALE][:16],
-                GATE + SHAPE: np.array([16, 64], np.int32),
-            }
+            {GATE + WORDS: t[GATE + WORDS][:16], GATE + SCALE: t[GATE + SCALE][:16], GATE + SHAPE: np.array([16, 64], np.int32)}
         ),
         r"config.json implies \[32, 64\]",
     ),
     "missing": (lambda t: t.pop("model.layers.2.input_layernorm.weight"), r"\[names\].*random numbers"),
-    "extra": (
-        lambda t: t.update({"model.layers.1.gift": np.zeros(3, np.float32)}),
-        r"\[names\].*no tensor of this network",
-    ),
+    "extra": (lambda t: t.update({"model.layers.1.gift": np.zeros(3, np.float32)}), r"\[names\].*no tensor of this network"),
     "stored plain": (
         lambda t: (
             [t.pop(GATE + p) for p in (WORDS, SCALE, SHAPE)]
@@ -183,6 +165,7 @@ def in_json(name, change):
         content = json.loads((directory / name).read_text())
         change(content)
         (directory / name).write_text(json.dumps(content))
+
     return apply
 
 
@@ -211,6 +194,7 @@ def in_header(change):
         change(header)
         text = json.dumps(header).encode()
         file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
     return apply
 
 
@@ -242,16 +226,12 @@ FILES = {
         "does not exist",
     ),
     "index names a tensor that is not there": (
-        in_json(INDEX, lambda c: c["weight_map"].update({"ghost": "model-00001-of-000001.safetensors"})), "in no file"),
+        in_json(INDEX, lambda c: c["weight_map"].update({"ghost": "model-00001-of-000001.safetensors"})),
+        "in no file",
+    ),
     "8 bits claimed": (in_json("config.json", lambda c: weights_section(c).update(num_bits=8)), "num_bits is 8"),
-    "another group claimed": (
-        in_json("config.json", lambda c: weights_section(c).update(group_size=64)),
-        "groups of 64 need",
-    ),
-    "asymmetry claimed": (
-        in_json("config.json", lambda c: weights_section(c).update(symmetric=False)),
-        "symmetric is False",
-    ),
+    "another group claimed": (in_json("config.json", lambda c: weights_section(c).update(group_size=64)), "groups of 64 need"),
+    "asymmetry claimed": (in_json("config.json", lambda c: weights_section(c).update(symmetric=False)), "symmetric is False"),
     "order claimed": (in_json("config.json", lambda c: weights_section(c).update(actorder="weight")), "actorder"),
     "format missing": (in_json("config.json", lambda c: c["quantization_config"].pop("format")), "SGLang looks for"),
     "quantisation unmentioned": (
@@ -266,20 +246,21 @@ FILES = {
         in_json("config.json", lambda c: c["quantization_config"]["ignore"].append("re:.*experts.*")),
         "packed but matched by the ignore list",
     ),
-    "width edited": (
-        in_json("config.json", lambda c: c.update(moe_intermediate_size=16)),
-        r"config.json implies \[16, 64\]",
-    ),
+    "width edited": (in_json("config.json", lambda c: c.update(moe_intermediate_size=16)), r"config.json implies \[16, 64\]"),
     "theta edited": (in_json("config.json", lambda c: c.update(rope_theta=10000.0)), "rope_theta was 50000.0"),
     "field removed": (in_json("config.json", lambda c: c.pop("n_routed_experts")), "lacks n_routed_experts"),
     "config emptied": (lambda d: (d / "config.json").write_text("{}"), "hidden_size was 64 when exported and is null"),
     "evidence unreadable": (lambda d: (d / FILE).write_text("[]"), "evidence.json is unreadable"),
     "two tokens exchanged": (in_json("tokenizer.json", first_tokens_swapped), "tokenizer.json is not the one that was exported"),
     "another end token": (
-        in_json("tokenizer_config.json", lambda c: c.update(eos_token="[EOS]")), "tokenizer_config.json is not the one"),
+        in_json("tokenizer_config.json", lambda c: c.update(eos_token="[EOS]")),
+        "tokenizer_config.json is not the one",
+    ),
     "template edited": (lambda d: (d / "chat_template.jinja").write_text(""), "chat_template.jinja is not the one"),
     "stops removed": (
-        in_json("generation_config.json", lambda c: c.pop("eos_token_id")), "generation_config.json is not the one"),
+        in_json("generation_config.json", lambda c: c.pop("eos_token_id")),
+        "generation_config.json is not the one",
+    ),
     "tokenizer gone": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json was exported but is gone"),
 }
 
@@ -296,7 +277,8 @@ NORM = "model.layers.2.input_layernorm.weight"
 UNOPENED = {
     "two tensors share their bytes": (
         lambda h: h["model.layers.1.input_layernorm.weight"].update(data_offsets=h[NORM]["data_offsets"]),
-        "starts at byte .* ends at"),
+        "starts at byte .* ends at",
+    ),
     "bytes that are no tensor's": (lambda h: h.pop(NORM), "starts at byte .* ends at"),
     "metadata that is no text": (lambda h: h.update(__metadata__={"format": 1}), "unreadable header"),
     "a size that is true": (lambda h: h[NORM].update(shape=[True, 64]), "holds no sizes"),
@@ -344,16 +326,21 @@ MALFORMED = {
     "dtype a list": (in_header(lambda h: h[NORM].update(dtype=["F32"])), f"{NORM} has dtype .'F32'., which is not read"),
     "header in another encoding": (
         lambda d: next(d.glob("*.safetensors")).write_bytes((4).to_bytes(8, "little") + "{}".encode("utf-16-le")),
-        "unreadable header"),
+        "unreadable header",
+    ),
     "weight_map a list": (in_json(INDEX, lambda c: c.update(weight_map=[])), "holds no weight_map"),
     "evidence without config": (in_json(FILE, lambda c: c.pop("config")), "evidence.json is unreadable"),
     "evidence of a list": (in_json(FILE, lambda c: c.update(tensors=[])), "evidence.json is unreadable"),
     "evidence of a sum that is text": (
-        in_json(FILE, lambda c: c["tensors"].update({NORM: ["BF16", [64], "0", "0", "0"]})), "evidence.json is unreadable"),
+        in_json(FILE, lambda c: c["tensors"].update({NORM: ["BF16", [64], "0", "0", "0"]})),
+        "evidence.json is unreadable",
+    ),
     "files a list": (in_json(FILE, lambda c: c.update(files=[])), "evidence.json is unreadable"),
     "probe a list": (in_json(FILE, lambda c: c.update(probe=[1])), "the probe could not be repeated"),
     "probe beyond the vocabulary": (
-        in_json(FILE, lambda c: c["probe"].update(tokens=[[1, 2, 3, 999]])), "the probe could not be repeated"),
+        in_json(FILE, lambda c: c["probe"].update(tokens=[[1, 2, 3, 999]])),
+        "the probe could not be repeated",
+    ),
     "config nested without end": (lambda d: (d / "config.json").write_text("[" * 100_000), "config.json is not JSON"),
     "a link without its file": (lambda d: (d / "a.safetensors").symlink_to("gone"), "No such file"),
 }
@@ -375,8 +362,13 @@ def test_no_value_of_a_config_makes_verify_crash(copy, bad, monkeypatch):
     config = json.loads(path.read_text())
     config["rope_scaling"] = {"type": "yarn", "factor": 2.0, "beta_fast": 32.0, "mscale": 1.0, "mscale_all_dim": 1.0}
     (copy / FILE).unlink()
-    for part in (config, config["rope_scaling"], config["quantization_config"],
-                 config["quantization_config"]["config_groups"]["group_0"], weights_section(config)):
+    for part in (
+        config,
+        config["rope_scaling"],
+        config["quantization_config"],
+        config["quantization_config"]["config_groups"]["group_0"],
+        weights_section(config),
+    ):
         for key in part:
             kept, part[key] = part[key], bad
             path.write_text(json.dumps(config))
@@ -392,9 +384,7 @@ WARNINGS = {
         "SGLang finds",
     ),
     "Kimi's betas": (
-        lambda c: c.update(
-            rope_scaling={"type": "yarn", "factor": 2.0, "beta_fast": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
-        ),
+        lambda c: c.update(rope_scaling={"type": "yarn", "factor": 2.0, "beta_fast": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}),
         "--yarn-beta-fast",
     ),
 }
@@ -418,7 +408,11 @@ def test_evidence_covers_what_was_exported_and_nothing_else(copy):
     (copy / "added_tokens.json").write_text("{}")
     assert verify(copy).ok
     assert set(json.loads((copy / FILE).read_text())["files"]) == {
-        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    }
     in_json(FILE, lambda c: c.pop("files"))(copy)
     report = verify(copy)
     assert report.ok and "no hashes of the tokenizer's files" in report.of("not checkable")[0].message

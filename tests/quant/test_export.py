@@ -51,14 +51,10 @@ def test_slots_cover_every_value_once_and_invert():
 def test_orientation_of_each_kind_of_tensor():
     slots = {s.name: s.to_hf(WEIGHTS[s.path][s.block]) for s in all_slots(SPECS)}
     layer = "model.layers.2."
-    np.testing.assert_array_equal(
-        slots[layer + "self_attn.q_b_proj.weight"], WEIGHTS["moe.attn.q_b"][1].reshape(32, -1).T
-    )
+    np.testing.assert_array_equal(slots[layer + "self_attn.q_b_proj.weight"], WEIGHTS["moe.attn.q_b"][1].reshape(32, -1).T)
     np.testing.assert_array_equal(slots[layer + "self_attn.o_proj.weight"], WEIGHTS["moe.attn.o"][1].reshape(-1, 64).T)
     np.testing.assert_array_equal(slots[layer + "mlp.gate.weight"], WEIGHTS["moe.mlp.router"][1].T)
-    np.testing.assert_array_equal(
-        slots[layer + "mlp.experts.3.up_proj.weight"], WEIGHTS["moe.mlp.experts_gate_up"][1, 3, :, 1].T
-    )
+    np.testing.assert_array_equal(slots[layer + "mlp.experts.3.up_proj.weight"], WEIGHTS["moe.mlp.experts_gate_up"][1, 3, :, 1].T)
     np.testing.assert_array_equal(slots["model.layers.0.mlp.gate_proj.weight"], WEIGHTS["dense.0.mlp.gate_up"][:, 0].T)
     np.testing.assert_array_equal(slots["model.embed_tokens.weight"], WEIGHTS["embed"])
     np.testing.assert_array_equal(slots["lm_head.weight"], WEIGHTS["head"].T)
@@ -72,9 +68,15 @@ def test_verify_accepts_the_export_and_proves_it_against_training(exported):
     assert "byte for byte" in str(report)
 
 
-@pytest.mark.parametrize("quant, amount, sentence", [
-    (PLAIN, 1.0, "rounded afterwards"), (INT4, 0.0, "rounded afterwards"), (INT4, 0.5, "rounded afterwards"),
-    (replace(INT4, group_size=16), 1.0, "groups of 32, the training forward had groups of 16")])
+@pytest.mark.parametrize(
+    "quant, amount, sentence",
+    [
+        (PLAIN, 1.0, "rounded afterwards"),
+        (INT4, 0.0, "rounded afterwards"),
+        (INT4, 0.5, "rounded afterwards"),
+        (replace(INT4, group_size=16), 1.0, "groups of 32, the training forward had groups of 16"),
+    ],
+)
 def test_another_forward_than_that_of_training_is_no_proof(exported, quant, amount, sentence):
     """Which grid the run had, and whether it had begun, is the run's to say and not the files'."""
     report = verify(exported, training=Training(InMemory(WEIGHTS), SPECS, Serving.of(MODEL, quant), amount))
@@ -104,9 +106,7 @@ def test_the_safetensors_library_reads_what_the_forward_used(exported):
             for half, name in enumerate(("gate", "up")):
                 stem = f"model.layers.{layer + 1}.mlp.experts.{expert}.{name}_proj."
                 words = tensors[stem + "weight_packed"].view(np.uint32)
-                codes = ((words[..., None] >> (4 * np.arange(8, dtype=np.uint32))) & 15).reshape(32, 64).astype(
-                    np.float32
-                ) - 8
+                codes = ((words[..., None] >> (4 * np.arange(8, dtype=np.uint32))) & 15).reshape(32, 64).astype(np.float32) - 8
                 scales = tensors[stem + "weight_scale"].astype(np.float32).repeat(32, 1)
                 values = (codes * scales).astype(ml_dtypes.bfloat16).astype(np.float32)
                 assert (values != served[layer, expert, :, half].T).sum() == 0
@@ -140,8 +140,10 @@ def test_plain_export(tmp_path):
     summary = export_model(InMemory(WEIGHTS), SPECS, MODEL, PLAIN, tmp_path / "bf16")
     assert summary.quantized_weights == 0
     tensors = read_all(tmp_path / "bf16")
-    np.testing.assert_array_equal(tensors["model.layers.1.mlp.experts.0.down_proj.weight"],
-                                  WEIGHTS["moe.mlp.experts_down"][0, 0].T.astype(ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(
+        tensors["model.layers.1.mlp.experts.0.down_proj.weight"],
+        WEIGHTS["moe.mlp.experts_down"][0, 0].T.astype(ml_dtypes.bfloat16),
+    )
     report = verify(tmp_path / "bf16", training=Training(InMemory(WEIGHTS), SPECS, Serving.of(MODEL, PLAIN)))
     assert report.ok, str(report)
 

@@ -40,8 +40,14 @@ def test_export_import_export_is_byte_identical(exported, tmp_path):
     """From float32 masters off the grid: the first export moves them there, no later one moves them again."""
     config = read_config(exported)
     assert (config.model, config.quant) == (MODEL, INT4)
-    again = export(tmp_path / "again", config.model, config.quant, Imported(exported, SPECS, trained_groups=32),
-                   shard_bytes=60_000, report={"loss": 1.0})
+    again = export(
+        tmp_path / "again",
+        config.model,
+        config.quant,
+        Imported(exported, SPECS, trained_groups=32),
+        shard_bytes=60_000,
+        report={"loss": 1.0},
+    )
     files = sorted(p.name for p in exported.iterdir())
     assert files == sorted(p.name for p in again.iterdir())
     for name in files:
@@ -82,14 +88,17 @@ def test_multi_token_prediction_is_skipped_and_reported(tmp_path):
     assert Imported(directory, SPECS).skipped == {"multi-token prediction, layer 3": ["model.layers.3.eh_proj.weight"]}
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t.pop("model.norm.weight"), "no tensor model.norm.weight"),
-    (lambda t: t.update({"model.norm.weight": np.zeros(3, np.float32)}), r"model.norm.weight has shape \[3\]"),
-    (lambda t: t.update({"model.norm.weight": np.zeros(64, np.float16)}), "F16"),
-    (lambda t: t.update({"model.layers.1.mystery": np.zeros(3, np.float32)}), "mystery is no tensor of this network"),
-    (lambda t: t.update({"model.layers.3.self_attn.o_proj.weight": np.zeros(3, np.float32)}), "layers.3.* is no tensor"),
-    (lambda t: t.pop("model.layers.1.mlp.experts.0.up_proj.weight_scale"), "do not fit together"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("model.norm.weight"), "no tensor model.norm.weight"),
+        (lambda t: t.update({"model.norm.weight": np.zeros(3, np.float32)}), r"model.norm.weight has shape \[3\]"),
+        (lambda t: t.update({"model.norm.weight": np.zeros(64, np.float16)}), "F16"),
+        (lambda t: t.update({"model.layers.1.mystery": np.zeros(3, np.float32)}), "mystery is no tensor of this network"),
+        (lambda t: t.update({"model.layers.3.self_attn.o_proj.weight": np.zeros(3, np.float32)}), "layers.3.* is no tensor"),
+        (lambda t: t.pop("model.layers.1.mlp.experts.0.up_proj.weight_scale"), "do not fit together"),
+    ],
+)
 def test_wrong_tensors_are_named(tmp_path, change, message):
     directory = export(tmp_path / "wrong")
     rewrite(directory, change)
@@ -162,8 +171,12 @@ def test_old_and_new_rope_spellings_mean_the_same(tmp_path):
     directory = export(tmp_path / "yarn", model, PLAIN)
     assert read_config(directory).model == model
     old = json.loads((directory / "config.json").read_text())
-    edit(directory, rope_theta=..., rope_scaling=...,
-         rope_parameters={**old["rope_scaling"], "rope_theta": old["rope_theta"], "rope_type": "yarn"})
+    edit(
+        directory,
+        rope_theta=...,
+        rope_scaling=...,
+        rope_parameters={**old["rope_scaling"], "rope_theta": old["rope_theta"], "rope_type": "yarn"},
+    )
     assert read_config(directory).model == model
 
 
@@ -208,14 +221,7 @@ def test_no_value_of_a_field_gets_past_the_reader_as_another_type(tmp_path, bad)
         ({"rope_theta": ...}, "rope_theta"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
         (
-            {
-                "rope_scaling": {
-                    "type": "yarn",
-                    "factor": 2.0,
-                    "original_max_position_embeddings": 64,
-                    "truncate": False,
-                }
-            },
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "truncate": False}},
             "truncate",
         ),
         ({"torch_dtype": "float16"}, "float16"),
@@ -236,8 +242,13 @@ def test_another_network_is_refused(tmp_path, changes, message):
 
 def test_a_wrapped_language_model_is_read_with_its_prefix(tmp_path):
     directory = export(tmp_path / "wrapped")
-    rewrite(directory, lambda t: [t.update({f"language_model.{k}": t.pop(k)}) for k in list(t)] and
-            t.update({"vision_tower.weight": np.zeros(3, np.float32)}))
+    rewrite(
+        directory,
+        lambda t: (
+            [t.update({f"language_model.{k}": t.pop(k)}) for k in list(t)]
+            and t.update({"vision_tower.weight": np.zeros(3, np.float32)})
+        ),
+    )
     text = json.loads((directory / "config.json").read_text())
     text |= {"temperature": 1.0, "top_k": 50, "return_dict": True, "id2label": {"0": "LABEL_0"}, "num_beams": 1}  # old dumps
     (directory / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": text}))

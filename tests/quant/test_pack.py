@@ -38,9 +38,7 @@ def test_words_are_int4_after_one_xor():
     np.testing.assert_array_equal(np.asarray(as_int4).reshape(4, 64).astype(np.int8), codes)
 
 
-@pytest.mark.parametrize(
-    "codes, message", [(np.full((1, 8), 9, np.int8), "four bits"), (np.zeros((1, 9), np.int8), "fill")]
-)
+@pytest.mark.parametrize("codes, message", [(np.full((1, 8), 9, np.int8), "four bits"), (np.zeros((1, 9), np.int8), "fill")])
 def test_bad_codes_are_refused(codes, message):
     with pytest.raises(ValueError, match=message):
         pack(codes)
@@ -51,12 +49,7 @@ def test_golden_quantiser_output():
     words, bf16_scales = pack(np.asarray(codes)), np.asarray(scales).astype(ml_dtypes.bfloat16)
     values = np.asarray(grid.dequantize(codes, scales, -1, 32)).astype(ml_dtypes.bfloat16)
     assert bf16_scales.view(np.uint16)[0].tolist() == [0x3E12, 0x3E12]
-    assert [hex(w & 0xFFFFFFFF) for w in words[0, :4].tolist()] == [
-        "0x33222111",
-        "0x55444433",
-        "0x77666655",
-        "0x99988877",
-    ]
+    assert [hex(w & 0xFFFFFFFF) for w in words[0, :4].tolist()] == ["0x33222111", "0x55444433", "0x77666655", "0x99988877"]
     assert sha(words) == "c76df1b9ad88da2eb3db1fab45f0dcb4d9d30fe47dab24922ad5d7a5efd84bbf"
     assert sha(bf16_scales) == "4aa2635f37cc59da21e5f6f1d7a9507917fac2d7da131ff76a44ad187165aaf4"
     assert sha(values) == "dcf1e5328ec07afcf5f53bd1993e0876634dd2d8d72050278509ba42a77b2392"

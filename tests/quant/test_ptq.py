@@ -44,6 +44,7 @@ def awq(calibration):
 @partial(jax.jit, static_argnums=0)
 def block_output(layer, gate_up, down, x, experts, gates):
     """Sum over chosen experts, in float32."""
+
     def one(e):
         gate = jnp.sum(jnp.where(experts == e, gates, 0), axis=-1)
         up = jnp.einsum("nd,dgf->gnf", x, gate_up[layer, e])

@@ -81,8 +81,9 @@ def test_every_grouped_product_takes_them(name):
     block_expert = jnp.array([0, 0, 2])
     packed = to_int4(PARAMS[GATE_UP][0], -3, 32).reshape(4, 64, -1)
     product = jax.jit(grouped_matmul, static_argnums=3)
-    np.testing.assert_array_equal(product(x, packed, block_expert, name),
-                                  product(x, packed.astype(jnp.float32), block_expert, name))
+    np.testing.assert_array_equal(
+        product(x, packed, block_expert, name), product(x, packed.astype(jnp.float32), block_expert, name)
+    )
     with pytest.raises(ValueError, match="groups lie along axis 1"):
         packed.reshape(4, 32, -1)
 
@@ -124,11 +125,7 @@ def test_packed_gather(path, dim):
     w, axis = jax.device_put(PARAMS[path][0], NamedSharding(mesh, spec)), group_axis(SPECS[path])
 
     def over(shard, function):
-        return (
-            jax.jit(jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=P(), check_vma=False))
-            .lower(shard)
-            .compile()
-        )
+        return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=P(), check_vma=False)).lower(shard).compile()
 
     packed = over(w, lambda shard: gather_on_grid(shard, axis, 32, "float32", over_fsdp(dim)))
     np.testing.assert_array_equal(packed(w), grid.on_grid(PARAMS[path][0], axis, 32))
@@ -144,7 +141,5 @@ def test_packed_gather_sums_gradients_over_the_shards():
     def gradient(shard, part):
         return jax.grad(lambda s: jnp.sum(gather_on_grid(s, -2, 32, "float32", over_fsdp(0)) * part[0]))(shard)
 
-    summed = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"), check_vma=False))(
-        w, mine
-    )
+    summed = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"), check_vma=False))(w, mine)
     np.testing.assert_array_equal(summed, parts.sum(0))

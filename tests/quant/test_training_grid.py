@@ -104,9 +104,7 @@ def test_the_ramp_is_plain_before_and_exact_after():
     for ramp in (40, 46, 54, 60):  # whose reciprocal, which a compiler multiplies with, is too small
         settled = QuantConfig(start_step=2, ramp_steps=ramp)
         assert float(jax.jit(partial(grid_amount, settled))(jnp.int32(settled_step(settled)))) == 1
-    np.testing.assert_array_equal(
-        as_served(PARAMS[DOWN], SPECS[DOWN], SERVING, jnp.float32(0)), grid.bf16_round(PARAMS[DOWN])
-    )
+    np.testing.assert_array_equal(as_served(PARAMS[DOWN], SPECS[DOWN], SERVING, jnp.float32(0)), grid.bf16_round(PARAMS[DOWN]))
 
 
 def test_grid_error_by_hand():

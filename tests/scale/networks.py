@@ -18,13 +18,29 @@ from tests.model.networks import random_params
 from train.mesh import batch_sharding, check_mesh, make_mesh, param_shardings
 from train.step import StepConfig, gradients
 
-MODEL = ModelConfig(vocab_size=96, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, q_lora_rank=16,
-                    kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, intermediate_size=48,
-                    moe_intermediate_size=16, n_routed_experts=8, num_experts_per_tok=3, dtype="float32")
+MODEL = ModelConfig(
+    vocab_size=96,
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    dtype="float32",
+)
 
-RUN = RunConfig(model=MODEL, optim=OptimConfig(lr=0.1, warmup_steps=1, newton_schulz_steps=3, qk_clip_tau=2.0, adam_eps=1e-2),
-                quant=QuantConfig(grid="int4", group_size=8),
-                train=TrainConfig(batch_size=32, seq_len=16, z_loss=1e-3, balance_loss=1e-2, compute_dtype="float32"))
+RUN = RunConfig(
+    model=MODEL,
+    optim=OptimConfig(lr=0.1, warmup_steps=1, newton_schulz_steps=3, qk_clip_tau=2.0, adam_eps=1e-2),
+    quant=QuantConfig(grid="int4", group_size=8),
+    train=TrainConfig(batch_size=32, seq_len=16, z_loss=1e-3, balance_loss=1e-2, compute_dtype="float32"),
+)
 
 
 def with_(cfg: RunConfig, section: str, **fields) -> RunConfig:
@@ -50,14 +66,19 @@ def batch(cfg: RunConfig, seed: int = 0) -> dict[str, np.ndarray]:
         positions[row, :first], positions[row, first:end] = np.arange(first), np.arange(end - first)
     tokens, targets = rng.integers(0, cfg.model.vocab_size, (2, *shape), np.int32)
     trained = (segments > 0) & (rng.random(shape) < 0.8)
-    return {"tokens": tokens, "targets": targets, "positions": positions, "segments": segments,
-            "weights": (trained * rng.uniform(0.5, 1.5, shape)).astype(np.float32)}
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "positions": positions,
+        "segments": segments,
+        "weights": (trained * rng.uniform(0.5, 1.5, shape)).astype(np.float32),
+    }
 
 
 def mesh_of(cfg: RunConfig):
     """The config's mesh on as many of the devices as it needs."""
     sizes = dataclasses.asdict(cfg.mesh if cfg.mesh != MeshConfig() else on_mesh(cfg).mesh)
-    return make_mesh(MeshConfig(**sizes), jax.devices()[:int(np.prod(list(sizes.values())))])
+    return make_mesh(MeshConfig(**sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
 
 
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
@@ -96,13 +117,15 @@ def compile_step(cfg: RunConfig):
 
     def run(params, state, rows):
         loss, grads, aux = gradients(params, rows, amount, step)
-        updates, state = optimizer.update(grads, state, params, max_logits=aux.attention.max_logit,
-                                          expert_counts=aux.moe.expert_counts)
+        updates, state = optimizer.update(
+            grads, state, params, max_logits=aux.attention.max_logit, expert_counts=aux.moe.expert_counts
+        )
         return loss, grads, updates, aux, state.qk_clip
 
     params = {path: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=places[path]) for path, spec in specs.items()}
     state = jax.eval_shape(optimizer.init, params)
-    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state,
-                         state_shardings(state, mesh, places))
+    state = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, state_shardings(state, mesh, places)
+    )
     rows = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)) for name, x in batch(cfg).items()}
     return jax.jit(run).lower(params, state, rows).compile(compiler_options=FAST_COMPILE), places, optimizer

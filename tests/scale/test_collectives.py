@@ -79,8 +79,11 @@ def formula(cfg) -> dict[tuple[str, ...], float]:
 WIDE = with_(with_(RUN, "model", hidden_size=128, moe_intermediate_size=64, kv_lora_rank=64), "train", seq_len=64)
 """Wide enough that integers and single numbers per token are a small part."""
 
-MESHES = [("all_to_all", dict(fsdp=2, expert=4)), ("all_gather", dict(data=2, expert=4)),
-          ("all_gather", dict(fsdp=2, context=2, tensor=2))]
+MESHES = [
+    ("all_to_all", dict(fsdp=2, expert=4)),
+    ("all_gather", dict(data=2, expert=4)),
+    ("all_gather", dict(fsdp=2, context=2, tensor=2)),
+]
 
 
 @pytest.mark.parametrize("transport, axes", MESHES, ids=[" x ".join(f"{k}{v}" for k, v in m.items()) for _, m in MESHES])

@@ -25,8 +25,11 @@ def measured(cfg, teacher=TEACHER, amount=1.0):
     mesh = mesh_of(cfg)
     places = param_shardings(param_specs(cfg.model), mesh)
     step = StepConfig(cfg, "float32", "cpu", mesh)
-    arguments = (jax.device_put(weights(cfg), places), jax.device_put(batch(cfg), batch_sharding(mesh)),
-                 jax.device_put(teacher, places))
+    arguments = (
+        jax.device_put(weights(cfg), places),
+        jax.device_put(batch(cfg), batch_sharding(mesh)),
+        jax.device_put(teacher, places),
+    )
     run = jax.jit(lambda p, b, t: gradients(p, b, jnp.float32(amount), step, teacher=t))
     return jax.device_get(run.lower(*arguments).compile(compiler_options=FAST_COMPILE)(*arguments))
 
@@ -58,8 +61,9 @@ def test_the_loss_is_the_formula(one):
         sums = jnp.sum(scale * nll), jnp.sum(scale * kl)
         return (1 - SHARE) * sums[0] + SHARE * sums[1], sums
 
-    (_, (nll, kl)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(weights(CFG)).compile(
-        compiler_options=FAST_COMPILE)(weights(CFG))
+    (_, (nll, kl)), grads = (
+        jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(weights(CFG)).compile(compiler_options=FAST_COMPILE)(weights(CFG))
+    )
     np.testing.assert_allclose(one[0], nll, rtol=SUMS)
     np.testing.assert_allclose(one[2].teacher_kl / rows["weights"].sum(), kl, rtol=SUMS)
     assert kl > 0.01

@@ -29,8 +29,9 @@ def measured(microbatches: int, **axes: int) -> np.ndarray:
     return np.asarray(sums(params, rows, jnp.float32(1), setting))
 
 
-@pytest.mark.parametrize("microbatches, axes", [(1, {"fsdp": 2, "expert": 2, "context": 2}), (4, {"data": 2, "tensor": 2})],
-                         ids=str)
+@pytest.mark.parametrize(
+    "microbatches, axes", [(1, {"fsdp": 2, "expert": 2, "context": 2}), (4, {"data": 2, "tensor": 2})], ids=str
+)
 def test_meshes_and_microbatches_change_nothing(microbatches, axes):
     np.testing.assert_allclose(measured(microbatches, **axes), measured(1), rtol=1e-6)  # sums of 300 float32 terms
 
@@ -39,10 +40,14 @@ def test_meshes_and_microbatches_change_nothing(microbatches, axes):
 def test_kernels_are_lowered_for_several_tpus(axes):
     cfg = preset("tiny")
     mesh, specs = make_mesh(MeshConfig(data=1, **axes), jax.devices()[:4]), param_specs(cfg.model)
-    params = {path: jax.ShapeDtypeStruct(specs[path].shape, jnp.float32, sharding=place)
-              for path, place in param_shardings(specs, mesh).items()}
-    rows = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh))
-            for name, x in batch(with_(RUN, "train", batch_size=24, seq_len=128)).items()}
+    params = {
+        path: jax.ShapeDtypeStruct(specs[path].shape, jnp.float32, sharding=place)
+        for path, place in param_shardings(specs, mesh).items()
+    }
+    rows = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh))
+        for name, x in batch(with_(RUN, "train", batch_size=24, seq_len=128)).items()
+    }
     setting = Setting(cfg.model, Serving.of(cfg.model, cfg.quant), "bfloat16", "tpu", 1, mesh=mesh)
     text = sums.trace(params, rows, jnp.float32(1), setting).lower(lowering_platforms=("tpu",)).as_text()
     assert "tpu_custom_call" in text, "there was no kernel to lower"

@@ -9,9 +9,16 @@ import pytest
 
 from tests.scale.networks import RUN, Measured, batch, on_mesh, take_step, weights, with_
 
-MESHES = {"one": {}, "data": {"data": 2}, "fsdp": {"fsdp": 2}, "expert": {"expert": 4}, "context": {"context": 2},
-          "tensor": {"tensor": 2}, "fsdp x expert": {"fsdp": 2, "expert": 2},
-          "data x fsdp x expert": {"data": 2, "fsdp": 2, "expert": 2}}
+MESHES = {
+    "one": {},
+    "data": {"data": 2},
+    "fsdp": {"fsdp": 2},
+    "expert": {"expert": 4},
+    "context": {"context": 2},
+    "tensor": {"tensor": 2},
+    "fsdp x expert": {"fsdp": 2, "expert": 2},
+    "data x fsdp x expert": {"data": 2, "fsdp": 2, "expert": 2},
+}
 FACTORS = {"layers": ("scan", "unroll"), "remat": ("none", "names"), "accumulate": (1, 4), "grid": ("int4", "none")}
 
 SUMS = 1e-5
@@ -40,8 +47,7 @@ def assert_same(mine: Measured, other: Measured) -> None:
     for path, grad in other.gradients.items():
         np.testing.assert_allclose(mine.gradients[path], grad, rtol=0, atol=SUMS * np.abs(grad).max() + 1e-12, err_msg=path)
     for path, update in other.updates.items():
-        np.testing.assert_allclose(mine.updates[path], update, rtol=0, atol=UPDATES * np.abs(update).max() + 1e-12,
-                                   err_msg=path)
+        np.testing.assert_allclose(mine.updates[path], update, rtol=0, atol=UPDATES * np.abs(update).max() + 1e-12, err_msg=path)
         if path.endswith("router_bias"):
             np.testing.assert_array_equal(mine.updates[path], update)
     np.testing.assert_array_equal(mine.aux.moe.expert_counts, other.aux.moe.expert_counts)
@@ -51,8 +57,12 @@ def assert_same(mine: Measured, other: Measured) -> None:
     np.testing.assert_allclose(mine.clipped.smallest, other.clipped.smallest, rtol=SUMS)
 
 
-FAST = [("data x fsdp x expert", "unroll", "names", 1, "int4"), ("context", "scan", "names", 4, "int4"),
-        ("tensor", "unroll", "none", 4, "none"), ("expert", "scan", "none", 1, "none")]
+FAST = [
+    ("data x fsdp x expert", "unroll", "names", 1, "int4"),
+    ("context", "scan", "names", 4, "int4"),
+    ("tensor", "unroll", "none", 4, "none"),
+    ("expert", "scan", "none", 1, "none"),
+]
 """Every axis alone or with others, both values of every factor."""
 
 EVERY = [c for c in itertools.product(MESHES, *FACTORS.values()) if c not in FAST]

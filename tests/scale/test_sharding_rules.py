@@ -19,8 +19,16 @@ def sizes(**axes: int) -> dict[str, int]:
     return {axis: axes.get(axis, 1) for axis in AXES}
 
 
-@pytest.mark.parametrize("axes", [dict(fsdp=16, expert=32), dict(data=4, fsdp=8, expert=16), dict(expert=8, context=16, fsdp=4),
-                                  dict(fsdp=8, expert=8, tensor=8), dict(fsdp=512)])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        dict(fsdp=16, expert=32),
+        dict(data=4, fsdp=8, expert=16),
+        dict(expert=8, context=16, fsdp=4),
+        dict(fsdp=8, expert=8, tensor=8),
+        dict(fsdp=512),
+    ],
+)
 def test_kimi_k2_fits_every_mesh_evenly(axes):
     """No mesh axis twice in an array, every dimension divides, all but the vectors split over all axes that hold storage."""
     mesh = sizes(**axes)
@@ -53,18 +61,26 @@ def test_what_a_device_works_with():
     assert shards.stored(specs["moe.input_norm"]) == ((), ())
 
 
-@pytest.mark.parametrize("rules, sentence", [
-    ({"heads": (("tensor", "tensor"),)}, "uses a mesh axis twice on one tensor"),
-    ({"heads": (("pipeline",),)}, "names an axis that no mesh has"),
-    ({"v_dim": (("tensor",),)}, "would be replicated over mesh.fsdp")])
+@pytest.mark.parametrize(
+    "rules, sentence",
+    [
+        ({"heads": (("tensor", "tensor"),)}, "uses a mesh axis twice on one tensor"),
+        ({"heads": (("pipeline",),)}, "names an axis that no mesh has"),
+        ({"v_dim": (("tensor",),)}, "would be replicated over mesh.fsdp"),
+    ],
+)
 def test_rules_that_cannot_be(rules, sentence):
     with pytest.raises(ConfigError, match=sentence):
         partition(param_specs(K2.model)["moe.attn.o"], sizes(fsdp=8, tensor=2), rules)
 
 
-@pytest.mark.parametrize("axes, sentence", [
-    (dict(expert=7), r"mesh.expert=7 does not divide model.n_routed_experts=384; the sizes that can: 2, 3, 4, 6, 8"),
-    (dict(tensor=3), r"mesh.tensor=3 does not divide model.num_attention_heads=64; the sizes that can: 2, 4, 8")])
+@pytest.mark.parametrize(
+    "axes, sentence",
+    [
+        (dict(expert=7), r"mesh.expert=7 does not divide model.n_routed_experts=384; the sizes that can: 2, 3, 4, 6, 8"),
+        (dict(tensor=3), r"mesh.tensor=3 does not divide model.num_attention_heads=64; the sizes that can: 2, 4, 8"),
+    ],
+)
 def test_what_an_axis_cannot_split(axes, sentence):
     with pytest.raises(ConfigError, match=sentence):
         check_model(K2.model, sizes(**axes))

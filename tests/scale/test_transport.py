@@ -1,7 +1,6 @@
 """Every expert transport against one device that has all experts: outputs and gradients, for routings that are even, that
 overflow every buffer, and that send all tokens to one device; and where a program of it must compile, it does."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,16 +25,21 @@ def inputs(routing: str):
     elif routing == "one device":
         chosen = np.stack([E // WAYS + rng.permutation(E // WAYS)[:K] for _ in range(everyone)])
     else:  # one expert has every token, and one device sends all its pairs to one other
-        chosen = np.stack([np.r_[5, 6 + rng.permutation(E - 6)[:K - 1]] for _ in range(everyone)])
+        chosen = np.stack([np.r_[5, 6 + rng.permutation(E - 6)[: K - 1]] for _ in range(everyone)])
         chosen[:N] = [12, 13, 15]
-    arrays = rng.standard_normal((everyone, D)), rng.random((everyone, K)), rng.standard_normal((E, D, 2 * F)) / 4, \
-        rng.standard_normal((E, F, D)) / 4
+    arrays = (
+        rng.standard_normal((everyone, D)),
+        rng.random((everyone, K)),
+        rng.standard_normal((E, D, 2 * F)) / 4,
+        rng.standard_normal((E, F, D)) / 4,
+    )
     x, gates, gate_up, down = (a.astype(np.float32) for a in arrays)
     return (x, gates, (gate_up, down)), chosen.astype(np.int32), rng.standard_normal((everyone, D)).astype(np.float32)
 
 
 def run(name: str, variables, chosen, g, mesh=None):
     """The output and the gradients of its product with g."""
+
     def local(variables, chosen, g):
         def total(variables):
             x, gates, weights = variables
@@ -50,8 +54,13 @@ def run(name: str, variables, chosen, g, mesh=None):
 
     if mesh is not None:
         rows = P("expert")
-        local = jax.shard_map(local, mesh=mesh, in_specs=((rows, rows, (rows, rows)), rows, rows),
-                              out_specs=(rows, (rows, rows, (rows, rows))), check_vma=False)
+        local = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=((rows, rows, (rows, rows)), rows, rows),
+            out_specs=(rows, (rows, rows, (rows, rows))),
+            check_vma=False,
+        )
     return jax.jit(local)(variables, chosen, g)
 
 
@@ -90,7 +99,7 @@ def test_no_routing_fits_the_buffer_of_the_skewed_test():
     """What the tests above rely on: the buffers are bounded, and these routings need several rounds of them."""
     for routing in ("skewed", "one device"):
         _, chosen, _ = inputs(routing)
-        per_pair = max(int(np.sum(chosen[d * N:(d + 1) * N] // (E // WAYS) == p)) for d in range(WAYS) for p in range(WAYS))
+        per_pair = max(int(np.sum(chosen[d * N : (d + 1) * N] // (E // WAYS) == p)) for d in range(WAYS) for p in range(WAYS))
         assert per_pair > 2 * rounds.room(N * K / WAYS, N * K)
         assert max(np.bincount(chosen.reshape(-1) // (E // WAYS))) > rounds.room(N * K, WAYS * N * K)
 
@@ -111,8 +120,10 @@ def test_every_pair_has_one_slot_in_one_round():
     np.testing.assert_array_equal(seen, (destination.reshape(-1) < 4).astype(int))
 
 
-@pytest.mark.parametrize("platform, ways, name", [
-    ("tpu", 32, "all_gather"), ("hopper", 8, "all_gather"), ("gpu", 64, "all_to_all"), ("cpu", 2, "all_gather")])
+@pytest.mark.parametrize(
+    "platform, ways, name",
+    [("tpu", 32, "all_gather"), ("hopper", 8, "all_gather"), ("gpu", 64, "all_to_all"), ("cpu", 2, "all_gather")],
+)
 def test_the_platform_chooses(platform, ways, name):
     assert transport.implementation(platform, ways, 8) == name
 

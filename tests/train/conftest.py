@@ -31,13 +31,28 @@ def small(**train_fields):
     cfg = preset("tiny")
     # Under a constant rate the program does not depend on the number of steps.
     cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, schedule="constant"))
-    model = dataclasses.replace(cfg.model, num_hidden_layers=3, hidden_size=64, moe_intermediate_size=32, q_lora_rank=32,
-                                intermediate_size=64, kv_lora_rank=32, n_routed_experts=8, num_experts_per_tok=2)
-    fields = dict(steps=20, batch_size=8, seq_len=64, log_every=4, checkpoint_every=5, eval_batches=1,
-                  compute_dtype="float32") | train_fields
-    return dataclasses.replace(cfg, model=model, data=dataclasses.replace(cfg.data, task_length=(2, 3)),
-                               quant=dataclasses.replace(cfg.quant, start_step=4),
-                               train=dataclasses.replace(cfg.train, **fields))
+    model = dataclasses.replace(
+        cfg.model,
+        num_hidden_layers=3,
+        hidden_size=64,
+        moe_intermediate_size=32,
+        q_lora_rank=32,
+        intermediate_size=64,
+        kv_lora_rank=32,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+    )
+    fields = (
+        dict(steps=20, batch_size=8, seq_len=64, log_every=4, checkpoint_every=5, eval_batches=1, compute_dtype="float32")
+        | train_fields
+    )
+    return dataclasses.replace(
+        cfg,
+        model=model,
+        data=dataclasses.replace(cfg.data, task_length=(2, 3)),
+        quant=dataclasses.replace(cfg.quant, start_step=4),
+        train=dataclasses.replace(cfg.train, **fields),
+    )
 
 
 @pytest.fixture(scope="package")

@@ -24,19 +24,38 @@ def test_parameter_counts(name):
     assert (p.total, p.active, p.active_without_embed) == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("name, seq_len, gigaflops", [
-    ("kimi_k2", 4096, 205.5), ("kimi_k2", 262144, 1172.6), ("deepseek_v3", 4096, 250.4), ("deepseek_v3", 32768, 465.4),
-    ("moonlight_16b", 4096, 17.2), ("moonlight_16b", 131072, 69.8)])
+@pytest.mark.parametrize(
+    "name, seq_len, gigaflops",
+    [
+        ("kimi_k2", 4096, 205.5),
+        ("kimi_k2", 262144, 1172.6),
+        ("deepseek_v3", 4096, 250.4),
+        ("deepseek_v3", 32768, 465.4),
+        ("moonlight_16b", 4096, 17.2),
+        ("moonlight_16b", 131072, 69.8),
+    ],
+)
 def test_train_flops(name, seq_len, gigaflops):
     cfg = preset(name).model
     flops = counts.train_flops_per_token(cfg, param_specs(cfg), seq_len)
     assert flops / 1e9 == pytest.approx(gigaflops, abs=0.06)
 
 
-@pytest.mark.parametrize("kind, tera", [
-    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 NVL", 835), ("NVIDIA H200 NVL", 835), ("NVIDIA H100 PCIe", 756),
-    ("NVIDIA GH200 480GB", 989),
-    ("NVIDIA GB200", 2500), ("NVIDIA B200", 2250), ("TPU v5 lite", 197), ("TPU v5", 459), ("cpu", None)])
+@pytest.mark.parametrize(
+    "kind, tera",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA B200", 2250),
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("cpu", None),
+    ],
+)
 def test_peaks(kind, tera):
     assert peak_flops(kind) == (tera and tera * 1e12)
 
@@ -50,8 +69,9 @@ def test_bytes():
     assert counts.cache_bytes_per_token(run.model, "bfloat16") == 61 * 576 * 2
     state = counts.state_bytes(specs, run.optim)
     assert state["masters"] == 4 * 1_026_408_232_448
-    assert state["moments"] == 4 * sum(s.size * (1 if s.update == "muon" else 2) for s in specs.values()
-                                       if s.update != "router_bias")
+    assert state["moments"] == 4 * sum(
+        s.size * (1 if s.update == "muon" else 2) for s in specs.values() if s.update != "router_bias"
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("deepseek_v3")])

@@ -23,12 +23,39 @@ FORK = ["--quant.distill-weight", "0.5", "--train.steps", "8", "--train.checkpoi
 
 def arguments(run, source, *more):
     """`small` by its fields: the same network as the fixture's."""
-    model = {"num_hidden_layers": 3, "hidden_size": 64, "moe_intermediate_size": 32, "q_lora_rank": 32, "intermediate_size": 64,
-             "kv_lora_rank": 32, "n_routed_experts": 8, "num_experts_per_tok": 2}
+    model = {
+        "num_hidden_layers": 3,
+        "hidden_size": 64,
+        "moe_intermediate_size": 32,
+        "q_lora_rank": 32,
+        "intermediate_size": 64,
+        "kv_lora_rank": 32,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+    }
     words = [word for name, value in model.items() for word in (f"--model.{name.replace('_', '-')}", str(value))]
-    return ["train", "--run", str(run), *words, "--quant.start-step", "4", "--data.task-length", "2", "3", "--train.batch-size",
-            "8", "--train.seq-len", "64", "--train.compute-dtype", "float32", "--train.eval-batches", "1",
-            "--train.fork-from", f"{source}@grid", *more]
+    return [
+        "train",
+        "--run",
+        str(run),
+        *words,
+        "--quant.start-step",
+        "4",
+        "--data.task-length",
+        "2",
+        "3",
+        "--train.batch-size",
+        "8",
+        "--train.seq-len",
+        "64",
+        "--train.compute-dtype",
+        "float32",
+        "--train.eval-batches",
+        "1",
+        "--train.fork-from",
+        f"{source}@grid",
+        *more,
+    ]
 
 
 def test_a_distilled_fork_resumes_bit_for_bit(trained, tmp_path):
@@ -36,8 +63,11 @@ def test_a_distilled_fork_resumes_bit_for_bit(trained, tmp_path):
     assert launch.main(arguments(run.path, trained.path, *FORK)) == 0
     whole = final_state(run)
     fork = load_params(open_session(trained.load_config()), trained, 4)[0]
-    jax.tree.map(np.testing.assert_array_equal, whole.state.teacher,
-                 as_teacher(fork, trained.load_config(), param_specs(trained.load_config().model)))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        whole.state.teacher,
+        as_teacher(fork, trained.load_config(), param_specs(trained.load_config().model)),
+    )
     assert whole.state.teacher["embed"].dtype == "bfloat16"
 
     shutil.copytree(run.path, again.path)

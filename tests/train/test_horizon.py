@@ -28,11 +28,14 @@ def test_suite_horizon(trained, capsys):
     assert (trained.path / "plots" / "horizon.png").exists() and (trained.path / "plots" / "kl_by_position.png").exists()
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--minutes", "0"], "--minutes 0 is too short for chains of 1"),
-    (["--lengths", "1000"], "--lengths 1000: the chain task has chains of 1 to 676 steps"),
-    (["--lengths", "1", "0"], "--lengths 0: the chain task has chains of 1 to 676 steps"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--minutes", "0"], "--minutes 0 is too short for chains of 1"),
+        (["--lengths", "1000"], "--lengths 1000: the chain task has chains of 1 to 676 steps"),
+        (["--lengths", "1", "0"], "--lengths 0: the chain task has chains of 1 to 676 steps"),
+    ],
+)
 def test_what_a_suite_cannot_play_is_one_sentence(trained, capsys, arguments, words):
     assert launch.main(["eval", "--run", str(trained.path), "--suite", "horizon", *arguments]) == EXIT_USAGE
     assert words in capsys.readouterr().err

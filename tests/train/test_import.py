@@ -21,8 +21,18 @@ from train.run_dir import RunDir, with_network_of
 from train.stop import EXIT_DONE, EXIT_USAGE
 from train.weights import load_weights
 
-MODEL = ModelConfig(hidden_size=64, num_hidden_layers=2, intermediate_size=64, moe_intermediate_size=32, n_routed_experts=4,
-                    num_experts_per_tok=2, num_attention_heads=2, q_lora_rank=32, kv_lora_rank=32, dtype="float32")
+MODEL = ModelConfig(
+    hidden_size=64,
+    num_hidden_layers=2,
+    intermediate_size=64,
+    moe_intermediate_size=32,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    num_attention_heads=2,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    dtype="float32",
+)
 SPECS = param_specs(MODEL)
 SMALL = ["--train.batch-size", "8"]
 SHORT = ["--train.seq-len", "64", "--data.task-length", "1", "2"]
@@ -70,8 +80,12 @@ def test_system_message_and_mode_travel_with_the_weights(checkpoint, tmp_path):
     told = shutil.copytree(checkpoint, tmp_path / "told")
     load_tokenizer("bytes").save(told, "Be brief.", "preserved")
     assert launch.main(["import", str(told), "--run", str(run), *SMALL]) == EXIT_DONE
-    for source, system, mode in ((checkpoint, None, "interleaved"), (tmp_path / "plain", "mine", "preserved"),
-                                 (told, "Be brief.", "preserved"), (run, "Be brief.", "preserved")):
+    for source, system, mode in (
+        (checkpoint, None, "interleaved"),
+        (tmp_path / "plain", "mine", "preserved"),
+        (told, "Be brief.", "preserved"),
+        (run, "Be brief.", "preserved"),
+    ):
         weights = load_weights(f"{source}:bf16", dtype="float32")
         assert (weights.system, weights.mode) == (system, mode)
 
@@ -105,8 +119,12 @@ def test_a_mesh_gets_its_parts_one_by_one(checkpoint, weights, tmp_path, monkeyp
 
     monkeypatch.setattr(Imported, "region", watched)
     run = tmp_path / "run"
-    assert launch.main(["import", str(checkpoint), "--run", str(run), *SMALL, "--mesh.data", "2", "--mesh.fsdp", "2",
-                        "--mesh.expert", "2"]) == EXIT_DONE
+    assert (
+        launch.main(
+            ["import", str(checkpoint), "--run", str(run), *SMALL, "--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.expert", "2"]
+        )
+        == EXIT_DONE
+    )
     monkeypatch.undo()
     assert len({part[:2] for part in asked}) == len(asked)
     shardings = param_shardings(SPECS, make_mesh(MeshConfig(data=2, fsdp=2, expert=2)))
@@ -132,10 +150,28 @@ def test_training_goes_on_from_an_import(run_of_another_stop, weights, tmp_path,
     """The network comes with the weights, whatever the preset has, whose rows would be too long for it; a longer context is
     set anew. At a rate of nearly zero the weights stay; resuming takes the network from the run itself."""
     source, run = run_of_another_stop, RunDir(tmp_path / "run")
-    command = ["train", "--preset", "tiny", "--run", str(run.path), "--train.init-from", str(source.path), *SMALL,
-               "--model.yarn-factor=4", "--model.max_position_embeddings", "16384", "--optim.lr", "1e-12",
-               "--optim.qk-clip-tau", "None", "--quant.grid", "none", *SHORT,
-               "--train.compute-dtype", "float32"]
+    command = [
+        "train",
+        "--preset",
+        "tiny",
+        "--run",
+        str(run.path),
+        "--train.init-from",
+        str(source.path),
+        *SMALL,
+        "--model.yarn-factor=4",
+        "--model.max_position_embeddings",
+        "16384",
+        "--optim.lr",
+        "1e-12",
+        "--optim.qk-clip-tau",
+        "None",
+        "--quant.grid",
+        "none",
+        *SHORT,
+        "--train.compute-dtype",
+        "float32",
+    ]
     assert launch.main([*command, "--train.steps", "1"]) == EXIT_DONE
     model = run.load_config().model
     assert model == dataclasses.replace(source.load_config().model, yarn_factor=4.0, max_position_embeddings=16384)
@@ -146,14 +182,17 @@ def test_training_goes_on_from_an_import(run_of_another_stop, weights, tmp_path,
     assert "already trained to step 1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["--run", "IMPORTED"], "holds imported weights; name a new directory"),
-    (["--train.fork-from", "IMPORTED", *SHORT], "no optimizer state; take them with --train.init-from"),
-    (["--train.init-from", "IMPORTED", "--model.hidden-size", "96", *SHORT],
-     "embed is [320, 96] here and [320, 64] in"),
-    (["--train.init-from", "IMPORTED"], "train.seq_len=96 is more than model.max_position_embeddings=64"),
-    (["--train.init-from", "EXPORTED"], "is a Hugging Face directory, not a run; import it first"),
-    (["--train.init-from", "IMPORTED", "--train.init_from", "x"], "--train.init-from is given twice")])
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--run", "IMPORTED"], "holds imported weights; name a new directory"),
+        (["--train.fork-from", "IMPORTED", *SHORT], "no optimizer state; take them with --train.init-from"),
+        (["--train.init-from", "IMPORTED", "--model.hidden-size", "96", *SHORT], "embed is [320, 96] here and [320, 64] in"),
+        (["--train.init-from", "IMPORTED"], "train.seq_len=96 is more than model.max_position_embeddings=64"),
+        (["--train.init-from", "EXPORTED"], "is a Hugging Face directory, not a run; import it first"),
+        (["--train.init-from", "IMPORTED", "--train.init_from", "x"], "--train.init-from is given twice"),
+    ],
+)
 def test_what_cannot_go_on_from_an_import(run_of_another_stop, tmp_path, capsys, flags, sentence):
     places = {"IMPORTED": run_of_another_stop.path, "EXPORTED": run_of_another_stop.path.parent / "checkpoint"}
     flags = [str(places.get(word, word)) for word in flags]
@@ -168,7 +207,7 @@ def cut_off(directory):
     file = sorted(directory.glob("*.safetensors"))[-1]
     file.write_bytes(file.read_bytes()[:-8])
     header = file.read_bytes()
-    rows = json.loads(header[8:8 + int.from_bytes(header[:8], "little")])
+    rows = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
     rows.pop("__metadata__", None)
     return file.name, max(rows, key=lambda name: rows[name]["data_offsets"][1])
 
@@ -212,14 +251,17 @@ def test_damage_is_one_sentence_and_nothing_is_written(checkpoint, tmp_path, cap
     assert not run.exists()
 
 
-@pytest.mark.parametrize("pick, message", [
-    (lambda d: [d / "nowhere"], "nowhere does not exist"),
-    (lambda d: sorted(d.glob("*.safetensors")), "config.json is not among"),
-    (lambda d: [d, d / "config.json"], "is a directory"),
-    (lambda d: [d / "config.json", d / "config.json"], "given twice"),
-    (lambda d: [], "name what to import"),
-    (lambda d: [d / "config.json"], "no .safetensors file"),
-])
+@pytest.mark.parametrize(
+    "pick, message",
+    [
+        (lambda d: [d / "nowhere"], "nowhere does not exist"),
+        (lambda d: sorted(d.glob("*.safetensors")), "config.json is not among"),
+        (lambda d: [d, d / "config.json"], "is a directory"),
+        (lambda d: [d / "config.json", d / "config.json"], "given twice"),
+        (lambda d: [], "name what to import"),
+        (lambda d: [d / "config.json"], "no .safetensors file"),
+    ],
+)
 def test_a_wrong_list_is_one_sentence(checkpoint, tmp_path, capsys, pick, message):
     run = tmp_path / "run"
     assert launch.main(["import", *map(str, pick(checkpoint)), "--run", str(run)]) == EXIT_USAGE

@@ -31,6 +31,7 @@ class Reached(BaseException):
 @pytest.fixture
 def deadly():
     """What the system does with SIGTERM, as an exception."""
+
     def end(*_):
         raise Reached
 
@@ -50,6 +51,7 @@ def without_steps(monkeypatch, run_steps):
 @pytest.mark.parametrize("failed", [False, True])
 def test_the_last_save_is_waited_for_under_a_signal(tmp_path, monkeypatch, deadly, failed):
     """Whether all steps were done or one failed."""
+
     def run_steps(*_):
         if failed:
             raise RuntimeError("no memory for it")
@@ -157,11 +159,11 @@ def test_a_flipped_bit_costs_one_line_of_metrics(tmp_path):
     others = [json.dumps({"kind": "step", "step": step, "loss": 1.5}).encode() for step in (1, 3)]
     for at, byte in enumerate(row):
         for bit in range(8):
-            damaged = row[:at] + bytes([byte ^ 1 << bit]) + row[at + 1:]
+            damaged = row[:at] + bytes([byte ^ 1 << bit]) + row[at + 1 :]
             run.metrics.write_bytes(b"\n".join([others[0], damaged, others[1]]) + b"\n")
             steps = [r["step"] for r in run.read_metrics() if r["kind"] == "step" and r["step"]]
             assert len(steps) in (2, 3) and {1, 3} <= {*steps}
-    run.metrics.write_bytes(b'\n'.join([others[0], b"17", b"[1]", b"null", b'{"loss": 1}', b"\xff\xfe", others[1]]))
+    run.metrics.write_bytes(b"\n".join([others[0], b"17", b"[1]", b"null", b'{"loss": 1}', b"\xff\xfe", others[1]]))
     assert [r["step"] for r in run.read_metrics()] == [1, 3]
 
 
@@ -190,8 +192,10 @@ def test_a_full_disk_is_one_sentence(tmp_path, capfd, noticed):
             checkpoints.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert str(error.value) == (f"{tmp_path}/checkpoints cannot be written (File too large); free some space and run the same "
-                                "command again: it goes on from step 3")
+    assert str(error.value) == (
+        f"{tmp_path}/checkpoints cannot be written (File too large); free some space and run the same "
+        "command again: it goes on from step 3"
+    )
     assert not capfd.readouterr().err
     again = Checkpoints(tmp_path / "checkpoints")
     again.save(4, state)
@@ -202,8 +206,10 @@ def test_a_full_disk_is_one_sentence(tmp_path, capfd, noticed):
 def test_what_else_fails_in_a_step_stays_what_it_is(tmp_path):
     with pytest.raises(RuntimeError, match="a mistake"), Checkpoints(tmp_path).writing():
         raise RuntimeError("a mistake")
-    with pytest.raises(CheckpointError, match=r"\(No space left on device\); free some space and run the same command again$"), \
-            Checkpoints(tmp_path).writing():
+    with (
+        pytest.raises(CheckpointError, match=r"\(No space left on device\); free some space and run the same command again$"),
+        Checkpoints(tmp_path).writing(),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
 
 
@@ -211,8 +217,10 @@ def test_what_else_fails_in_a_step_stays_what_it_is(tmp_path):
 def test_an_export_that_is_stopped_leaves_nothing(tmp_path, deadly, number):
     """Even where a second signal comes."""
     out, before = tmp_path / "export", signal.getsignal(signal.SIGINT)
-    with pytest.raises(ConfigError, match=f"export was not written: the export was stopped by {number.name}$"), \
-            written_whole(out) as scratch:
+    with (
+        pytest.raises(ConfigError, match=f"export was not written: the export was stopped by {number.name}$"),
+        written_whole(out) as scratch,
+    ):
         scratch.mkdir()
         (scratch / "file").write_text("large")
         try:

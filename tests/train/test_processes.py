@@ -29,18 +29,33 @@ from train.weights import load_weights
 ROOT = Path(__file__).parents[2]
 # A constant rate, because other schedules depend on the number of steps, and a real run's: at the tiny preset's 5e-3 the
 # rounding of sums in another order grows to 1e-3 of the loss within 20 steps.
-FIELDS = {"model.num_hidden_layers": 2, "model.hidden_size": 64, "model.moe_intermediate_size": 32, "model.q_lora_rank": 32,
-          "model.intermediate_size": 64, "model.kv_lora_rank": 32, "model.n_routed_experts": 8, "train.batch_size": 8,
-          "train.seq_len": 64, "train.log_every": 5, "train.checkpoint_every": 10, "train.compute_dtype": "float32",
-          "quant.start_step": 4, "train.eval_batches": 1, "optim.schedule": "constant", "optim.lr": 2e-4}
+FIELDS = {
+    "model.num_hidden_layers": 2,
+    "model.hidden_size": 64,
+    "model.moe_intermediate_size": 32,
+    "model.q_lora_rank": 32,
+    "model.intermediate_size": 64,
+    "model.kv_lora_rank": 32,
+    "model.n_routed_experts": 8,
+    "train.batch_size": 8,
+    "train.seq_len": 64,
+    "train.log_every": 5,
+    "train.checkpoint_every": 10,
+    "train.compute_dtype": "float32",
+    "quant.start_step": 4,
+    "train.eval_batches": 1,
+    "optim.schedule": "constant",
+    "optim.lr": 2e-4,
+}
 SMALL = [*(f"{name}={value}" for name, value in FIELDS.items()), "--data.task-length", "2", "3"]
 
 
 def start(run: Path, steps: int, *extra: str) -> subprocess.Popen:
     alone = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     command = [sys.executable, "launch.py", "train", "--run", str(run), "--train.steps", str(steps), *SMALL, *extra]
-    return subprocess.Popen(command, cwd=ROOT, env=alone | {"JAX_PLATFORMS": "cpu"}, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=alone | {"JAX_PLATFORMS": "cpu"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def finished(process: subprocess.Popen, code: int = 0) -> str:
@@ -63,26 +78,42 @@ def reach(process: subprocess.Popen, run: Path, step: int) -> list[int]:
     return [int(pid) for pid in children]
 
 
-@pytest.mark.parametrize("where, mesh, expected", [
-    ("local:2", MeshConfig(data=4), (2, 2)), ("local:2x4", MeshConfig(data=0, fsdp=2), (2, 4)),
-    ("local:2", MeshConfig(), (2, 1)), ("local:4", MeshConfig(data=1, fsdp=2, expert=4), (4, 2))])
+@pytest.mark.parametrize(
+    "where, mesh, expected",
+    [
+        ("local:2", MeshConfig(data=4), (2, 2)),
+        ("local:2x4", MeshConfig(data=0, fsdp=2), (2, 4)),
+        ("local:2", MeshConfig(), (2, 1)),
+        ("local:4", MeshConfig(data=1, fsdp=2, expert=4), (4, 2)),
+    ],
+)
 def test_where(where, mesh, expected):
     assert parse(where, mesh) == expected
 
 
-@pytest.mark.parametrize("where, mesh, sentence", [
-    ("remote:3", MeshConfig(), "write local"), ("local:2x4", MeshConfig(data=1, fsdp=4), "choose processes x devices = 4"),
-    ("local:3", MeshConfig(data=4), "choose processes x devices = 4"), ("local:0", MeshConfig(), "write local"),
-    ("local:2x0", MeshConfig(), "write local")])
+@pytest.mark.parametrize(
+    "where, mesh, sentence",
+    [
+        ("remote:3", MeshConfig(), "write local"),
+        ("local:2x4", MeshConfig(data=1, fsdp=4), "choose processes x devices = 4"),
+        ("local:3", MeshConfig(data=4), "choose processes x devices = 4"),
+        ("local:0", MeshConfig(), "write local"),
+        ("local:2x0", MeshConfig(), "write local"),
+    ],
+)
 def test_where_not(where, mesh, sentence):
     with pytest.raises(ConfigError, match=sentence):
         parse(where, mesh)
 
 
-@pytest.mark.parametrize("said, code, sentence", [
-    ("UNAVAILABLE: Gloo all-reduce failed: connection closed by peer", EXIT_LOST, "process 0 of 2 lost another one"),
-    ("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes", EXIT_FAILED, "process 0 of 2 failed: RESOURCE_EXHAUSTED"),
-    ("INTERNAL: Mosaic failed to compile TPU kernel", EXIT_FAILED, "process 0 of 2 failed: INTERNAL")])
+@pytest.mark.parametrize(
+    "said, code, sentence",
+    [
+        ("UNAVAILABLE: Gloo all-reduce failed: connection closed by peer", EXIT_LOST, "process 0 of 2 lost another one"),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes", EXIT_FAILED, "process 0 of 2 failed: RESOURCE_EXHAUSTED"),
+        ("INTERNAL: Mosaic failed to compile TPU kernel", EXIT_FAILED, "process 0 of 2 failed: INTERNAL"),
+    ],
+)
 def test_own_failures_are_not_the_loss_of_another(monkeypatch, capsys, said, code, sentence):
     """Starting again mends the one and not the other."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)

@@ -64,6 +64,7 @@ def test_resuming_is_bit_exact(trained, tmp_path, monkeypatch):
 def stop_at_ten(monkeypatch):
     """A SIGTERM that arrives during step 10, through the real handler."""
     from train.recorder import Recorder
+
     real = Recorder.record
 
     def record(self, step, metrics):
@@ -88,8 +89,9 @@ def test_signal_handlers_come_back():
 def test_an_incompatible_config_names_the_fields_and_leaves_the_run(trained):
     before = (trained.path / "config.json").read_bytes()
     cfg = small()
-    cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, lr=0.5),
-                              quant=dataclasses.replace(cfg.quant, start_step=2))
+    cfg = dataclasses.replace(
+        cfg, optim=dataclasses.replace(cfg.optim, lr=0.5), quant=dataclasses.replace(cfg.quant, start_step=2)
+    )
     with pytest.raises(ConfigError, match=r"optim.lr: .* -> 0.5; quant.start_step: 4 -> 2"):
         train(cfg, trained)
     assert (trained.path / "config.json").read_bytes() == before
@@ -144,6 +146,7 @@ def test_metrics_survive_a_line_cut_in_half(trained, tmp_path):
     text = run.metrics.read_text()
     run.metrics.write_text(text[: len(text) - 20])
     from train.metrics import MetricsFile
+
     file = MetricsFile(run.metrics)
     file.write("step", 99, {"loss": float("nan")})
     file.close()
@@ -166,8 +169,9 @@ def test_a_mixture_is_edited_by_flag_only(tmp_path, capsys):
     run, cfg = RunDir(tmp_path / "run"), mixed(tmp_path, steps=2, checkpoint_every=1)
     assert train(cfg, run) == EXIT_DONE
     before = [r["data_hash"] for r in run.read_metrics() if r["kind"] == "step"]
-    edited = dataclasses.replace(mixed(tmp_path, steps=4, checkpoint_every=1),
-                                 data=dataclasses.replace(cfg.data, mixture=(3.0, 1.0)))
+    edited = dataclasses.replace(
+        mixed(tmp_path, steps=4, checkpoint_every=1), data=dataclasses.replace(cfg.data, mixture=(3.0, 1.0))
+    )
     with pytest.raises(ConfigError, match="data.mixture: .*needs --remix"):
         train(edited, run)
     assert train(edited, run, remix=True) == EXIT_DONE
@@ -205,8 +209,11 @@ def test_a_bucket_is_no_directory():
 def test_how_a_run_is_computed_may_change():
     """A mesh with more devices needs fewer microbatches, and perhaps another transport."""
     cfg = small()
-    other = dataclasses.replace(cfg, mesh=MeshConfig(data=1, fsdp=2), train=dataclasses.replace(
-        cfg.train, accumulate=2, transport="all_to_all", layers="unroll", remat="layer"))
+    other = dataclasses.replace(
+        cfg,
+        mesh=MeshConfig(data=1, fsdp=2),
+        train=dataclasses.replace(cfg.train, accumulate=2, transport="all_to_all", layers="unroll", remat="layer"),
+    )
     assert not differences(cfg, other)
     assert differences(cfg, dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=16)))
 

@@ -33,8 +33,9 @@ def test_changed_files_are_noticed(edit, tmp_path):
         data_of(session, run)
 
 
-@pytest.mark.parametrize("asked, facts, kept", [
-    ("auto", {}, "bfloat16"), ("float32", {}, None), ("auto", {"compute_dtype": "float32"}, "float32")])
+@pytest.mark.parametrize(
+    "asked, facts, kept", [("auto", {}, "bfloat16"), ("float32", {}, None), ("auto", {"compute_dtype": "float32"}, "float32")]
+)
 def test_a_fork_computes_as_the_run_it_shares_steps_with(asked, facts, kept, tmp_path):
     """Which dtype is faster is measured, and may come out otherwise the second time."""
     cfg, source = small(compute_dtype="auto"), RunDir(tmp_path / "source")

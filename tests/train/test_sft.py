@@ -41,9 +41,12 @@ def tuned(trained, chats):
     """The preset's recipe with the small model of these tests."""
     recipe, model = preset("tiny_sft"), small().model
     fields = dict(steps=2, batch_size=8, seq_len=384, eval_batches=1, compute_dtype="float32", init_from=str(trained.path))
-    return dataclasses.replace(recipe, model=model,
-                               data=dataclasses.replace(recipe.data, paths=(str(chats),), bad_rows="drop"),
-                               train=dataclasses.replace(recipe.train, **fields))
+    return dataclasses.replace(
+        recipe,
+        model=model,
+        data=dataclasses.replace(recipe.data, paths=(str(chats),), bad_rows="drop"),
+        train=dataclasses.replace(recipe.train, **fields),
+    )
 
 
 def test_it_starts_from_the_pretrained_weights(trained, chats, tmp_path):

@@ -20,8 +20,9 @@ def test_the_first_step_finds_its_program(tmp_path):
     rows = processes.my_rows(sharding, cfg.train.batch_size, cfg.train.seq_len)
     batch = next(iter(open_data(cfg, session.tokenizer).iterate(0, rows)))
     batch = processes.place(batch, sharding, rows, cfg.train.batch_size)
-    state, _ = starting_state(session, machine.optimizer, Checkpoints(tmp_path / "checkpoints"), RunDir(tmp_path),
-                              machine.compile_first)
+    state, _ = starting_state(
+        session, machine.optimizer, Checkpoints(tmp_path / "checkpoints"), RunDir(tmp_path), machine.compile_first
+    )
     compiling = compile_seconds()
     machine.train_step(0, state, batch)
     assert compiling() == 0

@@ -30,8 +30,10 @@ def measure(cfg, devices=None):
     mesh = make_mesh(cfg.mesh, devices)
     shardings = param_shardings(specs, mesh)
     keys = jax.random.split(jax.random.key(0), len(specs))
-    params = {path: jax.device_put(initial_value(spec, keys[i], "float32"), shardings[path])
-              for i, (path, spec) in enumerate(specs.items())}
+    params = {
+        path: jax.device_put(initial_value(spec, keys[i], "float32"), shardings[path])
+        for i, (path, spec) in enumerate(specs.items())
+    }
     batch = jax.device_put(open_data(cfg, load_tokenizer("bytes")).batch(0), batch_sharding(mesh))
     step = StepConfig(cfg, "float32", "cpu", mesh)
     return jax.device_get(jax.jit(lambda p, b: gradients(p, b, jnp.float32(1), step))(params, batch))
@@ -46,11 +48,15 @@ def with_(cfg, section, **fields):
     return dataclasses.replace(cfg, **{section: dataclasses.replace(getattr(cfg, section), **fields)})
 
 
-@pytest.mark.parametrize("change", [
-    lambda c: with_(c, "train", accumulate=4),
-    lambda c: with_(c, "train", remat="layer"),
-    lambda c: with_(c, "mesh", fsdp=2, expert=4),
-], ids=["accumulate 4", "remat", "fsdp x expert"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: with_(c, "train", accumulate=4),
+        lambda c: with_(c, "train", remat="layer"),
+        lambda c: with_(c, "mesh", fsdp=2, expert=4),
+    ],
+    ids=["accumulate 4", "remat", "fsdp x expert"],
+)
 def test_cost_changes_numbers_do_not(single, change):
     cfg = change(small())
     devices = jax.devices() if cfg.mesh != MeshConfig() else jax.devices()[:1]
@@ -68,6 +74,7 @@ def test_bfloat16_sums_are_added_to_in_place():
     or down at random: at most 2**-7 of the sum so far, four times), the same measurements, and need no second copy of
     the stacked gradients: float32 sums hold one more of them in float32, and are wider themselves."""
     from tests.scale.networks import FAST_COMPILE
+
     cfg = with_(small(remat="layer", balance_loss=1e-2, layers="scan"), "model", num_hidden_layers=9)
     specs = param_specs(cfg.model)
     keys = jax.random.split(jax.random.key(0), len(specs))
@@ -87,8 +94,9 @@ def test_bfloat16_sums_are_added_to_in_place():
     jax.tree.map(partial(np.testing.assert_allclose, rtol=RELATIVE), aux, exact_aux)
     for path, grad in grads.items():
         assert grad.dtype == params[path].dtype
-        np.testing.assert_allclose(grad.astype(jnp.float32), exact[path], atol=2**-5 * np.abs(exact[path]).max() + 1e-9,
-                                   err_msg=path)
+        np.testing.assert_allclose(
+            grad.astype(jnp.float32), exact[path], atol=2**-5 * np.abs(exact[path]).max() + 1e-9, err_msg=path
+        )
     stacked = sum(2 * spec.size for spec in specs.values() if "layers" in spec.axes)
     # Measured: 1.8, the one float32 copy less what activations differ by. With a second bfloat16 copy it would be 0.8. Up to
     # jax 0.10 the CPU backend widens whole bfloat16 arrays that are written in parts.
@@ -107,6 +115,7 @@ def test_maximum_logits_are_maxima_and_counts_are_sums(single):
 def test_a_step_with_a_non_finite_gradient_changes_nothing():
     from train.loop import build
     from train.state import TrainState, initial_state
+
     session = open_session(small())
     machine = build(session)
     state = initial_state(session.cfg, session.specs, machine.optimizer, session.mesh)
@@ -121,7 +130,7 @@ def test_a_step_with_a_non_finite_gradient_changes_nothing():
     assert float(metrics["lr"]) == float(rate(0)) != float(rate(1)), "the schedule waits for a step that updates"
 
 
-@pytest.mark.parametrize("start, ramp, expected", [(0, 0, [1, 1, 1]), (2, 0, [0, 0, 1, 1]), (1, 3, [0, .25, .5, .75, 1, 1])])
+@pytest.mark.parametrize("start, ramp, expected", [(0, 0, [1, 1, 1]), (2, 0, [0, 0, 1, 1]), (1, 3, [0, 0.25, 0.5, 0.75, 1, 1])])
 def test_the_grid_switches_on_when_told(start, ramp, expected):
     quant = dataclasses.replace(small().quant, start_step=start, ramp_steps=ramp)
     np.testing.assert_array_equal([grid_amount(quant, jnp.int32(i)) for i in range(len(expected))], expected)

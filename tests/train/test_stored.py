@@ -33,9 +33,16 @@ def test_the_files_are_those_of_an_export_from_memory(trained, session, tmp_path
     cfg = session.cfg
     quant = dataclasses.replace(cfg.quant, grid="none" if form == "bf16" else "int4")
     rows = np.arange(64, dtype=np.int32).reshape(2, 32) % cfg.model.vocab_size
-    export_model(InMemory(params), session.specs, cfg.model, quant, tmp_path / "memory", tokenizer=_TokenizerFiles(session),
-                 report=_measured(trained, step, quant),
-                 probe=Probe.of(rows, np.zeros((2, 32, cfg.model.vocab_size), np.float32)))
+    export_model(
+        InMemory(params),
+        session.specs,
+        cfg.model,
+        quant,
+        tmp_path / "memory",
+        tokenizer=_TokenizerFiles(session),
+        report=_measured(trained, step, quant),
+        probe=Probe.of(rows, np.zeros((2, 32, cfg.model.vocab_size), np.float32)),
+    )
     export_run(str(trained.path), tmp_path / "disk", form)
     files = sorted(p.name for p in (tmp_path / "memory").iterdir())
     assert files == sorted(p.name for p in (tmp_path / "disk").iterdir()) and len(files) > 6
@@ -61,8 +68,11 @@ def test_logits_layer_by_layer(trained, session, grid):
 
 def test_pieces_of_experts_are_read_alone(tmp_path):
     """Arrays large enough to be cut: every expert is a piece of its own on disk, whatever holds it in memory."""
-    arrays = {"moe.experts": np.random.default_rng(0).normal(size=(2, 3, 512, 513)).astype(np.float32),
-              "moe.norm": np.ones((2, 16), np.float32), "embed": np.arange(17 * 2**20, dtype=np.float32).reshape(-1, 2**10)}
+    arrays = {
+        "moe.experts": np.random.default_rng(0).normal(size=(2, 3, 512, 513)).astype(np.float32),
+        "moe.norm": np.ones((2, 16), np.float32),
+        "embed": np.arange(17 * 2**20, dtype=np.float32).reshape(-1, 2**10),
+    }
     checkpoints = Checkpoints(tmp_path / "what a#URL?cannot%20hold")
     checkpoints.save(7, {"params": jax.device_put(arrays)})
     checkpoints.close()
@@ -96,4 +106,3 @@ def test_damage_is_found_before_anything_is_written(tmp_path):
         checkpoints.stored(shapes, 1)
     with pytest.raises(CheckpointError, match="no checkpoint of step 9"):
         checkpoints.stored(shapes, 9)
-

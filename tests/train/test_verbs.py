@@ -41,13 +41,16 @@ def test_a_wrong_command_is_one_sentence_and_changes_nothing(case, capsys, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    (["--model.hiden-size", "64"], "--model.hidden-size"),
-    (["--runn", "x"], "--run"),
-    (["--preset"], "Missing value for argument '--preset'"),
-    (["--train.steps", "many"], "many"),
-    (["--profile.steps", "5:3"], "FIRST:LAST"),
-])
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--model.hiden-size", "64"], "--model.hidden-size"),
+        (["--runn", "x"], "--run"),
+        (["--preset"], "Missing value for argument '--preset'"),
+        (["--train.steps", "many"], "many"),
+        (["--profile.steps", "5:3"], "FIRST:LAST"),
+    ],
+)
 def test_a_wrong_field_names_the_right_one(arguments, sentence, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         launch.main(["train", *arguments, "--run", str(tmp_path / "run")])
@@ -61,9 +64,19 @@ def test_a_name_with_an_at(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "a@5", "me@home", "b@7"):
         RunDir(name).write_config(preset("tiny"), {})
-    for source, path, step in (("a@20", "a", 20), ("a@5", "a", 5), ("a@5@20", "a@5", 20), ("me@home", "me@home", None),
-                               ("me@home@20", "me@home", 20), ("b@7", "b@7", None), ("b@7@9", "b@7", 9), ("a", "a", None),
-                               ("a@grid", "a", preset("tiny").quant.start_step), ("new@3", "new", 3), ("7", "7", None)):
+    for source, path, step in (
+        ("a@20", "a", 20),
+        ("a@5", "a", 5),
+        ("a@5@20", "a@5", 20),
+        ("me@home", "me@home", None),
+        ("me@home@20", "me@home", 20),
+        ("b@7", "b@7", None),
+        ("b@7@9", "b@7", 9),
+        ("a", "a", None),
+        ("a@grid", "a", preset("tiny").quant.start_step),
+        ("new@3", "new", 3),
+        ("7", "7", None),
+    ):
         run, found = parse_source(source)
         assert (str(run.path), found) == (path, step), source
     other = dataclasses.replace(preset("tiny"), model=dataclasses.replace(preset("tiny").model, hidden_size=96))
@@ -75,8 +88,16 @@ def test_a_name_with_an_at(tmp_path, monkeypatch):
 
 
 def test_both_spellings_of_a_field():
-    assert launch._dashed(["train.steps=3", "--optim.lr=0.1", "--quant.grid", "none", "--data.paths=a=b/c"]) == \
-        ["--train.steps", "3", "--optim.lr", "0.1", "--quant.grid", "none", "--data.paths", "a=b/c"]
+    assert launch._dashed(["train.steps=3", "--optim.lr=0.1", "--quant.grid", "none", "--data.paths=a=b/c"]) == [
+        "--train.steps",
+        "3",
+        "--optim.lr",
+        "0.1",
+        "--quant.grid",
+        "none",
+        "--data.paths",
+        "a=b/c",
+    ]
 
 
 def test_metrics_hold_what_the_report_shows(trained):
@@ -84,8 +105,18 @@ def test_metrics_hold_what_the_report_shows(trained):
     assert [r["step"] for r in rows] == list(range(1, 21))
     for row in rows:
         assert row["dropped_tokens"] == 0 and row["skipped_steps"] == 0 and row["mfu"] == "n/a"
-        assert {"loss", "lr", "tokens_per_second", "seconds", "max_logit", "load_entropy", "load_max_over_mean",
-                "grad_norm/experts", "update_rms/experts", "update_rms/adamw"} <= row.keys()
+        assert {
+            "loss",
+            "lr",
+            "tokens_per_second",
+            "seconds",
+            "max_logit",
+            "load_entropy",
+            "load_max_over_mean",
+            "grad_norm/experts",
+            "update_rms/experts",
+            "update_rms/adamw",
+        } <= row.keys()
     assert 0 < rows[0]["compile_seconds"] < rows[0]["seconds_to_first_step"]
     assert [r["grid_amount"] for r in rows] == [0.0] * 4 + [1.0] * 16
     assert "grid_error" in rows[-1] and len(rows[-1]["expert_load"]) == 2
@@ -113,8 +144,26 @@ def test_export_verify_eval_generate_report(trained, capsys):
     printed = capsys.readouterr().out
     assert "sound" in printed and "compared with the training forward, 0 differ" in printed
 
-    assert launch.main(["eval", "--run", run, "--problems", "4", "--lengths", "1", "2", "--",
-                        f"bf16={run}:bf16", f"RTN={run}@grid:rtn", f"GPTQ={run}@grid:gptq", f"QAT={export}"]) == EXIT_DONE
+    assert (
+        launch.main(
+            [
+                "eval",
+                "--run",
+                run,
+                "--problems",
+                "4",
+                "--lengths",
+                "1",
+                "2",
+                "--",
+                f"bf16={run}:bf16",
+                f"RTN={run}@grid:rtn",
+                f"GPTQ={run}@grid:gptq",
+                f"QAT={export}",
+            ]
+        )
+        == EXIT_DONE
+    )
     rows = [json.loads(line) for line in (trained.path / "evals.jsonl").read_text().splitlines()]
     assert [r["arm"] for r in rows] == ["bf16", "RTN", "GPTQ", "QAT"]
     assert "experts saw fewer tokens than inputs" in capsys.readouterr().out
@@ -184,16 +233,43 @@ def test_a_fork_shares_its_first_steps(trained, tmp_path):
     """The bf16 control of the demo: same state at the fork, other weights after it."""
     fork = str(tmp_path / "fork")
     fields = [f"{k}={v}" for k, v in FORK.items()]
-    assert launch.main(["train", "--run", fork, "--train.fork-from", f"{trained.path}@grid", "--quant.grid", "none",
-                        "--data.task-length", "2", "3", *fields]) == EXIT_DONE
+    assert (
+        launch.main(
+            [
+                "train",
+                "--run",
+                fork,
+                "--train.fork-from",
+                f"{trained.path}@grid",
+                "--quant.grid",
+                "none",
+                "--data.task-length",
+                "2",
+                "3",
+                *fields,
+            ]
+        )
+        == EXIT_DONE
+    )
     steps = [r["step"] for r in RunDir(fork).read_metrics() if r["kind"] == "step"]
     assert steps == list(range(5, 21))
 
 
-FORK = {"model.num_hidden_layers": 3, "model.hidden_size": 64, "model.moe_intermediate_size": 32, "model.q_lora_rank": 32,
-        "model.intermediate_size": 64, "model.kv_lora_rank": 32, "model.n_routed_experts": 8,
-        "model.num_experts_per_tok": 2, "train.steps": 20, "train.batch_size": 8, "train.seq_len": 64,
-        "train.compute_dtype": "float32", "train.eval_batches": 1}
+FORK = {
+    "model.num_hidden_layers": 3,
+    "model.hidden_size": 64,
+    "model.moe_intermediate_size": 32,
+    "model.q_lora_rank": 32,
+    "model.intermediate_size": 64,
+    "model.kv_lora_rank": 32,
+    "model.n_routed_experts": 8,
+    "model.num_experts_per_tok": 2,
+    "train.steps": 20,
+    "train.batch_size": 8,
+    "train.seq_len": 64,
+    "train.compute_dtype": "float32",
+    "train.eval_batches": 1,
+}
 """tests/train/conftest.py:small, as a user would type it."""
 
 

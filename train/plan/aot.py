@@ -53,7 +53,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        return (self.parameters + self.optimizer + self.batch + self.activations + self.gradients + self.temporaries)
+        return self.parameters + self.optimizer + self.batch + self.activations + self.gradients + self.temporaries
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,24 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         outcome = compile_apart(cfg, topology, Path(folder))
         program = Program(_newest(Path(folder), "after_optimizations.txt").read_text())
-        given = {"parameters": local_bytes((state.params, state.teacher)),
-                 "optimizer": local_bytes((state.optimizer, state.step)), "batch": local_bytes(batch)}
+        given = {
+            "parameters": local_bytes((state.params, state.teacher)),
+            "optimizer": local_bytes((state.optimizer, state.step)),
+            "batch": local_bytes(batch),
+        }
         memory = _memory(program, Path(folder), given, outcome, specs, param_shardings(specs, mesh), cfg.model.num_moe_layers)
-    return Compiled(cfg, topology, mesh, specs, program, memory, not outcome.too_large and memory.peak <= topology.chip.hbm,
-                    outcome.seconds_to_lower, outcome.seconds_to_compile, outcome.has_code)
+    return Compiled(
+        cfg,
+        topology,
+        mesh,
+        specs,
+        program,
+        memory,
+        not outcome.too_large and memory.peak <= topology.chip.hbm,
+        outcome.seconds_to_lower,
+        outcome.seconds_to_compile,
+        outcome.has_code,
+    )
 
 
 def _newest(folder: Path, ending: str) -> Path | None:
@@ -98,8 +111,9 @@ def _newest(folder: Path, ending: str) -> Path | None:
     return max(folder.glob(f"*train_step*{ending}"), key=lambda p: p.stat().st_size, default=None)
 
 
-def _memory(program: Program, folder: Path, given: dict[str, int], outcome: Outcome, specs: Specs, shardings: dict,
-            layers: int) -> Memory:
+def _memory(
+    program: Program, folder: Path, given: dict[str, int], outcome: Outcome, specs: Specs, shardings: dict, layers: int
+) -> Memory:
     """The state's bytes by its shardings; the program's own at its peak, told apart by shape."""
     temp = outcome.temp if outcome.has_code else _total(folder)
     held = _at_peak(program, folder)
@@ -117,8 +131,14 @@ def _memory(program: Program, folder: Path, given: dict[str, int], outcome: Outc
     share = min(temp / live, 1.0)  # arrays that the compiler laid over each other count once
     gradients = round(share * sum(a.bytes for a in held if is_gradient(a)))
     activations = round(share * sum(a.bytes for a in held if is_activation(a)))
-    return Memory(**given, activations=activations, gradients=gradients, temporaries=temp - gradients - activations,
-                  host=outcome.host, largest=tuple(sorted(held, key=lambda a: -a.bytes)[:8]))
+    return Memory(
+        **given,
+        activations=activations,
+        gradients=gradients,
+        temporaries=temp - gradients - activations,
+        host=outcome.host,
+        largest=tuple(sorted(held, key=lambda a: -a.bytes)[:8]),
+    )
 
 
 def _dims(shape: str) -> tuple[int, ...]:
@@ -154,6 +174,9 @@ def _at_peak(program: Program, folder: Path) -> list[Array]:
         shape = shapes[int(index)] if index and int(index) < len(shapes) else shapes[0] if shapes else None
         if shape is None or shape.space:
             continue
-        held.append(Array(int(found.group(3)), f"{shape.dtype}[{','.join(map(str, shape.dims))}]",
-                          instruction.op_name or instruction.name))
+        held.append(
+            Array(
+                int(found.group(3)), f"{shape.dtype}[{','.join(map(str, shape.dims))}]", instruction.op_name or instruction.name
+            )
+        )
     return held

@@ -18,8 +18,15 @@ from model.transport.rounds import OVERFLOW
 from optim.gram import GUARD
 from train.plan.hlo import Instruction, Program
 
-COLLECTIVES = ("all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute", "ragged-all-to-all",
-               "collective-broadcast")
+COLLECTIVES = (
+    "all-to-all",
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "collective-permute",
+    "ragged-all-to-all",
+    "collective-broadcast",
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ def collective(instruction: Instruction, devices: int) -> Collective | None:
     started = instruction.kind.endswith("-start")
     shapes = [s for s in instruction.shapes if s.dims or s.dtype not in ("u32", "s32")]
     if started and kind in ("all-gather", "collective-permute", "reduce-scatter", "all-to-all") and len(shapes) % 2 == 0:
-        shapes = shapes[len(shapes) // 2:]  # operands first, then results
+        shapes = shapes[len(shapes) // 2 :]  # operands first, then results
     members, size = _members(instruction.rest, devices)
     return Collective(kind, sum(s.bytes for s in shapes), size, False, members, 1, started, instruction.op_name)
 

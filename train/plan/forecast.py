@@ -72,21 +72,39 @@ class Forecast:
         c = self.compiled
         memory = {k: v for k, v in dataclasses.asdict(c.memory).items() if k != "largest"}
         return {
-            "config_hash": config_hash(c.cfg), "topology": c.topology.name, "slices": c.topology.slices,
-            "chips": c.topology.chips, "mesh": dict(c.mesh.shape), "versions": interpreter(), "fits": c.fits,
+            "config_hash": config_hash(c.cfg),
+            "topology": c.topology.name,
+            "slices": c.topology.slices,
+            "chips": c.topology.chips,
+            "mesh": dict(c.mesh.shape),
+            "versions": interpreter(),
+            "fits": c.fits,
             "bytes_per_device": memory | {"peak": c.memory.peak, "available": int(c.topology.chip.hbm)},
             "spare": round(self.spare, 4),
             "largest": [f"{a.bytes / GIB:.2f} GiB {a.shape} {a.made_by}" for a in c.memory.largest],
-            "collectives": [{"kind": t.kind, "axes": "*".join(t.axes), "times": t.times, "bytes": float(f"{t.bytes:.4g}"),
-                             "seconds": float(f"{t.seconds:.4g}")} for t in self.traffic],
+            "collectives": [
+                {
+                    "kind": t.kind,
+                    "axes": "*".join(t.axes),
+                    "times": t.times,
+                    "bytes": float(f"{t.bytes:.4g}"),
+                    "seconds": float(f"{t.seconds:.4g}"),
+                }
+                for t in self.traffic
+            ],
             "flops_per_device": {"useful": float(f"{self.useful_flops:.5g}"), "counted": float(f"{self.work.flops:.5g}")},
             "hbm_bytes_per_device": float(f"{self.work.bytes:.4g}"),
-            "seconds": {name: float(f"{getattr(self.work, name):.4g}")
-                        for name in ("compute", "memory", "exposed", "hidden", "seconds")},
-            "bound": self.bound, "tokens_per_second_per_chip": round(self.tokens_per_second_per_chip, 1),
-            "mfu": round(self.mfu, 4), "kernels_without_cost": sorted(self.work.silent),
-            "seconds_to_lower": round(c.seconds_to_lower, 1), "seconds_to_compile": round(c.seconds_to_compile, 1),
-            "has_code": c.has_code}
+            "seconds": {
+                name: float(f"{getattr(self.work, name):.4g}") for name in ("compute", "memory", "exposed", "hidden", "seconds")
+            },
+            "bound": self.bound,
+            "tokens_per_second_per_chip": round(self.tokens_per_second_per_chip, 1),
+            "mfu": round(self.mfu, 4),
+            "kernels_without_cost": sorted(self.work.silent),
+            "seconds_to_lower": round(c.seconds_to_lower, 1),
+            "seconds_to_compile": round(c.seconds_to_compile, 1),
+            "has_code": c.has_code,
+        }
 
 
 def forecast(compiled: Compiled) -> Forecast:
@@ -113,18 +131,24 @@ def advice(f: Forecast) -> list[str]:
     without = f.seconds - f.work.exposed
     if f.work.exposed > 0.1 * f.seconds:
         worst = f.traffic[0]
-        out.append(f"collectives are waited for {f.work.exposed:.3g} s; without that the step takes {without:.3g} s "
-                   f"(MFU {100 * f.mfu_at(without):.0f} %). The longest: {worst.kind} over {'*'.join(worst.axes)}, "
-                   f"{worst.seconds:.3g} s: make that axis smaller, or let a microbatch hold more rows (train.accumulate)")
+        out.append(
+            f"collectives are waited for {f.work.exposed:.3g} s; without that the step takes {without:.3g} s "
+            f"(MFU {100 * f.mfu_at(without):.0f} %). The longest: {worst.kind} over {'*'.join(worst.axes)}, "
+            f"{worst.seconds:.3g} s: make that axis smaller, or let a microbatch hold more rows (train.accumulate)"
+        )
     if f.work.memory > 0.15 * f.seconds:
         slow = max((n for n in f.work.by_operation if " over " not in n), key=f.work.by_operation.get)
-        out.append(f"operations bound by memory bandwidth take {f.work.memory:.3g} s; more rows per microbatch read the "
-                   f"weights less often, and the longest operation is {slow} ({f.work.by_operation[slow]:.3g} s)")
+        out.append(
+            f"operations bound by memory bandwidth take {f.work.memory:.3g} s; more rows per microbatch read the "
+            f"weights less often, and the longest operation is {slow} ({f.work.by_operation[slow]:.3g} s)"
+        )
     extra = f.work.flops / f.useful_flops - 1
     if extra > 0.1:
-        out.append(f"{100 * extra:.0f} % more arithmetic is done than is useful: recomputation "
-                   f"(train.remat={c.cfg.train.remat}), padded experts and Newton-Schulz; keeping more (remat names or none) "
-                   f"or more tokens per step make it less")
+        out.append(
+            f"{100 * extra:.0f} % more arithmetic is done than is useful: recomputation "
+            f"(train.remat={c.cfg.train.remat}), padded experts and Newton-Schulz; keeping more (remat names or none) "
+            f"or more tokens per step make it less"
+        )
     if f.work.silent:
         out.append(f"kernels that state no cost are not in these numbers: {', '.join(sorted(f.work.silent))}")
     return out
@@ -132,16 +156,22 @@ def advice(f: Forecast) -> list[str]:
 
 def _memory_advice(c: Compiled) -> str:
     m, cfg = c.memory, c.cfg
-    parts = {"activations": m.activations, "optimizer state": m.optimizer, "gradients": m.gradients,
-             "parameters": m.parameters, "temporaries": m.temporaries}
+    parts = {
+        "activations": m.activations,
+        "optimizer state": m.optimizer,
+        "gradients": m.gradients,
+        "parameters": m.parameters,
+        "temporaries": m.temporaries,
+    }
     worst = max(parts, key=parts.get)
     help_ = {
         "activations": f"raise train.accumulate (now {cfg.train.accumulate}) or recompute more (train.remat is "
-                       f"{cfg.train.remat})",
+        f"{cfg.train.remat})",
         "optimizer state": f"optim.momentum_dtype bfloat16 halves it (now {cfg.optim.momentum_dtype}); a larger mesh.fsdp "
-                           f"or mesh.expert divides it",
+        f"or mesh.expert divides it",
         "gradients": "a larger mesh.fsdp or mesh.expert divides them",
         "parameters": f"optim.master_dtype bfloat16 halves them (now {cfg.optim.master_dtype}); a larger mesh.fsdp or "
-                      f"mesh.expert divides them",
-        "temporaries": f"raise train.accumulate (now {cfg.train.accumulate}), so that a microbatch has fewer tokens"}
+        f"mesh.expert divides them",
+        "temporaries": f"raise train.accumulate (now {cfg.train.accumulate}), so that a microbatch has fewer tokens",
+    }
     return f"memory is mostly {worst} ({parts[worst] / GIB:.1f} of {m.peak / GIB:.1f} GiB): {help_[worst]}"

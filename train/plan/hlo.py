@@ -7,8 +7,25 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2,
-         "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+BYTES = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "f8e4m3fn": 1,
+    "f8e5m2": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9](?:fn)?)?)\[([0-9,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*)$")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
@@ -94,7 +111,7 @@ class Program:
                 root, name, body = found.groups()
                 opened = re.search(r"(?:^|[\s)])([a-z][\w-]*)\(", body)
                 kind, at = (opened.group(1), opened.start(1)) if opened else ("", len(body))
-                current[name] = Instruction(name, kind, body[:at], body[at + len(kind) + 1:], bool(root))
+                current[name] = Instruction(name, kind, body[:at], body[at + len(kind) + 1 :], bool(root))
 
     def called(self, instruction: Instruction) -> list[str]:
         """Computations an instruction runs, in order; a loop's body without its condition."""
@@ -109,8 +126,11 @@ class Program:
         if noted := re.search(r"known_trip_count[^0-9]*(\d+)", loop.rest):
             return int(noted.group(1))
         condition = self.computations.get(re.search(r"condition=%?([\w.-]+)", loop.rest).group(1), {})
-        bounds = [found.group(1) for i in condition.values() if i.kind == "constant"
-                  and i.type.startswith("s32[]") and (found := re.match(r"(\d+)\)", i.rest))]
+        bounds = [
+            found.group(1)
+            for i in condition.values()
+            if i.kind == "constant" and i.type.startswith("s32[]") and (found := re.match(r"(\d+)\)", i.rest))
+        ]
         compares = [i for i in condition.values() if i.kind == "compare" and "direction=LT" in i.rest]
         return int(bounds[0]) if len(bounds) == len(compares) == 1 and len(condition) <= 4 else None
 
@@ -120,7 +140,7 @@ class Program:
         for operand in instruction.operands:
             name, _, element = operand.partition("#")
             shapes = scope[name].shapes if name in scope else []
-            out.append(shapes[int(element):int(element) + 1] if element.isdigit() else shapes)
+            out.append(shapes[int(element) : int(element) + 1] if element.isdigit() else shapes)
         return out
 
     def product_flops(self, computation: str, instruction: Instruction) -> int:
@@ -148,9 +168,15 @@ def _convolution_flops(instruction: Instruction, left: tuple[int, ...], kernel: 
     fields = dict(field.split("=") for field in window.group(1).split()) if window else {}
     for axis, label in enumerate(sorted(set(out_labels) - {"b", "f"})):
         here = {name: values.split("x")[axis] for name, values in fields.items()}
-        total *= _meetings(left[left_labels.index(label)], kernel[kernel_labels.index(label)], out[out_labels.index(label)],
-                           int(here.get("stride", 1)), int(here.get("pad", "0_0").split("_")[0]),
-                           int(here.get("lhs_dilate", 1)), int(here.get("rhs_dilate", 1)))
+        total *= _meetings(
+            left[left_labels.index(label)],
+            kernel[kernel_labels.index(label)],
+            out[out_labels.index(label)],
+            int(here.get("stride", 1)),
+            int(here.get("pad", "0_0").split("_")[0]),
+            int(here.get("lhs_dilate", 1)),
+            int(here.get("rhs_dilate", 1)),
+        )
     return total
 
 
@@ -159,5 +185,9 @@ def _meetings(size: int, kernel: int, out: int, stride: int, low: int, dilate: i
     if out * kernel > 1 << 24:  # one input per output: the only form in which large axes occur
         return max(out, kernel)
     reach = (size - 1) * dilate
-    return sum(1 for o in range(out) for k in range(kernel)
-               if 0 <= (at := o * stride + k * kernel_dilate - low) <= reach and at % dilate == 0)
+    return sum(
+        1
+        for o in range(out)
+        for k in range(kernel)
+        if 0 <= (at := o * stride + k * kernel_dilate - low) <= reach and at % dilate == 0
+    )

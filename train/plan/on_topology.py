@@ -25,11 +25,15 @@ def show_topology(name: str, cfg: RunConfig, machine: str, file: Path | None = N
     """Compile the step for a machine, print what that tells, write it as JSON to `file`. 1 where it does not fit."""
     found = topology(machine)
     _require_writable(file)
-    console.print(f"compiling the step of {name} for {found.chips} chips, {found.name}"
-                  + (f", {found.slices} slices" if found.slices > 1 else ""))
+    console.print(
+        f"compiling the step of {name} for {found.chips} chips, {found.name}"
+        + (f", {found.slices} slices" if found.slices > 1 else "")
+    )
     plan = forecast(compile_step(cfg, found))
-    console.print(f"lowered in {plan.compiled.seconds_to_lower:.0f} s, compiled in {plan.compiled.seconds_to_compile:.0f} s"
-                  + ("" if plan.compiled.has_code else ", machine code left out: it would change nothing below"))
+    console.print(
+        f"lowered in {plan.compiled.seconds_to_lower:.0f} s, compiled in {plan.compiled.seconds_to_compile:.0f} s"
+        + ("" if plan.compiled.has_code else ", machine code left out: it would change nothing below")
+    )
     for table in (memory_table(name, plan), arrays_table(plan), traffic_table(plan), time_table(plan)):
         console.print(table)
     console.print(verdict(plan))
@@ -92,10 +96,11 @@ def time_table(plan: Forecast) -> Table:
     for column in ("limited by", "seconds", "share", "what"):
         table.add_column(column)
     for limit, seconds, what in (
-            ("compute", w.compute, f"{human(w.flops)}FLOP counted, {human(plan.useful_flops)}FLOP useful"),
-            ("memory bandwidth", w.memory, f"{human(w.bytes)}B read and written in all"),
-            ("interconnect", w.exposed, f"waited for; {w.hidden:.3g} s more run beside other work"),
-            ("step", plan.seconds, "")):
+        ("compute", w.compute, f"{human(w.flops)}FLOP counted, {human(plan.useful_flops)}FLOP useful"),
+        ("memory bandwidth", w.memory, f"{human(w.bytes)}B read and written in all"),
+        ("interconnect", w.exposed, f"waited for; {w.hidden:.3g} s more run beside other work"),
+        ("step", plan.seconds, ""),
+    ):
         table.add_row(limit, f"{seconds:.3g}", f"{100 * seconds / plan.seconds:.0f} %", what)
     return table
 
@@ -106,10 +111,15 @@ def verdict(plan: Forecast) -> str:
     if not plan.compiled.fits:
         fit = f"[red]Out of memory[/]: {m.peak / GIB:.1f} GiB are needed, {hbm / GIB:.1f} GiB are there."
     else:
-        fit = (f"Fits with {100 * plan.spare:.1f} % to spare"
-               + ("" if plan.spare >= MARGIN else f", less than the {100 * MARGIN:.0f} % that a plan should leave") + ".")
-    return (f"{fit} Bound by {plan.bound}: {plan.seconds:.3g} s a step, {human(plan.tokens_per_second_per_chip)} tokens/s per "
-            f"chip, {100 * plan.mfu:.1f} % of the bf16 peak.")
+        fit = (
+            f"Fits with {100 * plan.spare:.1f} % to spare"
+            + ("" if plan.spare >= MARGIN else f", less than the {100 * MARGIN:.0f} % that a plan should leave")
+            + "."
+        )
+    return (
+        f"{fit} Bound by {plan.bound}: {plan.seconds:.3g} s a step, {human(plan.tokens_per_second_per_chip)} tokens/s per "
+        f"chip, {100 * plan.mfu:.1f} % of the bf16 peak."
+    )
 
 
 def candidates(cfg: RunConfig, machine: Topology) -> list[MeshConfig]:
@@ -146,13 +156,17 @@ def sweep(name: str, cfg: RunConfig, machine: str, limit: int, file: Path | None
     found = topology(machine)
     meshes = candidates(cfg, found)
     if not meshes:
-        raise ConfigError(f"no mesh of {found.device_count} devices divides train.batch_size={cfg.train.batch_size} over "
-                          f"train.accumulate={cfg.train.accumulate} microbatches with room for the state; change one of them, "
-                          f"or take more chips")
+        raise ConfigError(
+            f"no mesh of {found.device_count} devices divides train.batch_size={cfg.train.batch_size} over "
+            f"train.accumulate={cfg.train.accumulate} microbatches with room for the state; change one of them, "
+            f"or take more chips"
+        )
     found.devices()  # whether there is a compiler for it
     _require_writable(file)
-    console.print(f"{len(meshes)} meshes of {'/'.join((*ROW_AXES, 'context', 'tensor'))} are possible on {found.name}; "
-                  f"compiling {min(limit, len(meshes))}")
+    console.print(
+        f"{len(meshes)} meshes of {'/'.join((*ROW_AXES, 'context', 'tensor'))} are possible on {found.name}; "
+        f"compiling {min(limit, len(meshes))}"
+    )
     plans, failed = [], []
     with Bar("compiling", min(limit, len(meshes)), "mesh") as bar:
         for mesh in meshes[:limit]:
@@ -167,8 +181,13 @@ def sweep(name: str, cfg: RunConfig, machine: str, limit: int, file: Path | None
         table.add_column(column)
     for p in plans:
         sizes = [str(p.compiled.mesh.shape[a]) for a in ("data", "fsdp", "expert", "context", "tensor")]
-        fits = [f"{100 * p.spare:.0f} %", f"{p.seconds:.3g}", human(p.tokens_per_second_per_chip), f"{100 * p.mfu:.1f} %",
-                p.bound]
+        fits = [
+            f"{100 * p.spare:.0f} %",
+            f"{p.seconds:.3g}",
+            human(p.tokens_per_second_per_chip),
+            f"{100 * p.mfu:.1f} %",
+            p.bound,
+        ]
         table.add_row(*sizes, f"{p.compiled.memory.peak / GIB:.1f}", *(fits if p.compiled.fits else ["no", "", "", "", ""]))
     console.print(table)
     for mesh, reason in failed:

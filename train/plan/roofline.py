@@ -18,8 +18,21 @@ from train.plan.census import Collective, collective, even_share, expected_branc
 from train.plan.hlo import Instruction, Program
 from train.plan.interconnect import Interconnect
 
-_FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "replica-id", "iota",
-         "domain", "opt-barrier", "copy-done", "add-dependency"}
+_FREE = {
+    "parameter",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "constant",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "iota",
+    "domain",
+    "opt-barrier",
+    "copy-done",
+    "add-dependency",
+}
 KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu", "mosaic_gpu_v2", "triton_kernel_call")
 """Targets of Pallas kernels: the compiler cannot count them, they state their own cost: in a name scope, as the kernels of
 kernels/hopper.py do, or by pallas_call's cost_estimate."""
@@ -79,16 +92,39 @@ class Beside:
         ends, inner = self.underway.pop(name)
         waited = max((ends or 0.0) - work.seconds, 0.0)
         wires = inner.exposed / inner.seconds if inner.seconds else 1.0
-        work.add(replace(inner, compute=0.0, memory=(1 - wires) * waited, exposed=wires * waited,
-                         hidden=wires * max(inner.seconds - waited, 0.0)))
+        work.add(
+            replace(
+                inner,
+                compute=0.0,
+                memory=(1 - wires) * waited,
+                exposed=wires * waited,
+                hidden=wires * max(inner.seconds - waited, 0.0),
+            )
+        )
 
 
 def label(op_name: str) -> str:
     """The model's part of an operation's path: without loops, transforms and the compiler's wrapping."""
-    parts = [p for p in re.sub(r"jit\([^)]*\)|jvp|transpose|vmap|[()]", "", op_name).split("/")
-             if p and not STATED.fullmatch(p) and not p.startswith(EVEN_LOAD) and p not in (
-                 "while", "body", "eval_jaxpr", "closed_call", "checkpoint", "rematted_computation", "cond", "shard_map",
-                 "branch_0_fun", "branch_1_fun")]
+    parts = [
+        p
+        for p in re.sub(r"jit\([^)]*\)|jvp|transpose|vmap|[()]", "", op_name).split("/")
+        if p
+        and not STATED.fullmatch(p)
+        and not p.startswith(EVEN_LOAD)
+        and p
+        not in (
+            "while",
+            "body",
+            "eval_jaxpr",
+            "closed_call",
+            "checkpoint",
+            "rematted_computation",
+            "cond",
+            "shard_map",
+            "branch_0_fun",
+            "branch_1_fun",
+        )
+    ]
     return "/".join(parts[-2:]) or "compiler"
 
 
@@ -175,8 +211,11 @@ class Roofline:
     def _moved(self, c: Collective) -> Work:
         """A collective, waited for."""
         seconds = self.wires.seconds(c)
-        return Work(exposed=seconds, collectives=[c], by_operation=defaultdict(float, {
-            f"{c.kind} over {'*'.join(self.wires.axes(c.members)) or 'one device'}": seconds}))
+        return Work(
+            exposed=seconds,
+            collectives=[c],
+            by_operation=defaultdict(float, {f"{c.kind} over {'*'.join(self.wires.axes(c.members)) or 'one device'}": seconds}),
+        )
 
     def _cost(self, work: Work, computation: str, instruction: Instruction) -> tuple[float, float, list[Collective]]:
         """FLOPs, bytes to and from main memory, and collectives fused into it."""

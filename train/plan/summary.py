@@ -54,18 +54,27 @@ def show_plan(name: str, cfg: RunConfig) -> int:
     served = served_bytes(cfg.model, specs, cfg.quant)
     facts = Table(show_header=False)
     for label, value in (
-            ("parameters", f"{counts.total:,}"),
-            ("active per token", f"{counts.active:,} with both embeddings, "
-                                 f"{counts.active_without_embed:,} without the input one"),
-            (f"on the {cfg.quant.grid.upper()} grid", f"{grid:,} ({100 * grid / counts.total:.1f} %)"),
-            ("training state", f"{human(state['masters'])}B masters, {human(state['moments'])}B optimizer moments"),
-            ("exported", "cannot be: no engine reads the INT3 grid" if cfg.quant.grid == "int3" else
-             f"{human(served)}B, {8 * served / counts.total:.2f} bits per parameter"),
-            ("decode cache", f"{human(cache_bytes_per_token(cfg.model, cfg.model.dtype))}B per token"),
-            ("training FLOPs", f"{human(flops)} per token of a {cfg.train.seq_len}-token row, {human(flops * tokens)} per step "
-                               f"of {human(tokens)} tokens"),
-            ("run", f"{cfg.train.steps} steps, {human(cfg.train.steps * tokens)} tokens, "
-                    f"{human(cfg.train.steps * tokens * flops)}FLOP")):
+        ("parameters", f"{counts.total:,}"),
+        ("active per token", f"{counts.active:,} with both embeddings, {counts.active_without_embed:,} without the input one"),
+        (f"on the {cfg.quant.grid.upper()} grid", f"{grid:,} ({100 * grid / counts.total:.1f} %)"),
+        ("training state", f"{human(state['masters'])}B masters, {human(state['moments'])}B optimizer moments"),
+        (
+            "exported",
+            "cannot be: no engine reads the INT3 grid"
+            if cfg.quant.grid == "int3"
+            else f"{human(served)}B, {8 * served / counts.total:.2f} bits per parameter",
+        ),
+        ("decode cache", f"{human(cache_bytes_per_token(cfg.model, cfg.model.dtype))}B per token"),
+        (
+            "training FLOPs",
+            f"{human(flops)} per token of a {cfg.train.seq_len}-token row, {human(flops * tokens)} per step "
+            f"of {human(tokens)} tokens",
+        ),
+        (
+            "run",
+            f"{cfg.train.steps} steps, {human(cfg.train.steps * tokens)} tokens, {human(cfg.train.steps * tokens * flops)}FLOP",
+        ),
+    ):
         facts.add_row(label, value)
     console.print(facts)
     return 0

@@ -102,8 +102,10 @@ class Topology:
             return compat.abstract_devices("cuda", sizes, gpu_target=gpu_target(self.chip))
         except ModuleNotFoundError as error:
             extra = "plan-tpu" if self.chip.platform == "tpu" else "plan-gpu"
-            raise ConfigError(f"planning for {self.name} needs {error.name or error}, which compiles for chips that are not "
-                              f"there; install it with pip install -e '.[{extra}]'") from error
+            raise ConfigError(
+                f"planning for {self.name} needs {error.name or error}, which compiles for chips that are not "
+                f"there; install it with pip install -e '.[{extra}]'"
+            ) from error
         except ValueError as error:
             raise ConfigError(f"the compiler knows no machine {self.name}: {error}") from error
 
@@ -111,8 +113,11 @@ class Topology:
 def torus(chips: int, dimensions: int) -> tuple[int, ...] | None:
     """The most cubic shape of `chips` chips with sides that slices have: powers of two, 3-d ones also 12, 20, 24, 28."""
     sides = [1, 2, 4, 8, 16] + ([12, 20, 24, 28, 32] if dimensions == 3 else [])
-    shapes = [(a, b) for a in sides for b in sides if a <= b] if dimensions == 2 else [
-        (a, b, c) for a in sides for b in sides for c in sides if a <= b <= c]
+    shapes = (
+        [(a, b) for a in sides for b in sides if a <= b]
+        if dimensions == 2
+        else [(a, b, c) for a in sides for b in sides for c in sides if a <= b <= c]
+    )
     fitting = [s for s in shapes if math.prod(s) == chips]
     best = min(fitting, key=sum, default=None)
     return best if best is None or dimensions == 2 or chips > 4 else tuple(sorted(best, reverse=True))
@@ -125,26 +130,35 @@ def topology(name: str) -> Topology:
     chip_name = found.group(2) if found else re.split(r"[:-]", name.lower())[0]
     if not found or chip_name not in CHIPS:
         near = difflib.get_close_matches(chip_name, CHIPS, 1) if chip_name not in CHIPS else ()
-        raise ConfigError(f"there is no topology {name!r}; {f'did you mean {near[0]}? ' if near else ''}write CHIP:SHAPE or "
-                          f"CHIP-COUNT with a chip of {', '.join(CHIPS)}, such as v5p:8x8x8, v6e-16 or h100:64x8")
+        raise ConfigError(
+            f"there is no topology {name!r}; {f'did you mean {near[0]}? ' if near else ''}write CHIP:SHAPE or "
+            f"CHIP-COUNT with a chip of {', '.join(CHIPS)}, such as v5p:8x8x8, v6e-16 or h100:64x8"
+        )
     chip, slices = CHIPS[chip_name], int(found.group(1) or 1)
     sizes = [int(n) for n in found.group(3).split("x")]
     if len(sizes) == 1:
-        require(chip.dimensions > 0 or sizes[0] < NODE or sizes[0] % NODE == 0,
-                f"{sizes[0]} GPUs are no whole nodes of {NODE}; write NODESxGPUS, such as "
-                f"{chip_name}:{-(-sizes[0] // NODE)}x{NODE}")
+        require(
+            chip.dimensions > 0 or sizes[0] < NODE or sizes[0] % NODE == 0,
+            f"{sizes[0]} GPUs are no whole nodes of {NODE}; write NODESxGPUS, such as {chip_name}:{-(-sizes[0] // NODE)}x{NODE}",
+        )
         shape = torus(sizes[0], chip.dimensions) if chip.dimensions else (max(sizes[0] // NODE, 1), min(sizes[0], NODE))
-        require(shape is not None and math.prod(shape) == sizes[0],
-                f"no {chip_name} slice has {sizes[0]} chips; give its shape, such as {chip_name}:"
-                f"{'x'.join('4' * (chip.dimensions or 2))}")
+        require(
+            shape is not None and math.prod(shape) == sizes[0],
+            f"no {chip_name} slice has {sizes[0]} chips; give its shape, such as {chip_name}:"
+            f"{'x'.join('4' * (chip.dimensions or 2))}",
+        )
     else:
         shape = tuple(sizes)
     wanted = chip.dimensions or 2
-    require(len(shape) == wanted,
-            f"a {chip_name} {'slice' if chip.dimensions else 'cluster'} has {wanted} sizes"
-            f"{'' if chip.dimensions else ', nodes x GPUs per node'}, not {'x'.join(map(str, shape))}")
-    require(not chip.dimensions or math.prod(shape) <= POD, f"no {chip_name} slice has {math.prod(shape)} chips, {POD} at most; "
-                                                            f"several slices are written 2x{chip_name}:SHAPE")
+    require(
+        len(shape) == wanted,
+        f"a {chip_name} {'slice' if chip.dimensions else 'cluster'} has {wanted} sizes"
+        f"{'' if chip.dimensions else ', nodes x GPUs per node'}, not {'x'.join(map(str, shape))}",
+    )
+    require(
+        not chip.dimensions or math.prod(shape) <= POD,
+        f"no {chip_name} slice has {math.prod(shape)} chips, {POD} at most; several slices are written 2x{chip_name}:SHAPE",
+    )
     require(slices == 1 or chip.dimensions > 0, f"{name} has several slices of GPUs; give all nodes in one shape")
     return Topology(f"{chip_name}:{'x'.join(map(str, shape))}", chip, shape, slices)
 
@@ -155,17 +169,35 @@ _GPU_CORES = {"H100": (9, 132), "H200": (9, 132), "B200": (10, 148)}
 def gpu_target(chip: Chip) -> str:
     """The GPU as XLA's compiler wants it described (its GpuTargetConfigProto), without one being there."""
     major, cores = _GPU_CORES[chip.kind]
-    limits = {"threads_per_block_limit": 1024, "threads_per_warp": 32, "shared_memory_per_block": 49152,
-              "shared_memory_per_core": 233472, "shared_memory_per_block_optin": 232448, "threads_per_core_limit": 2048,
-              "core_count": cores, "fpus_per_core": 128, "block_dim_limit_x": 2**31 - 1, "block_dim_limit_y": 65535,
-              "block_dim_limit_z": 65535, "thread_dim_limit_x": 1024, "thread_dim_limit_y": 1024, "thread_dim_limit_z": 64,
-              "registers_per_core_limit": 65536, "registers_per_block_limit": 65536, "clock_rate_ghz": 1.9,
-              "l2_cache_size": 50 * 2**20, "memory_bandwidth": int(chip.bandwidth),
-              "device_memory_size": round(chip.hbm / GPU_MEMORY),
-              "device_address_bits": 64, "pcie_bandwidth": 32 * GIB}
+    limits = {
+        "threads_per_block_limit": 1024,
+        "threads_per_warp": 32,
+        "shared_memory_per_block": 49152,
+        "shared_memory_per_core": 233472,
+        "shared_memory_per_block_optin": 232448,
+        "threads_per_core_limit": 2048,
+        "core_count": cores,
+        "fpus_per_core": 128,
+        "block_dim_limit_x": 2**31 - 1,
+        "block_dim_limit_y": 65535,
+        "block_dim_limit_z": 65535,
+        "thread_dim_limit_x": 1024,
+        "thread_dim_limit_y": 1024,
+        "thread_dim_limit_z": 64,
+        "registers_per_core_limit": 65536,
+        "registers_per_block_limit": 65536,
+        "clock_rate_ghz": 1.9,
+        "l2_cache_size": 50 * 2**20,
+        "memory_bandwidth": int(chip.bandwidth),
+        "device_memory_size": round(chip.hbm / GPU_MEMORY),
+        "device_address_bits": 64,
+        "pcie_bandwidth": 32 * GIB,
+    }
     fields = " ".join(f"{key}: {value}" for key, value in limits.items())
-    return (f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {major} feature_extension: ACCELERATED_FEATURES }} "
-            f'device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability {major}.0a" name: "NVIDIA {chip.kind}" '
-            f'driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" '
-            f'dnn_version: "9.10.0" device_interconnect_info {{ active_links: 18 }} }} platform_name: "CUDA" '
-            f'dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "NVIDIA {chip.kind}"')
+    return (
+        f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {major} feature_extension: ACCELERATED_FEATURES }} "
+        f'device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability {major}.0a" name: "NVIDIA {chip.kind}" '
+        f'driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" '
+        f'dnn_version: "9.10.0" device_interconnect_info {{ active_links: 18 }} }} platform_name: "CUDA" '
+        f'dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "NVIDIA {chip.kind}"'
+    )

@@ -38,6 +38,7 @@ __all__ = ["Hazard", "Kernel", "record", "run"]
 class Kernel:
     """instructions  (operation, function of a warp), where branches' functions return the next instruction's number
     descriptors   in the order in which the kernel has them"""
+
     instructions: list[tuple[str, Callable]]
     descriptors: list[Descriptor]
 
@@ -73,13 +74,14 @@ def record(monkeypatch, compiles: Callable[[], object], folder: Path, arguments:
         patch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
         patch.setenv("MOSAIC_GPU_DUMP_TO", str(folder))
         compiles()
-    path, = folder.glob("*.ptx")
+    (path,) = folder.glob("*.ptx")
     plain = [n for n in range(arguments) if n not in {d.argument for d in descriptors}]
     return Kernel(parse(path.read_text(), plain), descriptors)
 
 
-def run(kernel: Kernel, arrays: list[np.ndarray], blocks: Iterable[tuple[int, int, int]], seed: int, late: bool
-        ) -> list[np.ndarray]:
+def run(
+    kernel: Kernel, arrays: list[np.ndarray], blocks: Iterable[tuple[int, int, int]], seed: int, late: bool
+) -> list[np.ndarray]:
     """Carries out the kernel on its arguments, results among them, in place. How often each element was written. blocks: x, y,
     z of each; late: whether products are done where they are waited for."""
     chance, times = random.Random(seed), [np.zeros(array.shape, int) for array in arrays]

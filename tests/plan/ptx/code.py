@@ -12,8 +12,13 @@ import numpy as np
 from tests.plan.ptx.machine import ARRAYS, DESCRIPTORS, SHARED_AT, WARPS, Barrier, check, known, swizzled
 
 LANES = np.arange(32, dtype=np.uint32)
-TYPES = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16, "pred": np.bool_,
-         **{f"{sign}{8 * size}": np.dtype(f"{kind}{size}").type for sign, kind in ("bu", "uu", "si") for size in (2, 4, 8)}}
+TYPES = {
+    "f32": np.float32,
+    "bf16": ml_dtypes.bfloat16,
+    "f16": np.float16,
+    "pred": np.bool_,
+    **{f"{sign}{8 * size}": np.dtype(f"{kind}{size}").type for sign, kind in ("bu", "uu", "si") for size in (2, 4, 8)},
+}
 
 
 def parse(text: str, plain: list[int]) -> list[tuple[str, Callable]]:
@@ -41,10 +46,12 @@ def decode(statement: str, after: int, labels: dict[str, int], symbols: dict[str
     guard, operation, rest = re.fullmatch(r"(?:@(!?%p\d+) )?([\w.:]+) ?(.*)", statement).groups()
     holds = guard and (lambda warp: ~warp.registers[guard[1:]] if guard[0] == "!" else warp.registers[guard])
     if operation in ("bra", "bra.uni"):
+
         def jump(warp):
             taken = holds(warp) if guard else np.ones(32, bool)
             known(taken.all() or not taken.any(), f"lanes disagree at {statement}")
             return labels[rest] if taken.all() else after
+
         return "bra", jump
     operands = re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,{\[\s]+", rest)
     if operation == "ret" or operation.startswith(("prefetch", "setmaxnreg", "fence.mbarrier_init")):
@@ -89,6 +96,7 @@ def address(operand: str, symbols: dict[str, int]) -> Callable:
 
 # Instructions on registers
 
+
 def wide_product(x, y, shift: int, kind):
     return np.array([int(a) * int(b) >> shift for a, b in zip(x, y)], kind)
 
@@ -127,11 +135,29 @@ def exchanged(x, which, *_, butterfly: bool):
     return x[(LANES ^ which if butterfly else which).astype(int) & 31]
 
 
-PLAIN = {"add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
-         "neg": np.negative, "min": np.minimum, "max": np.maximum, "ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal,
-         "div": np.divide, "fma": fused, "mul": np.multiply, "mad": lambda x, y, z: x * y + z, "mov": lambda x: x,
-         "cvta": lambda x: x, "prmt": permuted_bytes, "selp": lambda x, y, which: np.where(which, x, y),
-         "elect": lambda *_: LANES == 0}
+PLAIN = {
+    "add": np.add,
+    "sub": np.subtract,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "not": np.invert,
+    "neg": np.negative,
+    "min": np.minimum,
+    "max": np.maximum,
+    "ex2": np.exp2,
+    "lg2": np.log2,
+    "rcp": np.reciprocal,
+    "div": np.divide,
+    "fma": fused,
+    "mul": np.multiply,
+    "mad": lambda x, y, z: x * y + z,
+    "mov": lambda x: x,
+    "cvta": lambda x: x,
+    "prmt": permuted_bytes,
+    "selp": lambda x, y, which: np.where(which, x, y),
+    "elect": lambda *_: LANES == 0,
+}
 COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
 COMBINE = {"and": np.logical_and, "or": np.logical_or}
 
@@ -169,7 +195,7 @@ def arithmetic(operation: str, operands: list[str], symbols) -> Callable:
         function = lambda *parts: np.stack(parts, 1).reshape(-1).view(kind)  # noqa: E731
     else:
         function, other = function_of(name, modifiers, kind)
-        kinds = [kind, other, np.bool_ if name in ("setp", "selp") else other, other][:len(given)]
+        kinds = [kind, other, np.bool_ if name in ("setp", "selp") else other, other][: len(given)]
     known("|" not in target or name == "elect", f"two results of {operation}")
     target = target.split("|")[-1]  # of elect only the predicate is used
     sources = [source(operand, kind, symbols) for operand, kind in zip(given, kinds, strict=True)]
@@ -177,6 +203,7 @@ def arithmetic(operation: str, operands: list[str], symbols) -> Callable:
 
 
 # Memory, barriers and the engines: each builder gives the function of a warp
+
 
 def load(operation, operands, holds, symbols):
     targets, at, kind = names(operands[0]), address(operands[1], symbols), TYPES[operation.split(".")[-1]]
@@ -187,6 +214,7 @@ def load(operation, operands, holds, symbols):
         memory = warp.block.seen if "shared" in operation else warp.block.array(int(where[0]))
         for i, target in enumerate(targets):
             warp.set(target, memory.view(kind)[where % ARRAYS // size + i])
+
     return step
 
 
@@ -197,6 +225,7 @@ def store(operation, operands, holds, symbols):
     def step(warp):
         for i, value in enumerate(values):
             warp.write(at(warp) + 4 * i, warp.registers[value])
+
     return step
 
 
@@ -207,9 +236,10 @@ def store_matrices(operation, operands, holds, symbols):
 
     def step(warp):
         for i, value in enumerate(values):
-            rows = at(warp)[8 * i:8 * i + 8]
+            rows = at(warp)[8 * i : 8 * i + 8]
             check(not (rows % 16).any(), "stmatrix to a misaligned row")
             warp.write((rows[:, None] + 4 * np.arange(4)).reshape(-1), warp.registers[value])
+
     return step
 
 
@@ -218,6 +248,7 @@ def fence(operation, operands, holds, symbols):
         for where in warp.unfenced:
             warp.block.engines.view(np.uint32)[where] = warp.block.seen.view(np.uint32)[where]
         warp.unfenced.clear()
+
     return step
 
 
@@ -235,6 +266,7 @@ def barrier(operation, operands, holds, symbols):
         elif "try_wait" in operation:
             mine = warp.block.barriers[where]
             return lambda: mine.phase % 2 != value[0]
+
     return step
 
 
@@ -247,6 +279,7 @@ def meet(operation, operands, holds, symbols):
         mine = meeting.phase
         meeting.arrive(1)
         return lambda: meeting.phase > mine
+
     return step
 
 
@@ -256,9 +289,11 @@ def copy_groups(operation, operands, holds, symbols):
 
 def one_lane(holds: Callable) -> Callable:
     """(warp) -> the lane that issues a copy, or None."""
+
     def lane(warp):
         check(holds(warp).sum() <= 1, "several lanes issue a copy")
         return int(np.argmax(holds(warp))) if holds(warp).any() else None
+
     return lane
 
 
@@ -274,12 +309,16 @@ def copy_box(operation, operands, holds, symbols):
         mine = lane(warp)
         if mine is None:
             return
-        what = (warp.block.descriptors[(int(which(warp)[mine]) - DESCRIPTORS) // 128],
-                [int(c(warp)[mine]) for c in reversed(coordinates)], int(shared(warp)[mine]))
+        what = (
+            warp.block.descriptors[(int(which(warp)[mine]) - DESCRIPTORS) // 128],
+            [int(c(warp)[mine]) for c in reversed(coordinates)],
+            int(shared(warp)[mine]),
+        )
         if loads:
             warp.block.load_box(*what, int(full(warp)[mine]))
         else:
             warp.copies.open.append(partial(warp.block.store_box, *what))
+
     return step
 
 
@@ -292,6 +331,7 @@ def copy_bytes(operation, operands, holds, symbols):
         mine = lane(warp)
         if mine is not None:
             warp.copies.open.append(partial(warp.block.store_bytes, *(int(x(warp)[mine]) for x in (*ends, size))))
+
     return step
 
 
@@ -332,6 +372,7 @@ def product(operation, operands, holds, symbols):
                 warp.registers[name] = (warp.registers[name].view(np.float32) + added).view(np.uint32)
 
         warp.products.open.append(add) if warp.block.late else add()
+
     return step
 
 
@@ -348,6 +389,16 @@ def matrix(descriptor: int, lines: np.ndarray, transposed: bool) -> np.ndarray:
     return swizzled(places + start) // 2
 
 
-ENGINES = {"ld.": load, "st.shared": store, "stmatrix": store_matrices, "fence.proxy.async": fence, "mbarrier": barrier,
-           "bar.sync": meet, "cp.async.bulk.tensor": copy_box,
-           "cp.async.bulk.global": copy_bytes, "cp.async.bulk": copy_groups, "wgmma.mma_async": product, "wgmma": product_groups}
+ENGINES = {
+    "ld.": load,
+    "st.shared": store,
+    "stmatrix": store_matrices,
+    "fence.proxy.async": fence,
+    "mbarrier": barrier,
+    "bar.sync": meet,
+    "cp.async.bulk.tensor": copy_box,
+    "cp.async.bulk.global": copy_bytes,
+    "cp.async.bulk": copy_groups,
+    "wgmma.mma_async": product,
+    "wgmma": product_groups,
+}

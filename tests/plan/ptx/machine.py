@@ -33,6 +33,7 @@ known = partial(check, error=NotImplementedError)
 @dataclass(frozen=True)
 class Descriptor:
     """A TMA descriptor: part of which argument of the kernel, [sizes] with strides in elements, by boxes."""
+
     argument: int
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
@@ -175,6 +176,6 @@ class Block:
     def store_bytes(self, where: int, shared: int, count: int) -> None:
         check(where % 16 == shared % 16 == count % 16 == 0, "misaligned bytes")
         number, first = where // ARRAYS - 1, where % ARRAYS
-        self.array(where)[first:first + count] = self.engines[shared:shared + count]
+        self.array(where)[first : first + count] = self.engines[shared : shared + count]
         size = self.arrays[number].itemsize
-        self.times[number].reshape(-1)[first // size:(first + count) // size] += 1
+        self.times[number].reshape(-1)[first // size : (first + count) // size] += 1
