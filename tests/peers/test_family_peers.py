@@ -192,7 +192,7 @@ def there_and_back(cfg: ModelConfig, quant: QuantConfig, arrays: dict[str, np.nd
     export_model(InMemory(arrays), specs, cfg, quant, folder / "first", shard_bytes=20_000)
     read = read_config(folder / "first")
     assert (read.model, read.quant) == (cfg, quant)
-    source = Imported(folder / "first", specs, trained_groups=32)
+    source = Imported(folder / "first", specs, trained_groups=quant.group_size if quant.grid != "none" else None)
     export_model(source, specs, cfg, quant, folder / "second", shard_bytes=20_000)
     for file in (folder / "first").iterdir():
         assert file.read_bytes() == (folder / "second" / file.name).read_bytes(), file.name
