@@ -39,7 +39,10 @@ class Train:
         from train.loop import train
         from train.run_dir import RunDir
 
-        return train(cfg, RunDir(self.run or f"runs/{self.preset}"), self.remix)
+        return train(cfg, RunDir(self.directory()), self.remix)
+
+    def directory(self) -> str:
+        return self.run or f"runs/{self.preset}"
 
 
 @dataclass(frozen=True)
@@ -326,7 +329,7 @@ def _with_config(verb: str, arguments: list[str]) -> Callable[[], int]:
     for source in filter(None, (found.cfg.train.init_from, found.cfg.train.fork_from)):
         from train.run_dir import with_network_of
 
-        base = with_network_of(base, known.run if verb == "train" else None, source)
+        base = with_network_of(base, known.directory() if verb == "train" else None, source)
         found = parse(base)
     return partial(found.own, found.cfg, arguments)
 
