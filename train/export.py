@@ -70,7 +70,8 @@ def export_run(source: str, out: Path | None, form: str) -> int:
         f"wrote {out}: {human(summary.weights)} weights of step {step} in {summary.bytes / 1e6:.2f} MB "
         f"({summary.bits_per_weight:.2f} bits per weight), {summary.files} file(s), {summary.tensors} tensors"
     )
-    console.print(f"check it with: python launch.py verify {out} --run {run.path}@{step}")
+    against = "" if rounded or quant.grid != cfg.quant.grid else f" --run {run.path}@{step}"  # it used other weights then
+    console.print(f"check it with: python launch.py verify {out}{against}")
     return 0
 
 
@@ -147,7 +148,8 @@ def verify_directory(directory: Path, source: str | None) -> int:
         training = Training(stored.state, session.specs, Serving.of(cfg.model, cfg.quant), grid_share(cfg.quant, stored.step))
     report = _verified(directory, training, _logits_of(directory))
     console.print(str(report), markup=False)
-    console.print(f"{directory}: {'sound' if report.ok else 'DAMAGED'}")
+    whole = all(finding.check == "reference" for finding in report.of("error"))
+    console.print(f"{directory}: {'sound' if report.ok else 'NOT the weights that training used' if whole else 'DAMAGED'}")
     return 0 if report.ok else 1
 
 

@@ -229,7 +229,7 @@ def test_damage_to_an_export_is_found(trained, tmp_path, capsys):
     assert "DAMAGED" in capsys.readouterr().out
 
 
-def test_a_fork_shares_its_first_steps(trained, tmp_path):
+def test_a_fork_shares_its_first_steps(trained, tmp_path, capsys):
     """The bf16 control of the demo: same state at the fork, other weights after it."""
     fork = str(tmp_path / "fork")
     fields = [f"{k}={v}" for k, v in FORK.items()]
@@ -253,6 +253,13 @@ def test_a_fork_shares_its_first_steps(trained, tmp_path):
     )
     steps = [r["step"] for r in RunDir(fork).read_metrics() if r["kind"] == "step"]
     assert steps == list(range(5, 21))
+
+    out = str(tmp_path / "rounded")
+    assert launch.main(["export", fork, "--out", out]) == EXIT_DONE
+    assert "were not on the INT4 grid" in capsys.readouterr().out.replace("\n", " ")
+    assert launch.main(["verify", out]) == EXIT_DONE
+    assert launch.main(["verify", out, "--run", fork]) == 1
+    assert "NOT the weights that training used" in capsys.readouterr().out.replace("\n", " ")
 
 
 FORK = {
