@@ -91,7 +91,9 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Compiled:
             "optimizer": local_bytes((state.optimizer, state.step)),
             "batch": local_bytes(batch),
         }
-        memory = _memory(program, Path(folder), given, outcome, specs, param_shardings(specs, mesh), cfg.model.num_moe_layers)
+        counts_given = topology.chip.platform == "cuda"
+        layers = cfg.model.num_moe_layers
+        memory = _memory(program, Path(folder), given, outcome, specs, param_shardings(specs, mesh), layers, counts_given)
     return Compiled(
         cfg,
         topology,
@@ -112,10 +114,18 @@ def _newest(folder: Path, ending: str) -> Path | None:
 
 
 def _memory(
-    program: Program, folder: Path, given: dict[str, int], outcome: Outcome, specs: Specs, shardings: dict, layers: int
+    program: Program,
+    folder: Path,
+    given: dict[str, int],
+    outcome: Outcome,
+    specs: Specs,
+    shardings: dict,
+    layers: int,
+    counts_given: bool,
 ) -> Memory:
-    """The state's bytes by its shardings; the program's own at its peak, told apart by shape."""
-    temp = outcome.temp if outcome.has_code else _total(folder)
+    """The state's bytes by its shardings; the program's own at its peak, told apart by shape. counts_given: the compiler's
+    report has what the step is given in its total, as XLA's for GPUs does and libtpu's does not."""
+    temp = outcome.temp if outcome.has_code else _total(folder) - (sum(given.values()) if counts_given else 0)
     held = _at_peak(program, folder)
     shards = {tuple(shardings[path].shard_shape(spec.shape)) for path, spec in specs.items()}
     stacked = {shape[1:] for shape in shards if len(shape) > 2}
