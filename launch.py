@@ -137,6 +137,7 @@ class Export:
     def __call__(self) -> int:
         from train.export import export_gguf, export_run
 
+        require(self.pre_tokenizer is None or self.format == "gguf", "--pre-tokenizer is a word of --format gguf; leave it out")
         if self.format == "gguf":
             return export_gguf(self.run, self.out, self.pre_tokenizer)
         return export_run(self.run, self.out, self.format)

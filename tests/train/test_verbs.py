@@ -19,6 +19,7 @@ WRONG = {
     "unknown verb": (["trian"], "did you mean train?"),
     "unknown preset": (["train", "--preset", "tiney"], "did you mean tiny?"),
     "missing data": (["train", "--data.paths", "no/such/file"], "no file or folder no/such/file"),
+    "splitter of another format": (["export", "--pre-tokenizer", "kimi-k2"], "--pre-tokenizer is a word of --format gguf"),
     "no run": (["eval", "--run", "no/such/run"], "no/such/run is not a run directory"),
     "not weights": (["generate", "1a+1=", "--weights", "docs"], "neither a run directory"),
     "mesh": (["train", "--mesh.fsdp", "3"], "choose axes whose product is 8"),
