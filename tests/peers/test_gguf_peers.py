@@ -191,19 +191,39 @@ def test_llama_cpp_renders_the_prompts_of_training(tmp_path):
             assert asked["prompt"] == tokenizer.decode(KimiRenderer(tokenizer).prompt(messages, tools))
 
 
+def choice_margins(gate, router_logits) -> torch.Tensor:
+    """[N]: by how much the chosen groups, and in them the chosen experts, beat the next ones."""
+
+    def lead(scores, chosen):
+        best = scores.sort(-1, descending=True).values
+        return best[:, chosen - 1] - best[:, chosen] if chosen < scores.shape[-1] else torch.full(best.shape[:1], torch.inf)
+
+    scores = (router_logits.sigmoid() + gate.e_score_correction_bias).unflatten(-1, (gate.num_group, -1))
+    groups = scores.topk(2, -1).values.sum(-1)
+    kept = groups.topk(gate.topk_group, -1).indices
+    within = scores.take_along_dim(kept[..., None], 1).flatten(1)
+    return torch.minimum(lead(groups, gate.topk_group), lead(within, gate.top_k))
+
+
 @pytest.mark.parametrize("model", [SMALL, YARN, GROUPED], ids=["plain", "yarn", "groups"])
 def test_llama_cpp_computes_the_same_function(tmp_path, model):
     """Against transformers in float32 on the dequantised weights. llama.cpp rounds activations to 8 bits before a Q4_0
-    product: a KL of some 1e-4, where a wrong router or rope gives more than 0.1."""
+    product: a KL of some 1e-4, where a wrong router or rope gives more than 0.1. That rounding also decides near ties of the
+    router (flips were seen at leads of 1e-4 to 4e-4), so tokens whose choice hangs on less than 2e-3 are not judged."""
     pytest.importorskip("xllamacpp")
     directory = hf_directory(tmp_path / "hf", model)
     write_gguf(directory, tmp_path / "model.gguf")
     tokens = [int(t) for t in np.random.default_rng(0).integers(0, 256, 48)]
     twin = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, attn_implementation="eager")
     torch.nn.Module.to(twin, torch.float32)
+    margins = []
+    for layer in twin.model.layers[model.first_k_dense_replace :]:
+        layer.mlp.gate.register_forward_hook(lambda gate, _, out: margins.append(choice_margins(gate, out[0])))
     with torch.no_grad():
         want = torch.log_softmax(twin(torch.tensor([tokens])).logits[0], -1)
+    clear = torch.stack(margins).amin(0) > 2e-3
+    assert len(margins) == model.num_hidden_layers - model.first_k_dense_replace and clear.sum() >= 40
     got = torch.tensor(LlamaCpp(tmp_path / "model.gguf").log_probabilities(tokens, model.vocab_size))
-    kl = (want.exp() * (want - got)).sum(-1)
+    kl = (want.exp() * (want - got)).sum(-1)[clear]
     assert want.exp().max(-1).values.mean() > 2 / model.vocab_size  # not a uniform model
-    assert kl.mean() < 2e-3, (kl.mean(), kl.max())
+    assert kl.mean() < 2e-3 and kl.max() < 2e-2, (kl.mean(), kl.max())
