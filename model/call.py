@@ -48,17 +48,25 @@ class Call:
     transport: str = field(default="auto", metadata={"static": True})
     settled: bool = field(default=False, metadata={"static": True})
 
-    def weight(self, param: nnx.Param) -> Array | Int4Weight:
+    def weight(self, param: nnx.Param, joined: bool = False) -> Array | Int4Weight:
         """A parameter as the forward pass sees it: on its served grid, in the compute dtype, gathered in that dtype, or
         packed, from the devices that store its parts. Heads, hidden widths and experts that this device works on stay
-        parts. Weights that are held at four bits stay so: the product unpacks what it uses."""
-        if isinstance(param[...], Int4Weight):
-            return param[...]
-        gather = partial(self.shards.gather, spec=param.spec)
-        if self.settled and param.spec.on_grid and self.shards.gathers(param.spec):
-            axis, serving = group_axis(param.spec), self.serving
-            return gather_on_grid(param[...], axis, serving.group_size, self.dtype, gather, serving.levels)
-        return gather(self.part(param).astype(self.dtype))
+        parts. Weights that are held at four bits stay so: the product unpacks what it uses.
+
+        `joined`: the last two axes as one, as products take gate and up. A TPU copies what it joins, so that is done before
+        parts are gathered wherever these axes are not what is gathered."""
+        stored, spec = param[...], param.spec
+        if isinstance(stored, Int4Weight):
+            return _joined(stored) if joined else stored
+        early = joined and not self.shards.gathers(spec, last=2)
+        gather = partial(self.shards.gather, spec=spec, joined=early)
+        if self.settled and spec.on_grid and self.shards.gathers(spec):
+            part, axis = (_joined(stored), group_axis(spec) + 1) if early else (stored, group_axis(spec))
+            whole = gather_on_grid(part, axis, self.serving.group_size, self.dtype, gather, self.serving.levels)
+        else:
+            part = self.part(param).astype(self.dtype)
+            whole = gather(_joined(part) if early else part)
+        return _joined(whole) if joined and not early else whole
 
     def exact_weight(self, param: nnx.Param) -> Array:
         """The same in float32, for norms and the router."""
@@ -67,6 +75,10 @@ class Call:
     def part(self, param: nnx.Param) -> Array:
         """The same in float32, of the part that this device stores. Groups of the grid never cross parts."""
         return as_served(param[...], param.spec, self.serving, self.amount)
+
+
+def _joined(w: Array | Int4Weight) -> Array | Int4Weight:
+    return w.reshape(*w.shape[:-2], w.shape[-2] * w.shape[-1])
 
 
 def reduced_by(reduce: Callable, neutral: float) -> Any:

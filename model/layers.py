@@ -34,8 +34,8 @@ def gate_up_names(prefix: str) -> tuple[HFTensor, ...]:
 
 def swiglu(gate_up: Float[Array, "... 2*F"]) -> Float[Array, "... F"]:
     """silu(gate) * up (arXiv 2002.05202); the last axis holds gate, then up. Computed in float32."""
-    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-    return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
+    gate, up = jnp.split(gate_up, 2, axis=-1)  # before the cast: XLA for TPUs keeps an array that is cast and then cut
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate_up.dtype)
 
 
 class FeedForward(nnx.Module):
@@ -67,6 +67,5 @@ class FeedForward(nnx.Module):
 
     def part(self, x: Float[Array, "B S D"], call: Call) -> Float[Array, "B S D"]:
         """What the hidden units of this device add."""
-        gate_up = call.weight(self.gate_up)
-        hidden = swiglu(project("BSD,DF->BSF", x, gate_up.reshape(gate_up.shape[0], -1)))
+        hidden = swiglu(project("BSD,DF->BSF", x, call.weight(self.gate_up, joined=True)))
         return project("BSF,FD->BSD", hidden, call.weight(self.down))

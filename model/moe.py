@@ -46,8 +46,7 @@ class MoE(nnx.Module):
         B, S, D = x_BSD.shape
         x_ND, valid_N = x_BSD.reshape(-1, D), (call.segments > 0).reshape(-1)
         experts_NK, gates_NK, scores_NE = self.router(x_ND, call)
-        gate_up, down = call.weight(self.gate_up), call.weight(self.down)
-        weights = gate_up.reshape(*gate_up.shape[:2], -1), down
+        weights = call.weight(self.gate_up, joined=True), call.weight(self.down)
         routed = transport.routed(x_ND, experts_NK, gates_NK, weights, call.shards, call.platform, call.transport)
         out = call.shards.total_over_tensor(routed.reshape(B, S, D) + self.shared.part(x_BSD, call), self.down.spec)
         aux = MoEAux(

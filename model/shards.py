@@ -51,16 +51,17 @@ class Shards:
         keeps = {axis: {"tensor"} for axis in spec.axes} | ({"experts": {"expert"}} if spec.on_grid else {})
         return tuple(tuple(a for a in axes if a in keeps[axis]) for axis, axes in zip(spec.axes, self.stored(spec)))
 
-    def gather(self, w: Array, spec: ParamSpec) -> Array:
-        """A parameter's part as the forward pass needs it; leading stacked axes of the spec may be sliced away."""
-        for dim, (stored, kept) in enumerate(zip(self.stored(spec), self.kept(spec)), start=-len(spec.axes)):
+    def gather(self, w: Array, spec: ParamSpec, joined: bool = False) -> Array:
+        """A parameter's part as the forward pass needs it; leading stacked axes of the spec may be sliced away. `joined`: its
+        last two axes are one, and stay as they are."""
+        for dim, (stored, kept) in enumerate(zip(self.stored(spec), self.kept(spec)), start=joined - len(spec.axes)):
             if over := tuple(a for a in stored if a not in kept):
                 w = self.gather_axis(w, over, w.ndim + dim)
         return w
 
-    def gathers(self, spec: ParamSpec) -> bool:
-        """Whether `gather` moves anything."""
-        return self.stored(spec) != self.kept(spec)
+    def gathers(self, spec: ParamSpec, last: int = 0) -> bool:
+        """Whether `gather` moves anything, or anything along the last axes."""
+        return self.stored(spec)[-last:] != self.kept(spec)[-last:]
 
     def gather_axis(self, x: Array, axes: tuple[str, ...], dim: int) -> Array:
         """The parts of all devices along these mesh axes, one behind the other on one dimension."""

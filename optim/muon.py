@@ -66,7 +66,11 @@ def orthogonalize(
 
     def update(updates, state, params=None):
         cast = {path: u.astype(dtype) for path, u in updates.items()}
-        return orthogonalize_tree(cast, plan, mesh=mesh, shardings=shardings), state
+        done = orthogonalize_tree(cast, plan, mesh=mesh, shardings=shardings)
+        if jnp.dtype(dtype).itemsize < 4:
+            # Without the barrier XLA for GPUs turns the factors to the layout of the weights in float32, and keeps them so.
+            done = {path: lax.optimization_barrier(factor) for path, factor in done.items()}
+        return done, state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

@@ -74,8 +74,7 @@ def weights(
     """GroupedMatmul.weights. The result is written over zeros: nobody writes the tiles of experts without rows."""
     (M, D), F = x.shape, y.shape[1]
     block = M // len(block_expert)
-    height = _largest_tile(D, lambda d: block * d * x.dtype.itemsize + d * min(F, 1024) * 4)
-    width = _largest_tile(F, lambda f: block * (height + f) * x.dtype.itemsize + height * f * 4)
+    height, width = _least_traffic(D, F, lambda d, f: block * (d + f) * x.dtype.itemsize + d * f * 4)
     out = jax.ShapeDtypeStruct((num_experts, D, F), dtype)
     return _call(
         partial(_weights_kernel, num_experts=num_experts),
@@ -156,6 +155,16 @@ def _call(
 
 
 def _largest_tile(width: int, bytes_of) -> int:
-    """The largest divisor of `width` whose tiles fit: whole lanes, or all of it where lanes do not divide it."""
-    fits = [t for t in range(LANES, width + 1, LANES) if width % t == 0 and bytes_of(t) <= TILE_BYTES]
-    return max(fits, default=width if width % LANES else LANES)
+    """The largest divisor of `width` whose tiles fit."""
+    return max((t for t in _tiles(width) if bytes_of(t) <= TILE_BYTES), default=min(_tiles(width)))
+
+
+def _least_traffic(D: int, F: int, bytes_of) -> tuple[int, int]:
+    """Of the tiles of x and y that fit those that are read least: x once for every tile of y, and y for every one of x."""
+    fits = [(d, f) for d in _tiles(D) for f in _tiles(F) if bytes_of(d, f) <= TILE_BYTES]
+    return min(fits, key=lambda t: (D * (F // t[1]) + F * (D // t[0]), t), default=(min(_tiles(D)), min(_tiles(F))))
+
+
+def _tiles(width: int) -> list[int]:
+    """Divisors in whole lanes, or all of it where lanes do not divide it."""
+    return [t for t in range(LANES, width + 1, LANES) if width % t == 0] or [width]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,9 @@ from configs.schema import MeshConfig
 from model.decode import generate
 from model.decode.sampling import Budget, Sampling
 from model.transformer import param_specs
+from optim.apply import apply_updates
+from optim.build import build_optimizer
+from optim.metrics import update_metrics
 from quant.coverage import group_axis
 from quant.resident import Int4Weight
 from quant.served import Serving
@@ -112,3 +116,25 @@ def test_the_held_out_loss_of_several_devices():
     program = held_out.sums.lower(params, rows, array((), jnp.float32), setting).compile()
     memory = program.memory_analysis()  # the compiler copies the experts into another layout; a layer of them is gathered
     assert memory.temp_size_in_bytes < 1.5 * memory.argument_size_in_bytes
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("jax_plugins"), reason="needs plan-gpu")
+def test_updates_are_not_kept_in_float32():
+    """With bfloat16 weights the largest array is there twice more at most, in bfloat16: what Newton-Schulz makes of the
+    momentum, and that in the layout of the weights. In float32 it would be the peak of all of Moonlight on one H200."""
+    cfg = preset("moonlight_16b_h200_1")
+    mesh = make_mesh(MeshConfig(data=1), topology("h200-1").devices()[:1])
+    optimizer = build_optimizer(SPECS, cfg.optim, cfg.train.steps, mesh=mesh, shardings=param_shardings(SPECS, mesh))
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def update(params, state, grads, max_logits, counts, key):
+        updates, state = optimizer.update(grads, state, params, max_logits=max_logits, expert_counts=counts)
+        metrics = update_metrics(SPECS, cfg.optim, updates, state)
+        return apply_updates(params, updates, jax.random.wrap_key_data(key)), state, metrics
+
+    params = weights(jnp.bfloat16, False)
+    measured = array((3, MODEL.num_attention_heads), jnp.float32), array((2, MODEL.n_routed_experts), jnp.float32)
+    state = jax.eval_shape(optimizer.init, params)
+    program = compiled("h200-1", update, params, state, params, *measured, array((2,), jnp.uint32))
+    largest = max(spec.size for spec in SPECS.values() if spec.on_grid)
+    assert 2 * largest < program.memory_analysis().temp_size_in_bytes < 5 * largest

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from tests.train.conftest import small
+from train.checkpoint import Checkpoints
+from train.loop import train
 from train.recorder import Recorder
 from train.run_dir import RunDir
 from train.session import open_session
@@ -25,3 +27,17 @@ def test_what_is_done_between_steps_is_the_time_of_neither(tmp_path, monkeypatch
     recorder.close()
     seconds = [row["seconds"] for row in run.read_metrics()]
     assert len(seconds) == 4 and all(0.08 < s < 0.25 for s in seconds), seconds
+
+
+def test_what_a_checkpoint_holds_is_on_record_before_it_is_saved(tmp_path, monkeypatch, capsys):
+    """Whatever happens in the save. The run ends before its grid begins, and says so."""
+    run, save, on_record = RunDir(tmp_path / "run"), Checkpoints.save, []
+
+    def recorded_save(self, step, state):
+        on_record.append((step, [row["step"] for row in run.read_metrics() if row["kind"] == "step"]))
+        save(self, step, state)
+
+    monkeypatch.setattr(Checkpoints, "save", recorded_save)
+    assert train(small(steps=3, checkpoint_every=2), run) == 0
+    assert on_record == [(2, [1, 2]), (3, [1, 2, 3])]
+    assert "begins at step 4 and the run ends at 3; set --quant.start-step" in " ".join(capsys.readouterr().out.split())

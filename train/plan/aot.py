@@ -165,28 +165,40 @@ def _total(folder: Path) -> int:
 
 
 def _at_peak(program: Program, folder: Path) -> list[Array]:
-    """Arrays alive at the compiler's peak, parameters of the step and the fast memory of a core left out."""
+    """Arrays alive at the compiler's peak, parameters of the step and the fast memory of a core left out. One that has
+    several names in a row, as the sum of a loop has before it and in it, is there once, by the operation that made it."""
     report = _newest(folder, "live-range.txt")
     text = report.read_text() if report else ""
     peak = re.search(r"\(peak\):\n(.*?)(?:\n  \S|\Z)", text, re.S)
     entry = program.computations[program.entry]
     made = {name: i for scope in program.computations.values() for name, i in scope.items()}
-    held = []
+    places, held = _places(folder), {}
     for line in peak.group(1).splitlines() if peak else ():
         found = re.match(r"\s+(\S+?)\{([0-9,]*)\}: (\d+) bytes", line)
         if not found or (found.group(1) in entry and entry[found.group(1)].kind == "parameter"):
             continue
-        instruction = made.get(found.group(1))
+        name, index, size = found.group(1), found.group(2), int(found.group(3))
+        instruction = made.get(name)
         if instruction is None:
             continue
-        shapes = instruction.shapes
-        index = found.group(2).split(",")[0]
-        shape = shapes[int(index)] if index and int(index) < len(shapes) else shapes[0] if shapes else None
+        shapes, number = instruction.shapes, index.split(",")[0]
+        shape = shapes[int(number)] if number and int(number) < len(shapes) else shapes[0] if shapes else None
         if shape is None or shape.space:
             continue
-        held.append(
-            Array(
-                int(found.group(3)), f"{shape.dtype}[{','.join(map(str, shape.dims))}]", instruction.op_name or instruction.name
-            )
-        )
-    return held
+        array = Array(size, f"{shape.dtype}[{','.join(map(str, shape.dims))}]", instruction.op_name or instruction.name)
+        place = places.get((name, index), (name, index)), size
+        if place not in held or instruction.kind != "parameter":
+            held[place] = array
+    return list(held.values())
+
+
+def _places(folder: Path) -> dict[tuple[str, str], tuple[str, str]]:
+    """Where the compiler laid every value, by its instruction's name and index: an allocation and an offset in it."""
+    report = _newest(folder, "buffer-assignment.txt")
+    places, allocation = {}, ""
+    for line in report.read_text().splitlines() if report else ():
+        if begins := re.match(r"allocation (\d+):", line):
+            allocation = begins.group(1)
+        elif value := re.match(r"\s*value: <\d+ (\S+?)(?:\{([0-9,]*)\})? .*?offset=(\d+)\)", line):
+            places[value.group(1), value.group(2) or ""] = allocation, value.group(3)
+    return places

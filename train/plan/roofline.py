@@ -256,11 +256,7 @@ class Roofline:
         if kind == "fusion" and (called := self.program.called(instruction)):
             body = self.program.computations[called[0]]
             read = [min(r, self._read_inside(body, i)) for i, r in enumerate(read)]
-            root = next((i for i in body.values() if i.root), None)
-            if root is not None and root.kind in ("dynamic-update-slice", "scatter"):
-                update = self.program.operand_shapes(called[0], root)[1 if root.kind == "dynamic-update-slice" else 2]
-                rows = sum(s.bytes for s in update)
-                written = min(written, rows if root.kind == "dynamic-update-slice" else 2 * rows)
+            written = min(written, self._written_inside(called[0], next(i.name for i in body.values() if i.root)))
         return sum(read) + written
 
     def _read_inside(self, body: dict[str, Instruction], number: int) -> float:
@@ -268,16 +264,32 @@ class Roofline:
         name = next((i.name for i in body.values() if i.kind == "parameter" and i.rest.startswith(f"{number})")), None)
         if name is None:
             return float("inf")
-        total = 0.0
-        for user in body.values():
+        total, names = 0.0, {name}
+        for user in body.values():  # operands come before their users
             operands = [o.partition("#")[0] for o in user.operands]
-            if name not in operands:
+            if names.isdisjoint(operands):
                 continue
-            if user.kind in ("dynamic-slice", "slice", "gather"):
+            if user.kind == "bitcast" and not user.root:
+                names.add(user.name)
+            elif user.kind in ("dynamic-slice", "slice", "gather"):
                 total += user.bytes
-            elif user.kind not in ("dynamic-update-slice", "scatter") or operands[0] != name:
+            elif user.kind not in ("dynamic-update-slice", "scatter") or operands[0] not in names:
                 return float("inf")
         return total
+
+    def _written_inside(self, called: str, name: str) -> float:
+        """Bytes a fusion writes of a result: of an array that it is given and changes, what it changes."""
+        body = self.program.computations[called]
+        made = body[name]
+        if made.kind == "tuple":
+            return sum(self._written_inside(called, o.partition("#")[0]) for o in made.operands)
+        if made.kind == "bitcast":
+            return self._written_inside(called, made.operands[0].partition("#")[0])
+        if made.kind in ("dynamic-update-slice", "scatter"):
+            update = self.program.operand_shapes(called, made)[1 if made.kind == "dynamic-update-slice" else 2]
+            rows = sum(s.bytes for s in update)
+            return min(made.bytes, rows if made.kind == "dynamic-update-slice" else 2 * rows)
+        return sum(s.bytes for s in made.shapes if s.space == 0)
 
 
 def _stated(kernel: Instruction) -> tuple[float, float] | None:
