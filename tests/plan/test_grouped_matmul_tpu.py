@@ -18,7 +18,7 @@ PRODUCTS = {"convolution", "dot"}
 
 
 @pytest.mark.parametrize("name", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-@pytest.mark.parametrize("D, F", [(2048, 2816), (2048, 7168)])
+@pytest.mark.parametrize("D, F", [(2048, 2816), (2048, 7168), (7168, 4096)])
 def test_all_three_products_are_kernels(name, D, F):
     """Forward, gradient of the rows and gradient of the weights at Moonlight's and K2's widths: three kernels, no product
     of the compiler's own (lax.ragged_dot's gradient of the weights is one over all experts there, up to jax 0.10), and

@@ -245,3 +245,42 @@ def test_copies_beside_other_work_still_take_the_memory_their_bytes():
     roofline = Roofline(Program(COPIES), wires)
     work, plain = roofline.step(), 2 * 2 * 4096 * 4096 / roofline.memory_rate
     assert work.memory == pytest.approx(2.5 * plain) and work.hidden == work.exposed == 0
+
+
+SLICES = """HloModule m, is_scheduled=true
+
+%reading (a: bf16[64,32,16], n: s32[]) -> (bf16[4,32,16], f32[4,512]) {
+  %a = bf16[64,32,16]{1,2,0} parameter(0)
+  %n = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %seen = bf16[64,16,32]{2,1,0} bitcast(%a)
+  %part = bf16[4,16,32]{2,1,0} dynamic-slice(%seen, %n, %z, %z), dynamic_slice_sizes={4,16,32}
+  %wide = f32[4,512]{1,0} convert(%part)
+  ROOT %t = (bf16[4,32,16]{1,2,0}, f32[4,512]{1,0}) tuple(%part, %wide)
+}
+
+%writing (a: bf16[64,32,16], u: bf16[4,32,16], n: s32[]) -> bf16[64,32,16] {
+  %a = bf16[64,32,16]{1,2,0} parameter(0)
+  %u = bf16[4,32,16]{1,2,0} parameter(1)
+  %n = s32[] parameter(2)
+  %z = s32[] constant(0)
+  %seen = bf16[64,16,32]{2,1,0} bitcast(%a)
+  %new = bf16[4,16,32]{2,1,0} bitcast(%u)
+  %put = bf16[64,16,32]{2,1,0} dynamic-update-slice(%seen, %new, %n, %z, %z)
+  ROOT %back = bf16[64,32,16]{1,2,0} bitcast(%put)
+}
+
+ENTRY %main (a: bf16[64,32,16], n: s32[]) -> bf16[64,32,16] {
+  %a = bf16[64,32,16]{1,2,0} parameter(0)
+  %n = s32[] parameter(1)
+  %r = (bf16[4,32,16]{1,2,0}, f32[4,512]{1,0}) fusion(%a, %n), kind=kLoop, calls=%reading
+  ROOT %w = bf16[64,32,16]{1,2,0} fusion(%a, %r#0, %n), kind=kLoop, calls=%writing
+}
+"""
+
+
+def test_a_slice_is_a_slice_in_any_layout():
+    """Fusions that read four of 64 matrices, and write over four of them, seen through bitcasts."""
+    roofline, four = Roofline(Program(SLICES), machine("v5p:4x4x4", {"fsdp": 8, "expert": 8})), 4 * 32 * 16
+    indices = 2 * 4
+    assert roofline.step().bytes == (2 + 2 + 4) * four + (2 + 2) * four + indices
