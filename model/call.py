@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import partial
 from typing import Any
 
 import jax
@@ -53,20 +52,24 @@ class Call:
         packed, from the devices that store its parts. Heads, hidden widths and experts that this device works on stay
         parts. Weights that are held at four bits stay so: the product unpacks what it uses.
 
-        `joined`: the last two axes as one, as products take gate and up. A TPU copies what it joins, so that is done before
-        parts are gathered wherever these axes are not what is gathered."""
+        `joined`: the last two axes as one, as products take gate and up. A TPU copies what it joins, so parts are, before they
+        are gathered; gate and up are gathered one by one where it is parts of each that devices store."""
         stored, spec = param[...], param.spec
         if isinstance(stored, Int4Weight):
             return _joined(stored) if joined else stored
-        early = joined and not self.shards.gathers(spec, last=2)
-        gather = partial(self.shards.gather, spec=spec, joined=early)
+
+        def gather(part: Array) -> Array:
+            if not joined:
+                return self.shards.gather(part, spec)
+            if self.shards.gathers(spec, last=1):
+                halves = [self.shards.gather(part[..., i, :], spec, joined) for i in range(part.shape[-2])]
+                return jnp.concatenate(halves, axis=-1)
+            return self.shards.gather(_joined(part), spec, joined)
+
         if self.settled and spec.on_grid and self.shards.gathers(spec):
-            part, axis = (_joined(stored), group_axis(spec) + 1) if early else (stored, group_axis(spec))
-            whole = gather_on_grid(part, axis, self.serving.group_size, self.dtype, gather, self.serving.levels)
-        else:
-            part = self.part(param).astype(self.dtype)
-            whole = gather(_joined(part) if early else part)
-        return _joined(whole) if joined and not early else whole
+            serving = self.serving
+            return gather_on_grid(stored, group_axis(spec), serving.group_size, self.dtype, gather, serving.levels)
+        return gather(self.part(param).astype(self.dtype))
 
     def exact_weight(self, param: nnx.Param) -> Array:
         """The same in float32, for norms and the router."""

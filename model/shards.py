@@ -52,11 +52,14 @@ class Shards:
         return tuple(tuple(a for a in axes if a in keeps[axis]) for axis, axes in zip(spec.axes, self.stored(spec)))
 
     def gather(self, w: Array, spec: ParamSpec, joined: bool = False) -> Array:
-        """A parameter's part as the forward pass needs it; leading stacked axes of the spec may be sliced away. `joined`: its
-        last two axes are one, and stay as they are."""
-        for dim, (stored, kept) in enumerate(zip(self.stored(spec), self.kept(spec)), start=joined - len(spec.axes)):
+        """A parameter's part as the forward pass needs it; leading stacked axes of the spec may be sliced away. `joined`: an
+        array without the axis before the last, which is never stored in parts."""
+        moves = list(zip(self.stored(spec), self.kept(spec)))
+        if joined:
+            del moves[-2]
+        for dim, (stored, kept) in enumerate(moves, start=w.ndim - len(moves)):
             if over := tuple(a for a in stored if a not in kept):
-                w = self.gather_axis(w, over, w.ndim + dim)
+                w = self.gather_axis(w, over, dim)
         return w
 
     def gathers(self, spec: ParamSpec, last: int = 0) -> bool:

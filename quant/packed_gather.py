@@ -46,7 +46,7 @@ def gather_on_grid(
     """Inside `jax.shard_map`: the grid values, in `dtype`, of the array whose parts of the masters the devices hold.
 
     axis    the grouped one, counted from the end; `group` is even
-    gather  brings the parts of an array of any shape of this rank together, and is linear
+    gather  brings the parts of an array of any shape of this rank together, and may join axes behind the grouped one; linear
 
     Backward: as if the values had been gathered in `dtype`, straight through to the masters.
     """
@@ -54,11 +54,13 @@ def gather_on_grid(
     @jax.custom_vjp
     def gathered(part):
         codes, scales = grid.quantize(part, axis, group, levels)
-        codes = unpaired(gather(pairs(codes, axis, group)), axis, group)
+        bytes_ = gather(pairs(codes, axis, group))
+        whole_axis = axis + part.ndim - bytes_.ndim
+        codes = unpaired(bytes_, whole_axis, group)
         # As their bits: XLA may widen a bf16 collective, on CPU it does.
         bits = gather(lax.bitcast_convert_type(scales.astype(jnp.bfloat16), jnp.uint16))
         scales = lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
-        return grid.dequantize(codes, scales, axis, group).astype(dtype)
+        return grid.dequantize(codes, scales, whole_axis, group).astype(dtype)
 
     def backward(_, g):
         (mine,) = jax.linear_transpose(gather, jax.ShapeDtypeStruct(part.shape, g.dtype))(g)

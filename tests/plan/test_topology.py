@@ -279,8 +279,12 @@ ENTRY %main (a: bf16[64,32,16], n: s32[]) -> bf16[64,32,16] {
 """
 
 
-def test_a_slice_is_a_slice_in_any_layout():
-    """Fusions that read four of 64 matrices, and write over four of them, seen through bitcasts."""
-    roofline, four = Roofline(Program(SLICES), machine("v5p:4x4x4", {"fsdp": 8, "expert": 8})), 4 * 32 * 16
+@pytest.mark.parametrize(
+    "view", ["bitcast(%a)", "fusion(%a), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%tiles"]
+)
+def test_a_slice_is_a_slice_in_any_layout(view):
+    """Fusions that read four of 64 matrices, and write over four of them, seen through bitcasts and in other tiles."""
+    program = Program(SLICES.replace("bitcast(%a)", view))
+    roofline, four = Roofline(program, machine("v5p:4x4x4", {"fsdp": 8, "expert": 8})), 4 * 32 * 16
     indices = 2 * 4
     assert roofline.step().bytes == (2 + 2 + 4) * four + (2 + 2) * four + indices

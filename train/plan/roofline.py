@@ -269,7 +269,7 @@ class Roofline:
             operands = [o.partition("#")[0] for o in user.operands]
             if names.isdisjoint(operands):
                 continue
-            if user.kind == "bitcast" and not user.root:
+            if _is_view(user) and not user.root:
                 names.add(user.name)
             elif user.kind in ("dynamic-slice", "slice", "gather"):
                 total += user.bytes
@@ -283,13 +283,18 @@ class Roofline:
         made = body[name]
         if made.kind == "tuple":
             return sum(self._written_inside(called, o.partition("#")[0]) for o in made.operands)
-        if made.kind == "bitcast":
+        if _is_view(made):
             return self._written_inside(called, made.operands[0].partition("#")[0])
         if made.kind in ("dynamic-update-slice", "scatter"):
             update = self.program.operand_shapes(called, made)[1 if made.kind == "dynamic-update-slice" else 2]
             rows = sum(s.bytes for s in update)
             return min(made.bytes, rows if made.kind == "dynamic-update-slice" else 2 * rows)
         return sum(s.bytes for s in made.shapes if s.space == 0)
+
+
+def _is_view(instruction: Instruction) -> bool:
+    """Whether it moves nothing by itself: another shape of what it is given, or, in a TPU's fusion, other tiles."""
+    return instruction.kind == "bitcast" or "output_to_operand_aliasing={{}: (0, {})}" in instruction.rest
 
 
 def _stated(kernel: Instruction) -> tuple[float, float] | None:
