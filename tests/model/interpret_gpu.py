@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels.hopper import plgpu
-from model.kernels import attention_gpu
+from model.kernels.attention_gpu import frame
 
 ROOM = 4
 """Axes of the buffer that stands in for registers; others have fewer."""
@@ -65,7 +65,7 @@ def interpreted_attention(monkeypatch):
             body(*refs)
             room.pop()
 
-        return real_call(run, outputs, (*scratch, plgpu.SMEM((attention_gpu.GROUPS, 1, 64, 128), jnp.bfloat16)), *rest)
+        return real_call(run, outputs, (*scratch, plgpu.SMEM((frame.GROUPS, 1, 64, 128), jnp.bfloat16)), *rest)
 
     def multiply(total, x, tile, transposed=False):
         if not hasattr(x, "ref"):  # a value, not a place in memory
@@ -75,10 +75,10 @@ def interpreted_attention(monkeypatch):
         real_multiply(total, x, tile, transposed)
         plgpu.wgmma_wait(0)
 
-    real_call, real_multiply = attention_gpu._call, attention_gpu.multiply
+    real_call, real_multiply = frame.call, frame.multiply
     with monkeypatch.context() as patch, interpreted(monkeypatch):
-        patch.setattr(attention_gpu, "_call", call)
-        patch.setattr(attention_gpu, "multiply", multiply)
+        patch.setattr(frame, "call", call)
+        patch.setattr(frame, "multiply", multiply)
         yield
 
 

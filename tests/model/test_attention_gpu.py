@@ -2,7 +2,6 @@
 runs where jax has one (0.12). That the code compiles: tests/plan/test_attention_compile.py; what it then does:
 tests/plan/test_ptx.py; on a device: tests/gpu."""
 
-import sys
 from types import SimpleNamespace
 
 import jax
@@ -13,8 +12,8 @@ import pytest
 from kernels import hopper
 from model import attention
 from model.kernels import attention_gpu
+from model.kernels.attention_gpu import outputs
 from model.kernels.intervals import Intervals
-from tests.model import interpret_gpu
 from tests.model.interpret_gpu import PRESENT, interpreted_attention, sabotaged
 from tests.model.test_attention import inputs, packed
 
@@ -97,7 +96,7 @@ def test_interpreted(S, H, d, v, kind, chunks, monkeypatch):
     "product, release",
     [
         (
-            "                s = _logits(own, k_ring.at[slot], take_turns)\n",
+            "                s = frame.logits(own, k_ring.at[slot], take_turns)\n",
             "                plgpu.barrier_arrive(k_freed.at[slot])\n",
         ),
         (
@@ -109,9 +108,7 @@ def test_interpreted(S, H, d, v, kind, chunks, monkeypatch):
 )
 def test_a_tile_handed_back_too_early_is_a_race(product, release, monkeypatch):
     """Before it is multiplied: the detector is told what WGMMA reads."""
-    copy = sabotaged(attention_gpu, (product + release, release + product))
-    for module in (interpret_gpu, sys.modules[__name__]):
-        monkeypatch.setattr(module, "attention_gpu", copy)
+    monkeypatch.setattr(attention_gpu, "forward", sabotaged(outputs, (product + release, release + product)).forward)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RACE DETECTED"):
         test_interpreted(300, 1, 64, 64, "whole", False, monkeypatch)
 

@@ -10,6 +10,7 @@ import pytest
 from kernels import hopper
 from model.kernels import attention_gpu, grouped_matmul_gpu
 from model.kernels.attention_chunked import MASKED
+from model.kernels.attention_gpu import gradients
 from model.kernels.intervals import Intervals
 from optim import symmetric_gpu
 from tests.plan import ptx
@@ -181,7 +182,7 @@ def test_attention(which, B, S, H, d, v, monkeypatch, tmp_path):
     else:
         given, spans, want = [q, k, v, g, *numbers], seen.queries_of_keys(attention_gpu.ROWS, tile, S), (dk, dv)
         results = [nan(k.shape, BF16), nan(v.shape, BF16)]
-    function = {"forward": attention_gpu.forward, "queries": attention_gpu._queries, "keys": attention_gpu._keys}[which]
+    function = {"forward": attention_gpu.forward, "queries": gradients.of_queries, "keys": gradients.of_keys}[which]
     kernel = ptx.record(
         monkeypatch,
         lambda: compiled(
