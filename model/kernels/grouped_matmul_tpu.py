@@ -40,8 +40,7 @@ def rows(
 
     return _call(
         partial(_rows_kernel, num_experts=len(w), transposed=transposed),
-        block_expert,
-        len(w),
+        (block_expert, _sources(block_expert, len(w))),
         grid=(O // tile, len(block_expert)),
         semantics=("parallel", "arbitrary"),
         in_specs=[
@@ -71,35 +70,37 @@ def _rows_kernel(expert, source, x, w, out, *, num_experts: int, transposed: boo
 def weights(
     x: Float[Array, "M D"], y: Float[Array, "M F"], block_expert: Int[Array, "M/b"], num_experts: int, dtype
 ) -> Float[Array, "E D F"]:
-    """GroupedMatmul.weights. The result is written over zeros: nobody writes the tiles of experts without rows."""
+    """GroupedMatmul.weights. Experts without rows have steps of their own behind all blocks, which write zeros."""
     (M, D), F = x.shape, y.shape[1]
     block = M // len(block_expert)
+    rows_of = jnp.zeros(num_experts, jnp.int32).at[block_expert].add(1, mode="drop")
+    idle = jnp.argsort(rows_of > 0, stable=True)[jnp.minimum(jnp.arange(num_experts), jnp.sum(rows_of == 0) - 1)]
+    steps = jnp.append(block_expert, jnp.full(num_experts, num_experts, block_expert.dtype))
+    source = _sources(steps, num_experts)
+    # The expert whose tile a step has: of its block; behind them of the next one without rows, or still the last.
+    at = jnp.where(steps[source] < num_experts, steps[source], idle[0])
+    at = at.at[len(block_expert) :].set(jnp.where(jnp.any(rows_of == 0), idle, at[-1]))
     height, width = _least_traffic(D, F, lambda d, f: block * (d + f) * x.dtype.itemsize + d * f * 4)
     out = jax.ShapeDtypeStruct((num_experts, D, F), dtype)
     return _call(
         partial(_weights_kernel, num_experts=num_experts),
-        block_expert,
-        num_experts,
-        grid=(D // height, F // width, len(block_expert)),
+        (steps, source, at),
+        grid=(D // height, F // width, len(steps)),
         semantics=("parallel", "parallel", "arbitrary"),
         in_specs=[
-            pl.BlockSpec((block, height), lambda d, f, i, expert, source: (source[i], d)),
-            pl.BlockSpec((block, width), lambda d, f, i, expert, source: (source[i], f)),
-            pl.BlockSpec(memory_space=pl.ANY),
+            pl.BlockSpec((block, height), lambda d, f, i, expert, source, at: (source[i], d)),
+            pl.BlockSpec((block, width), lambda d, f, i, expert, source, at: (source[i], f)),
         ],
-        out_specs=pl.BlockSpec(
-            (1, height, width), lambda d, f, i, expert, source: (jnp.minimum(expert[source[i]], num_experts - 1), d, f)
-        ),
+        out_specs=pl.BlockSpec((1, height, width), lambda d, f, i, expert, source, at: (at[i], d, f)),
         out=out,
-        operands=(x, y, jnp.zeros(out.shape, dtype)),
-        aliases={4: 0},
+        operands=(x, y),
         scratch=[pltpu.VMEM((height, width), jnp.float32)],
         flops=2 * M * D * F,
         moved=(F // width * x.size + D // height * y.size) * x.dtype.itemsize + out.size * out.dtype.itemsize,
     )
 
 
-def _weights_kernel(expert, source, x, y, zeros, out, total, *, num_experts: int):
+def _weights_kernel(expert, source, at, x, y, out, total, *, num_experts: int):
     i, end = pl.program_id(2), pl.num_programs(2) - 1
     used = expert[i] < num_experts
     first = (i == 0) | (expert[i] != expert[jnp.maximum(i - 1, 0)])
@@ -117,41 +118,28 @@ def _weights_kernel(expert, source, x, y, zeros, out, total, *, num_experts: int
     def _():
         out[0] = total[...].astype(out.dtype)
 
-    @pl.when((i == 0) & jnp.logical_not(used))
+    @pl.when(jnp.logical_not(used) & ((i == 0) | (at[i] != at[jnp.maximum(i - 1, 0)])))
     def _():
         out[...] = jnp.zeros_like(out)
 
 
-def _call(
-    kernel,
-    block_expert,
-    num_experts,
-    *,
-    grid,
-    semantics,
-    in_specs,
-    out_specs,
-    out,
-    operands,
-    flops,
-    moved,
-    aliases=None,
-    scratch=(),
-):
-    """The kernel with two prefetched tables: the expert of each block, and the block whose tiles it has in memory, which
-    for blocks of nobody is the last one in use, so that nothing is fetched for them. flops, bytes moved: of full blocks,
-    for the compiler's scheduler and for launch.py plan, which cannot look inside a kernel."""
+def _sources(block_expert: Int[Array, "steps"], num_experts: int) -> Int[Array, "steps"]:
+    """The block whose tiles each step has in memory: its own, and for blocks of nobody the last one in use, so that nothing
+    is fetched for them."""
     in_use = jnp.sum(block_expert < num_experts)
-    source = jnp.minimum(jnp.arange(len(block_expert)), jnp.maximum(in_use - 1, 0)).astype(jnp.int32)
+    return jnp.minimum(jnp.arange(len(block_expert)), jnp.maximum(in_use - 1, 0)).astype(jnp.int32)
+
+
+def _call(kernel, tables, *, grid, semantics, in_specs, out_specs, out, operands, flops, moved, scratch=()):
+    """The kernel with its prefetched tables, an entry for every step along the last dimension of the grid. flops, bytes moved:
+    of full blocks, for the compiler's scheduler and for launch.py plan, which cannot look inside a kernel."""
     spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=2, grid=grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch
+        num_scalar_prefetch=len(tables), grid=grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch
     )
     params = pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT)
     cost = pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
-    run = pl.pallas_call(
-        kernel, grid_spec=spec, out_shape=out, compiler_params=params, input_output_aliases=aliases or {}, cost_estimate=cost
-    )
-    return run(block_expert, source, *operands)
+    run = pl.pallas_call(kernel, grid_spec=spec, out_shape=out, compiler_params=params, cost_estimate=cost)
+    return run(*tables, *operands)
 
 
 def _largest_tile(width: int, bytes_of) -> int:

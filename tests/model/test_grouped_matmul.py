@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from model import dispatch
 from model import grouped_matmul as grouped_matmul_module
 from model.grouped_matmul import IMPLEMENTATIONS, block_rows, grouped_matmul, implementation
+from model.kernels import grouped_matmul_tpu
 
 E, D, F = 6, 24, 40
 
@@ -117,6 +118,20 @@ def test_turns_of_several_blocks(monkeypatch, blocks, in_use):
     want = np.zeros((E, D, F))
     np.add.at(want, of_block, x.swapaxes(1, 2) @ g)
     np.testing.assert_array_equal(scanned.weights(x32, g32, jnp.asarray(block_expert), E, jnp.float32), want)
+
+
+@pytest.mark.parametrize("block_expert", [[E, E], [1, 1, 3, E], [0, 0], [5], [0, 1, 2, 3, 4, 5], [2, 3, E, E]], ids=str)
+def test_experts_without_rows_get_zeros_on_a_tpu(monkeypatch, block_expert):
+    """First, last, between and all, in every tile: what nobody writes is NaN in the interpreter. Small integers: exact."""
+    monkeypatch.setattr(grouped_matmul_tpu, "TILE_BYTES", 8 * 256 * 4 + 128 * 128 * 4)
+    rng, experts = np.random.default_rng(0), np.asarray(block_expert)
+    x, y = (rng.integers(-4, 5, (len(experts), 8, 256)) for _ in "xy")
+    x32, y32 = (jnp.asarray(a.reshape(-1, 256), jnp.float32) for a in (x, y))
+    want = np.zeros((E + 1, 256, 256))
+    np.add.at(want, experts, x.swapaxes(1, 2) @ y)
+    with here("tpu"):
+        found = IMPLEMENTATIONS["tpu"].weights(x32, y32, jnp.asarray(experts), E, jnp.float32)
+    np.testing.assert_array_equal(found, want[:E])
 
 
 def test_weight_sums_stay_in_float32():
