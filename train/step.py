@@ -174,14 +174,14 @@ def accumulated(
 ) -> tuple[Float[Array, ""], dict[str, Array], ModelAux]:
     """Sum of nll, gradients and measurements of this device's tokens, microbatch by microbatch: in float32, and kept in
     the masters' dtype between them and for the sum over devices. bfloat16 sums are rounded up or down at random, so that
-    small summands count; to those of the stacked layers the backward pass adds in place, so that there is one copy of them
+    small summands count. To sums of the stacked layers the backward pass adds in place, so that there is one copy of them
     (model/stacked.py)."""
     grad = jax.value_and_grad(loss_fn, has_aux=True)
     count, specs = cfg.run.train.accumulate, param_specs(cfg.run.model)
     if count == 1:
         (_, (nll, aux)), grads = grad(params, teacher, batch, amount, total_weight, cfg)
         return nll, grads, aux
-    in_place = {path for path, spec in specs.items() if "layers" in spec.axes and cfg.run.optim.master_dtype == "bfloat16"}
+    in_place = {path for path, spec in specs.items() if "layers" in spec.axes}
     fixed = {path: params[path] for path in in_place}
 
     def of_sums(rest, sums, rows, key):

@@ -29,7 +29,7 @@ LOOP = """HloModule m, is_scheduled=true
 %body (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
   %p = (s32[], f32[8,16]{1,0}) parameter(0)
   %w = (s32[], f32[8,16]{1,0}) while(%p), condition=%inner_cond, body=%inner_body, metadata={op_name="jit(f)/attend/while"}
-  %o = (s32[], f32[8,16]{1,0}) while(%p), condition=%inner_cond, body=%inner_body, metadata={op_name="jit(f)/overflow/while"}
+  %o = (s32[], f32[8,16]{1,0}) while(%p), condition=%inner_cond, body=%inner_body, metadata={op_name="jit(f)/SCOPE/while"}
   %g = f32[16,16]{1,0} all-gather(%w#1), replica_groups=GROUPS, dimensions={0}
   ROOT %t = (s32[], f32[8,16]{1,0}) tuple(%p#0, %w#1)
 }
@@ -59,10 +59,11 @@ ENTRY %main (x: f32[8,16]) -> f32[8,16] {
         ("mesh['axis_0'=2,'axis_1'=2] {'axis_1'}", (0, 1)),
     ],
 )
-def test_groups_and_trips(groups, first):
+@pytest.mark.parametrize("scope", ["overflow", "jvp(overflow)"])
+def test_groups_and_trips(groups, first, scope):
     """The loop's 6 trips are read from its condition. An inner loop bounded by data counts as causal attention,
     (6 + 1) / 2 trips, a transport's further rounds as none; without being told so both are an error."""
-    text = LOOP.replace("GROUPS", groups)
+    text = LOOP.replace("GROUPS", groups).replace("SCOPE", scope)
     counted = census(text, 4, causal=True)
     assert counted.flops == 6 * 3.5 * 2 * 8 * 8 * 16
     (gather,) = counted.collectives

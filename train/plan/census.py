@@ -110,12 +110,17 @@ def collective(instruction: Instruction, devices: int) -> Collective | None:
 def open_trips(loop: Instruction, outer: float) -> float:
     """Mean trips of a loop whose bound is data, inside a loop of `outer` trips. Attention's runs over the tiles on or below
     the diagonal; a transport's further rounds are not needed with balanced experts."""
-    return 0.0 if f"/{OVERFLOW}/" in loop.op_name else (outer + 1) / 2
+    return 0.0 if _inside(OVERFLOW, loop) else (outer + 1) / 2
 
 
 def expected_branch(conditional: Instruction, runs: list, cost: Callable[[Any], float]) -> Any:
     """Of the runs of its branches the costliest; the cheapest where the other is a way out that a healthy run never takes."""
-    return (min if f"/{GUARD}/" in conditional.op_name else max)(runs, key=cost)
+    return (min if _inside(GUARD, conditional) else max)(runs, key=cost)
+
+
+def _inside(scope: str, instruction: Instruction) -> bool:
+    """Whether it was made inside a name scope; a derivative's is jvp(scope)."""
+    return bool(re.search(rf"[/(]{scope}[/)]", instruction.op_name))
 
 
 def even_share(kernel: Instruction) -> float:
