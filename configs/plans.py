@@ -47,7 +47,7 @@ def moonlight_16b_h200_1() -> RunConfig:
 
 
 def moonlight_16b_v6e_16() -> RunConfig:
-    """31 GiB a chip: momentum in bf16, one row of 8192 a microbatch. Experts over two neighbours only: tokens cost wires
+    """31 GiB a chip: momentum in bf16, two rows of 8192 a microbatch. Experts over two neighbours only: tokens cost wires
     for every one of them, weights once a microbatch."""
     base = moonlight_16b()
     return replace(
@@ -55,7 +55,7 @@ def moonlight_16b_v6e_16() -> RunConfig:
         optim=replace(base.optim, momentum_dtype="bfloat16", qk_clip_tau=100.0),
         quant=QuantConfig(grid="int4"),
         mesh=MeshConfig(data=1, fsdp=8, expert=2),
-        train=replace(base.train, accumulate=256),
+        train=replace(base.train, accumulate=128),
     )
 
 
@@ -91,14 +91,14 @@ def kimi_k2_thinking_256k() -> RunConfig:
 
 def deepseek_v3_h100_512() -> RunConfig:
     """Muon and QK-Clip where the paper had AdamW. Experts over the eight GPUs of a node, storage over all: weights cross the
-    network, tokens do not. Five rows a microbatch, and attention computed again, so that weights come seldom."""
+    network, tokens do not. Six rows a microbatch, and attention computed again, so that weights come seldom."""
     base = deepseek_v3()
     return replace(
         base,
         quant=QuantConfig(grid="int4"),
         optim=replace(base.optim, matrices="muon", clip="adamw", qk_clip_tau=100.0, momentum_dtype="bfloat16"),
         mesh=MeshConfig(data=1, fsdp=64, expert=8),
-        train=replace(base.train, accumulate=6, remat="layer"),
+        train=replace(base.train, accumulate=5, remat="layer"),
     )
 
 
