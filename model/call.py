@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,23 +53,14 @@ class Call:
         packed, from the devices that store its parts. Heads, hidden widths and experts that this device works on stay
         parts. Weights that are held at four bits stay so: the product unpacks what it uses.
 
-        `joined`: the last two axes as one, as products take gate and up. A TPU copies what it joins, so parts are, before they
-        are gathered; gate and up are gathered one by one where it is parts of each that devices store."""
+        `joined`: the last two axes as one, as products take gate and up."""
         stored, spec = param[...], param.spec
         if isinstance(stored, Int4Weight):
-            return _joined(stored) if joined else stored
-
-        def gather(part: Array) -> Array:
-            if not joined:
-                return self.shards.gather(part, spec)
-            if self.shards.gathers(spec, last=1):
-                halves = [self.shards.gather(part[..., i, :], spec, joined) for i in range(part.shape[-2])]
-                return jnp.concatenate(halves, axis=-1)
-            return self.shards.gather(_joined(part), spec, joined)
-
+            return stored.reshape(*stored.shape[:-2], -1) if joined else stored
+        gather = partial(self.shards.gather, spec=spec, joined=joined)
         if self.settled and spec.on_grid and self.shards.gathers(spec):
-            serving = self.serving
-            return gather_on_grid(stored, group_axis(spec), serving.group_size, self.dtype, gather, serving.levels)
+            axis, serving = group_axis(spec), self.serving
+            return gather_on_grid(stored, axis, serving.group_size, self.dtype, gather, serving.levels)
         return gather(self.part(param).astype(self.dtype))
 
     def exact_weight(self, param: nnx.Param) -> Array:
@@ -78,10 +70,6 @@ class Call:
     def part(self, param: nnx.Param) -> Array:
         """The same in float32, of the part that this device stores. Groups of the grid never cross parts."""
         return as_served(param[...], param.spec, self.serving, self.amount)
-
-
-def _joined(w: Array | Int4Weight) -> Array | Int4Weight:
-    return w.reshape(*w.shape[:-2], w.shape[-2] * w.shape[-1])
 
 
 def reduced_by(reduce: Callable, neutral: float) -> Any:

@@ -52,19 +52,28 @@ class Shards:
         return tuple(tuple(a for a in axes if a in keeps[axis]) for axis, axes in zip(spec.axes, self.stored(spec)))
 
     def gather(self, w: Array, spec: ParamSpec, joined: bool = False) -> Array:
-        """A parameter's part as the forward pass needs it; leading stacked axes of the spec may be sliced away. `joined`: an
-        array without the axis before the last, which is never stored in parts."""
-        moves = list(zip(self.stored(spec), self.kept(spec)))
-        if joined:
-            del moves[-2]
-        for dim, (stored, kept) in enumerate(moves, start=w.ndim - len(moves)):
-            if over := tuple(a for a in stored if a not in kept):
-                w = self.gather_axis(w, over, dim)
+        """A parameter's part as the forward pass needs it; leading stacked axes of the spec may be sliced away.
+
+        `joined`: the last two axes as one, of which the first is never stored in parts. A TPU copies what it joins, so that
+        is done to the part, before it moves. Where the last axis is stored in parts, its pieces are gathered one by one.
+        """
+        moves = [tuple(a for a in stored if a not in kept) for stored, kept in zip(self.stored(spec), self.kept(spec))]
+        if not joined:
+            return self._moved(w, moves)
+        del moves[-2]
+        if moves[-1]:
+            return jnp.concatenate([self._moved(w[..., i, :], moves) for i in range(w.shape[-2])], axis=-1)
+        return self._moved(w.reshape(*w.shape[:-2], -1), moves)
+
+    def _moved(self, w: Array, moves: list[tuple[str, ...]]) -> Array:
+        """Gathered over the mesh axes that each of its last dimensions moves over."""
+        for dim, over in enumerate(moves, start=w.ndim - len(moves)):
+            w = self.gather_axis(w, over, dim)
         return w
 
-    def gathers(self, spec: ParamSpec, last: int = 0) -> bool:
-        """Whether `gather` moves anything, or anything along the last axes."""
-        return self.stored(spec)[-last:] != self.kept(spec)[-last:]
+    def gathers(self, spec: ParamSpec) -> bool:
+        """Whether `gather` moves anything."""
+        return self.stored(spec) != self.kept(spec)
 
     def gather_axis(self, x: Array, axes: tuple[str, ...], dim: int) -> Array:
         """The parts of all devices along these mesh axes, one behind the other on one dimension."""

@@ -294,7 +294,8 @@ class Roofline:
 
 def _is_view(instruction: Instruction) -> bool:
     """Whether it moves nothing by itself: another shape of what it is given, or, in a TPU's fusion, other tiles."""
-    return instruction.kind == "bitcast" or "output_to_operand_aliasing={{}: (0, {})}" in instruction.rest
+    retiled = len(instruction.operands) == 1 and "output_to_operand_aliasing={{}: (0, {})}" in instruction.rest
+    return instruction.kind == "bitcast" or retiled
 
 
 def _stated(kernel: Instruction) -> tuple[float, float] | None:
