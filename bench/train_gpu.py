@@ -1,6 +1,6 @@
 """Model FLOP utilisation and tokens per second of a whole training step on one accelerator, and what each part of it costs.
 
-    python -m bench.train_gpu [--preset one_gpu] [--rounds 5] [--write] [--section.field value ...]
+    python -m bench.train_gpu [--preset one_gpu] [--rounds 5] [--only VARIANT,...] [--write] [--section.field value ...]
     python -m bench.train_gpu --plot docs/images/step-parts.png        from results written before
 
 Variants of the step take turns on the same state and batch: everything, then without the INT4 grid, without QK-Clip (its
@@ -16,9 +16,11 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import jax
@@ -29,6 +31,7 @@ from bench import measure
 from bench.shapes import random_batch
 from configs.presets import preset
 from configs.schema import RunConfig
+from quant.served import settled_step
 from train.compat import interpreter, keep_freed_memory, known_options, start_jax
 from train.compiler_options import step_options
 from train.counts import train_flops_per_token
@@ -36,7 +39,7 @@ from train.mesh import batch_sharding
 from train.metrics import peak_flops
 from train.program import step_program
 from train.session import Session, open_session
-from train.state import initial_state
+from train.state import TrainState, initial_state
 from train.step import gradients
 
 VARIANTS = {
@@ -46,69 +49,70 @@ VARIANTS = {
     "without Newton-Schulz": lambda cfg: cfg,
 }
 GRADIENTS = "forward and backward"
+ALL = (*VARIANTS, GRADIENTS)
 
 
 def defaults(name: str) -> RunConfig:
-    """The preset with the grid on from the first step, and half a million tokens per step where it is made for a GPU."""
+    """The preset with the grid on from the first step; one_gpu with half a million tokens per step, as many rows at a time as
+    an H200 holds."""
     cfg = preset(name)
-    train = replace(cfg.train, batch_size=128, accumulate=16) if name == "one_gpu" else cfg.train
+    train = replace(cfg.train, batch_size=128, accumulate=4) if name == "one_gpu" else cfg.train
     return replace(cfg, quant=replace(cfg.quant, start_step=0, ramp_steps=0), train=train)
 
 
-def compiled(function: Callable, session: Session, **options) -> Callable:
-    """As the training loop compiles a step."""
-    chosen = known_options(step_options(session.mesh.devices.flat[0]))
-    return jax.jit(function, compiler_options=chosen or None, **options)
+def settled(cfg: RunConfig) -> bool:
+    """Whether the first step takes the program of the settled grid."""
+    return settled_step(cfg.quant) == 0
 
 
-def variant(name: str, session: Session) -> Callable:
-    """(state, batch) -> (state, what is measured), compiled, the state donated."""
-    cfg = VARIANTS[name](session.cfg)
-    step = step_program(cfg, session.specs, session.mesh, session.compute_dtype).step()
+def lowered(name: str, session: Session, state: TrainState, batch: dict) -> Any:
+    """The program of a variant, (state, batch) -> (state, what is measured) with the state donated, or of GRADIENTS,
+    (params, batch) -> what needs all of them; ready to be compiled as the training loop compiles a step."""
+    cfg = VARIANTS.get(name, VARIANTS["everything"])(session.cfg)
+    program = step_program(cfg, session.specs, session.mesh, session.compute_dtype)
+    options = known_options(step_options(session.mesh.devices.flat[0])) or None
 
     def run(state, batch):
         """Measurements that belong to the part left out are left out with it, so that nothing computes them."""
-        state, metrics = step(state, batch)
+        state, metrics = program.step(settled(cfg))(state, batch)
         return state, {k: v for k, v in metrics.items() if name != "without QK-Clip" or k != "max_logit"}
 
-    skipped = mock.patch("optim.muon.orthogonalize_tree", lambda tree, plan, **_: tree)
-    program = compiled(run, session, donate_argnums=0)
-
-    def call(state, batch):
-        with skipped if name == "without Newton-Schulz" else nullcontext():  # it is traced when it is first called
-            return program(state, batch)
-
-    return call
-
-
-def seconds_of(session: Session, rounds: int) -> tuple[dict[str, list[float]], dict]:
-    """Seconds of every round of every variant, in turns, and the last measurements of the whole step."""
-    cfg = session.cfg
-    whole_step = step_program(cfg, session.specs, session.mesh, session.compute_dtype)
-    state = initial_state(cfg, session.specs, whole_step.optimizer, session.mesh)
-    batch = jax.device_put(random_batch(cfg), batch_sharding(session.mesh))
-    programs = {name: variant(name, session) for name in VARIANTS}
-
     def pull(params, batch):
-        """Of the gradients one number each, which needs all of them."""
-        loss, grads, _ = gradients(params, batch, np.float32(1), whole_step.config(), jax.random.key(0))
+        """Of the gradients one number each."""
+        loss, grads, _ = gradients(params, batch, np.float32(1), program.config(settled(cfg)), jax.random.key(0))
         return loss, {path: abs(g).max() for path, g in grads.items()}
 
-    pull = compiled(pull, session)
-    seconds: dict[str, list[float]] = {name: [] for name in (*programs, GRADIENTS)}
+    if name == GRADIENTS:
+        return jax.jit(pull, compiler_options=options).lower(state.params, batch)
+    skipped = mock.patch("optim.muon.orthogonalize_tree", lambda tree, plan, **_: tree)
+    with skipped if name == "without Newton-Schulz" else nullcontext():
+        return jax.jit(run, compiler_options=options, donate_argnums=0).lower(state, batch)
+
+
+def seconds_of(session: Session, rounds: int, chosen: Collection[str]) -> tuple[dict[str, list[float]], dict]:
+    """Seconds of every round of every chosen variant, in turns, and the last measurements of the whole step."""
+    cfg = session.cfg
+    optimizer = step_program(cfg, session.specs, session.mesh, session.compute_dtype).optimizer
+    state = initial_state(cfg, session.specs, optimizer, session.mesh)
+    batch = jax.device_put(random_batch(cfg), batch_sharding(session.mesh))
+    start = time.perf_counter()
+    traced = {name: lowered(name, session, state, batch) for name in ALL if name in chosen}
+    print(f"traced {len(traced)} programs in {time.perf_counter() - start:.0f} s", flush=True)
+    with ThreadPoolExecutor() as pool:  # side by side, because a compiler seldom uses all cores of a host
+        programs = dict(zip(traced, pool.map(lambda program: program.compile(), traced.values())))
+    print(f"compiled them in {time.perf_counter() - start:.0f} s, tracing included", flush=True)
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
     for turn in range(rounds + 1):
-        for name in seconds:
+        for name, program in programs.items():
             jax.block_until_ready(state)
             start = time.perf_counter()
             if name == GRADIENTS:
-                jax.block_until_ready(pull(state.params, batch))
+                jax.block_until_ready(program(state.params, batch))
             else:
-                state, measured = programs[name](state, batch)
+                state, measured = program(state, batch)
                 jax.block_until_ready((state, measured))
             if turn:
                 seconds[name].append(time.perf_counter() - start)
-            else:
-                print(f"{name}: first call {time.perf_counter() - start:.0f} s", flush=True)
             if name == "everything":
                 whole = jax.device_get(measured)
     return seconds, whole
@@ -125,17 +129,19 @@ def table(rows: list[dict]) -> str:
 
 
 def plot(file: str) -> None:
-    """Stacked bars, one per written result: where the milliseconds of a step go."""
+    """Stacked bars, one per result written with all variants: where the milliseconds of a step go."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 3))
-    files = sorted(measure.RESULTS.glob("step-*.json"))
-    for path in files:
+    labelled = False
+    for path in sorted(measure.RESULTS.glob("step-*.json")):
         (facts, *rows), machine = (content := json.loads(path.read_text()))["rows"], content["machine"]
         ms = {row["variant"]: row["ms"] for row in rows}
+        if set(ms) != set(ALL):
+            continue
         saved = {name.removeprefix("without "): max(ms["everything"] - ms[name], 0) for name in ms if name.startswith("without")}
         of_gradients = saved.pop("QAT")
         update = ms["everything"] - ms[GRADIENTS] - sum(saved.values())
@@ -149,13 +155,10 @@ def plot(file: str) -> None:
         for i, (name, value) in enumerate(parts.items()):
             share = value / ms["everything"]
             axes.barh(
-                f"{facts['preset']}\n{machine['device']}",
-                share,
-                left=start,
-                color=f"C{i}",
-                label=name if path == files[0] else None,
+                f"{facts['preset']}\n{machine['device']}", share, left=start, color=f"C{i}", label=None if labelled else name
             )
             start += share
+        labelled = True
     axes.set_xlabel("share of the step")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
     figure.savefig(file, dpi=150, bbox_inches="tight")
@@ -166,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="one_gpu")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help=f"comma-separated, of {', '.join(ALL)}; everything is always measured")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--plot", default="")
     args, fields = parser.parse_known_args()
@@ -176,7 +180,10 @@ def main() -> None:
     session = open_session(cfg)
     if session.platform == "cpu":
         keep_freed_memory()
-    seconds, measured = seconds_of(session, args.rounds)
+    only = {"everything", *args.only.split(",")} if args.only else ALL
+    if unknown := set(only) - set(ALL):
+        parser.error(f"--only {', '.join(unknown)}: no such variant; there are {', '.join(ALL)}")
+    seconds, measured = seconds_of(session, args.rounds, only)
 
     tokens = cfg.train.batch_size * cfg.train.seq_len
     flops = tokens * train_flops_per_token(cfg.model, session.specs, cfg.train.seq_len)

@@ -69,7 +69,7 @@ class Call:
 
     def part(self, param: nnx.Param) -> Array:
         """The same in float32, of the part that this device stores. Groups of the grid never cross parts."""
-        return as_served(param[...], param.spec, self.serving, self.amount)
+        return as_served(param[...], param.spec, self.serving, self.amount, self.platform)
 
 
 def reduced_by(reduce: Callable, neutral: float) -> Any:

@@ -7,6 +7,7 @@ nor on the vocabulary. `losses` is what a network calls.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -144,23 +145,41 @@ def _tiles_backward(width, shards, over, saved, gradients):
         dhidden_nCD, dhead_DV = carry
         weights, start, new = columns(head_DV, v, width, hidden_nCD.dtype, shards, over)
 
-        def of_tokens(dweights, tile):
-            hidden_CD, targets_C, lse_C, g_nll, g_lse, dhidden = tile
+        def dlogits_of(hidden_CD, targets_C, lse_C, g_nll, g_lse):
             softmax = jnp.exp(logits_of(hidden_CD, weights, new) - lse_C[:, None])
             hit = (start + jnp.arange(width) == targets_C[:, None]) & new
-            dlogits = (softmax * (g_nll + g_lse)[:, None] - jnp.where(hit, g_nll[:, None], 0.0)).astype(hidden_CD.dtype)
-            dhidden += jnp.dot(dlogits, weights.T, preferred_element_type=jnp.float32)
-            return dweights + outer_sum(hidden_CD, dlogits), dhidden
+            return softmax * (g_nll + g_lse)[:, None] - jnp.where(hit, g_nll[:, None], 0.0)
 
-        dweights, dhidden_nCD = lax.scan(
-            of_tokens, jnp.zeros(weights.shape, jnp.float32), (hidden_nCD, targets_nC, lse_nC, *gradients, dhidden_nCD)
-        )
+        tiles = hidden_nCD, targets_nC, lse_nC, *gradients
+        dweights, dhidden_nCD = gradients_of_columns(dlogits_of, tiles, weights, dhidden_nCD)
         return dhidden_nCD, add_columns(dhead_DV, dweights, start, shards, over)
 
     start = jnp.zeros(hidden_nCD.shape, jnp.float32), jnp.zeros(head_DV.shape, jnp.float32)
     count = -(-head_DV.shape[1] // width)
     dhidden, dhead = lax.fori_loop(0, count, of_columns, start)
     return dhidden.astype(hidden_nCD.dtype), dhead.astype(head_DV.dtype), None
+
+
+def gradients_of_columns(
+    dlogits_of: Callable[..., Float[Array, "C W"]],
+    tiles: tuple[Array, ...],
+    weights_DW: Float[Array, "D W"],
+    dhidden_nCD: Float[Array, "n C D"],
+) -> tuple[Float[Array, "D W"], Float[Array, "n C D"]]:
+    """The gradient of one vocabulary tile's weights, and `dhidden_nCD` with what the tile adds to it. dlogits_of(*tile) of
+    each of the n in `tiles`, of which hidden [n, C, D] is the first.
+
+    Both sums are what the loop carries, so they are added to in place: given to it and taken from it by tiles, the second is
+    copied once for every vocabulary tile."""
+
+    def of_tokens(sums, numbered):
+        (dweights, dhidden), (i, (hidden, *others)) = sums, numbered
+        dlogits = dlogits_of(hidden, *others).astype(hidden.dtype)
+        more = dhidden[i] + jnp.dot(dlogits, weights_DW.T, preferred_element_type=jnp.float32)
+        return (dweights + outer_sum(hidden, dlogits), lax.dynamic_update_index_in_dim(dhidden, more, i, 0)), None
+
+    start = jnp.zeros(weights_DW.shape, jnp.float32), dhidden_nCD
+    return lax.scan(of_tokens, start, (jnp.arange(len(dhidden_nCD)), tiles))[0]
 
 
 def add_columns(dhead_DV: Array, dweights_DW: Array, start: Array, shards: Shards, over: tuple[str, ...]) -> Array:

@@ -23,7 +23,6 @@ from jaxtyping import Array, Float
 from model import cross_entropy
 from model.call import Call
 from model.cross_entropy import columns, logits_of, tokens_in_tiles
-from model.project import outer_sum
 from model.shards import ONE_DEVICE, Shards
 
 Sums = tuple[Float[Array, "N"], Float[Array, "N"], Float[Array, "N"]]
@@ -117,19 +116,13 @@ def _tiles_backward(width, shards, over, saved, gradients):
         weights, start, new = columns(head_DV, v, width, hidden_nCD.dtype, shards, over)
         teacher, _, _ = columns(teacher_DV, v, width, taught_nCD.dtype, shards, over)
 
-        def of_tokens(dweights, tile):
-            hidden, taught, lse, lse_t, g_lse, g_cross, dhidden = tile
+        def dlogits_of(hidden, taught, lse, lse_t, g_lse, g_cross):
             softmax = jnp.exp(logits_of(hidden, weights, new) - lse[:, None])
             p = jnp.exp(logits_of(taught, teacher, new) - lse_t[:, None])
-            dlogits = (softmax * g_lse[:, None] - p * g_cross[:, None]).astype(hidden.dtype)
-            dhidden += jnp.dot(dlogits, weights.T, preferred_element_type=jnp.float32)
-            return dweights + outer_sum(hidden, dlogits), dhidden
+            return softmax * g_lse[:, None] - p * g_cross[:, None]
 
-        dweights, dhidden_nCD = lax.scan(
-            of_tokens,
-            jnp.zeros(weights.shape, jnp.float32),
-            (hidden_nCD, taught_nCD, lse_nC, lse_t_nC, g_lse_nC, g_cross_nC, dhidden_nCD),
-        )
+        tiles = hidden_nCD, taught_nCD, lse_nC, lse_t_nC, g_lse_nC, g_cross_nC
+        dweights, dhidden_nCD = cross_entropy.gradients_of_columns(dlogits_of, tiles, weights, dhidden_nCD)
         return dhidden_nCD, cross_entropy.add_columns(dhead_DV, dweights, start, shards, over)
 
     start = jnp.zeros(hidden_nCD.shape, jnp.float32), jnp.zeros(head_DV.shape, jnp.float32)

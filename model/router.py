@@ -24,6 +24,38 @@ def gate_scale(experts: int, per_token: int, samples: int = 20000) -> float:
     return round(float(np.mean(1 / np.linalg.norm(top, axis=1))), 3)
 
 
+@jax.custom_vjp
+def exact_product(x_ND: Float[Array, "N D"], weight_DE: Float[Array, "D E"]) -> Float[Array, "N E"]:
+    """x @ weight in float32 where both hold values of bfloat16 (x is one, the weight float32): the products are exact, so one
+    pass through the matrix units gives what float32 arithmetic gives, which takes many or none of them.
+
+    The gradient of the logits is float32. It is cut into the three bfloat16 numbers whose sum it is, and their products are
+    one."""
+    return jnp.dot(x_ND, weight_DE.astype(x_ND.dtype), preferred_element_type=jnp.float32)
+
+
+def _backward(saved, g_NE):
+    x_ND, weight_DE = saved
+    parts_N3E = jnp.concatenate(in_three(g_NE), axis=1)
+    weights_3ED = jnp.tile(weight_DE.astype(x_ND.dtype).T, (3, 1))
+    dx_ND = jnp.dot(parts_N3E, weights_3ED, preferred_element_type=jnp.float32)
+    dw_D3E = jnp.dot(x_ND.T, parts_N3E, preferred_element_type=jnp.float32)
+    return dx_ND.astype(x_ND.dtype), dw_D3E.reshape(len(weight_DE), 3, -1).sum(1)
+
+
+exact_product.defvjp(lambda x, weight: (exact_product(x, weight), (x, weight)), _backward)
+
+
+def in_three(x: Float[Array, "..."]) -> tuple[Array, Array, Array]:
+    """float32 as a sum of three bfloat16 numbers: 24 bits of mantissa are three times eight."""
+    parts, rest = [], x
+    for _ in range(3):
+        part = jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)  # which XLA may not leave out
+        parts.append(part.astype(jnp.bfloat16))
+        rest -= part
+    return tuple(parts)
+
+
 class Router(nnx.Module):
     """Scores, choice and gate weights, all in float32."""
 
@@ -55,7 +87,11 @@ class Router(nnx.Module):
     ) -> tuple[Int[Array, "N K"], Float[Array, "N K"], Float[Array, "N E"]]:
         """Chosen experts, their gate weights, and all scores. The bias moves the choice only."""
         cfg = self.cfg
-        logits = jnp.dot(x_ND.astype(jnp.float32), call.exact_weight(self.weight), precision="highest")
+        weight = call.exact_weight(self.weight)
+        if call.platform != "cpu" and x_ND.dtype == call.serving.dtype == "bfloat16":
+            logits = exact_product(x_ND, weight)
+        else:
+            logits = jnp.dot(x_ND.astype(jnp.float32), weight, precision="highest")
         scores = jax.nn.sigmoid(logits)
         choice = jax.lax.stop_gradient(scores + self.bias[...])
         if cfg.n_group > 1:

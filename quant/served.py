@@ -65,14 +65,27 @@ def _straight_through(value: Array, master: Array) -> Array:
     return through(jax.lax.stop_gradient(value), master)
 
 
-def as_served(w: Float[Array, "..."], spec: ParamSpec, serving: Serving, amount: Float[Array, ""]) -> Float[Array, "..."]:
-    """Forward value (float32) of a master weight; leading stacked axes of the spec may be sliced away."""
+def _on_grid(w: Float[Array, "..."], axis: int, serving: Serving, platform: str) -> Float[Array, "..."]:
+    """`grid.on_grid` of the masters by the fastest program for the platform that gives its numbers."""
+    if platform == "hopper":
+        from quant import grid_gpu  # Pallas takes longer to import than a CPU has use for
+
+        if grid_gpu.takes(w.shape, axis, serving.group_size):
+            return grid_gpu.on_grid(jax.lax.stop_gradient(w), axis, serving.group_size, serving.levels).astype(jnp.float32)
+    return grid.on_grid(w.astype(jnp.float32), axis, serving.group_size, serving.levels)
+
+
+def as_served(
+    w: Float[Array, "..."], spec: ParamSpec, serving: Serving, amount: Float[Array, ""], platform: str = "cpu"
+) -> Float[Array, "..."]:
+    """Forward value (float32) of a master weight; leading stacked axes of the spec may be sliced away. `platform`: of
+    configs/platforms.py; every one gives the same numbers."""
     master = w.astype(jnp.float32)
     value = master
     if serving.dtype == "bfloat16" and spec.served is None:
         value = grid.bf16_round(value)
     if spec.on_grid and serving.grid != "none":
         axis = spec.axis(spec.matrix.rows[0]) - len(spec.axes)
-        on_grid = grid.on_grid(master, axis, serving.group_size, serving.levels)
+        on_grid = _on_grid(w, axis, serving, platform)
         value = jnp.where(amount >= 1, on_grid, jnp.where(amount > 0, value + amount * (on_grid - value), value))
     return _straight_through(value, master)

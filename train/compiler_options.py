@@ -29,10 +29,16 @@ SPARSE_CORES = TPU | {
     "xla_enable_async_all_gather": "true",
 }
 
+GPU = {
+    # Products are left to cuBLAS. Otherwise XLA compiles some thirty Triton kernels for each product of the program to see
+    # which is fastest: an H200's host of 16 cores was not done with `one_gpu` after 150 s, and is after 60.
+    "xla_gpu_enable_triton_gemm": False
+}
+
 BY_KIND = {"TPU v5": SPARSE_CORES, "TPU v6 lite": SPARSE_CORES, "TPU7x": SPARSE_CORES}
 """By jax's device_kind; "TPU v5" is v5p. A v5e has no SparseCore."""
 
 
 def step_options(device: Any) -> dict[str, Any]:
     """For a device, which need not be there."""
-    return BY_KIND.get(device.device_kind, TPU if device.platform == "tpu" else {})
+    return BY_KIND.get(device.device_kind, {"tpu": TPU, "gpu": GPU}.get(device.platform, {}))

@@ -9,6 +9,7 @@ from configs.platforms import platform_of
 from model import dispatch
 from model.grouped_matmul import IMPLEMENTATIONS, block_rows, grouped_matmul
 from model.kernels import grouped_matmul_decode, grouped_matmul_gpu
+from quant import grid, grid_gpu
 from quant.resident import to_int4
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(platform_of(jax.devices()[0]) != "hopper", reason="needs a Hopper GPU")]
@@ -91,7 +92,8 @@ def test_against_the_plain_entry(load):
 
 @pytest.mark.parametrize("tokens, D, F, E, K", [(1, 2048, 2816, 64, 6), (8, 7168, 4096, 16, 8), (300, 1408, 2048, 16, 2)])
 def test_decoding(tokens, D, F, E, K):
-    """A few rows per expert: near float64, and four-bit weights give what they give unpacked, bit for bit."""
+    """A few rows per expert: near float64, with four-bit weights too, which are unpacked to what they give elsewhere, bit for
+    bit: rows that are one at one place and zero elsewhere give them back."""
     experts = routed("spread", tokens, E, K)
     to = dispatch.plan(experts, E, block_rows(experts.size, E, "hopper"))
     assert to.block in grouped_matmul_decode.BLOCKS
@@ -99,12 +101,26 @@ def test_decoding(tokens, D, F, E, K):
     x = dispatch.to_slots(jax.random.normal(keys[0], (tokens, D), jnp.bfloat16), to)
     packed = to_int4(jax.random.normal(keys[1], (E, D, F)), -2, 32)
     whole = packed.astype(jnp.bfloat16)
-    mine = np.asarray(IMPLEMENTATIONS["hopper"].rows(x, packed, to.block_expert, False), np.float64)
-    np.testing.assert_array_equal(mine, IMPLEMENTATIONS["hopper"].rows(x, whole, to.block_expert, False))
+    rows = IMPLEMENTATIONS["hopper"].rows
     w64 = np.concatenate([np.asarray(whole, np.float64), np.zeros((1, D, F))])
-    for block, e in enumerate(np.asarray(to.block_expert)):
-        at = slice(block * to.block, (block + 1) * to.block)
-        close(mine[at], np.asarray(x[at], np.float64) @ w64[e])
+    for w in (whole, packed):
+        mine = np.asarray(rows(x, w, to.block_expert, False), np.float64)
+        for block, e in enumerate(np.asarray(to.block_expert)):
+            at = slice(block * to.block, (block + 1) * to.block)
+            close(mine[at], np.asarray(x[at], np.float64) @ w64[e])
+    place = np.arange(len(x)) * 37 % D
+    back = np.asarray(rows(jax.nn.one_hot(place, D, dtype=jnp.bfloat16), packed, to.block_expert, False), np.float64)
+    np.testing.assert_array_equal(back, w64[np.repeat(to.block_expert, to.block), place])
+
+
+@pytest.mark.parametrize("shape, axis", [((8, 2048, 2, 512), -3), ((8, 1408, 2048), -2), ((2, 96, 192), -2)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_on_the_grid(dtype, shape, axis):
+    """The kernel finds the grid values of the definition, of groups of zeros and of masters that lie between two codes too."""
+    w = jax.random.normal(jax.random.key(0), shape, jnp.float32).at[0, :32].set(0).astype(dtype)
+    assert grid_gpu.takes(shape, axis, 32)
+    for masters in (w, (grid.on_grid(w, axis, 32) * 0.5).astype(dtype)):
+        np.testing.assert_array_equal(grid_gpu.on_grid(masters, axis, 32), grid.on_grid(masters, axis, 32))
 
 
 def test_jax_own_kernel_agrees():

@@ -17,6 +17,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -79,7 +80,8 @@ def _attend(q, k, v, seen: Intervals, scale: float):
 
 
 def _attend_forward(q, k, v, seen, scale):
-    out, lse, top = forward(q, k, v, seen, scale)
+    # The barrier keeps jax 0.11's XLA from running the kernel twice, once for what is kept and once for what goes on.
+    out, lse, top = lax.optimization_barrier(forward(q, k, v, seen, scale))
     # Named, so that a remat policy that keeps them spares the backward pass a second forward pass.
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (out, jnp.max(top, axis=(0, 2))), (q, k, v, seen, out, lse)

@@ -1,0 +1,66 @@
+"""quant/grid.py:on_grid on GPUs in one pass: Pallas' Triton backend reads a group, finds its scale and writes its values.
+
+XLA makes five passes of it: the largest of every group, codes, and products, some of them held in float32. This one reads and
+writes every weight once, so that seeing the experts on their grid costs no more than converting them to bfloat16 does.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from kernels.hopper import stated
+from quant.grid import LEVELS, nearest
+
+try:
+    from jax.experimental.pallas import triton
+except (ImportError, AttributeError):  # another jax: quant/served.py then asks quant/grid.py
+    triton = None
+
+WIDTH, WARPS = 64, 1
+"""Columns of a tile, which is one group high, and warps that share it. One warp finds the largest of a group without a word to
+another, and narrow tiles are many: on an H200 64 columns moved 3.5 TB/s, 256 of four warps 2.4 (docs/performance.md)."""
+
+
+def takes(shape: tuple[int, ...], axis: int, group: int) -> bool:
+    """Whether the kernel can work on groups along `axis` (negative): powers of two, and whole tiles behind that axis."""
+    behind = math.prod(shape[len(shape) + axis + 1 :])
+    return triton is not None and group & (group - 1) == 0 and axis < -1 and behind % WIDTH == 0
+
+
+def on_grid(
+    w: Float[Array, "..."], axis: int, group: int, levels: int = LEVELS["int4"], interpret: bool = False
+) -> Float[Array, "..."]:
+    """The grid values of `w`, as bfloat16, which holds them exactly: the same numbers as `grid.on_grid`. Not differentiable."""
+    behind = math.prod(w.shape[w.ndim + axis + 1 :])
+    groups = w.size // (group * behind)
+
+    def kernel(w, out):
+        at = pl.program_id(0), slice(None), pl.ds(pl.program_id(1) * WIDTH, WIDTH)
+        x = triton.load(w.at[at]).astype(jnp.float32)
+        scale = _bf16(_bf16(jnp.max(jnp.abs(x), axis=0)) / levels)
+        scale = jnp.where(scale == 0, 1.0, scale)[None]
+        guess = jnp.floor(x * (1 / scale) + 0.5)  # not always the nearest; a quotient of every weight would not be either
+        codes = jnp.clip(nearest(x, jnp.broadcast_to(scale, x.shape), guess), -levels, levels)
+        triton.store(out.at[at], (codes * scale).astype(out.dtype))
+
+    run = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((groups, group, behind), jnp.bfloat16),
+        grid=(groups, behind // WIDTH),
+        interpret=interpret,
+        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
+    )
+    with stated(0, w.size * (w.dtype.itemsize + 2)):
+        return run(w.reshape(groups, group, behind)).reshape(w.shape)
+
+
+def _bf16(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`grid.bf16_round` of finite numbers on their bits, which Triton has no operation for."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return lax.bitcast_convert_type((bits + 0x7FFF + ((bits >> 16) & 1)) & jnp.int32(-0x10000), jnp.float32)
