@@ -5,6 +5,7 @@ the diagonal or lie under it are multiplied, and what lies under it is stored a 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ def takes(m: int, k: int) -> bool:
     return AVAILABLE and m > 64 and m % 64 == 0 and k % STEP == 0
 
 
+@partial(jax.jit, static_argnames="cores")  # a step takes dozens of equal products: Pallas lowers each kernel once
 def symmetric(x: Float[Array, "*B m k"], y: Float[Array, "*B m k"], cores: int = hopper.CORES) -> Float[Array, "*B m m"]:
     """x y^T, summed in float32, in the dtype of x. Exactly symmetric but for the 64 x 64 squares on the diagonal, which are
     computed in full."""

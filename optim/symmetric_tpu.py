@@ -30,6 +30,7 @@ VMEM_LIMIT = 56 << 20
 """Two of each tile, the float32 sum and its mirror image. The smallest core, tpu7x's, has 64 MiB."""
 
 
+@jax.jit  # a step takes dozens of equal products: Pallas lowers each kernel once
 def symmetric(x: Float[Array, "*B m k"], y: Float[Array, "*B m k"]) -> Float[Array, "*B m m"]:
     """x y^T, summed in float32, in the dtype of x. Exactly symmetric but for the blocks on the diagonal, which are
     computed in full. m and k must be multiples of LANES."""

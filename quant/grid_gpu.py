@@ -45,7 +45,9 @@ def on_grid(
         x = triton.load(w.at[at]).astype(jnp.float32)
         scale = _bf16(_bf16(jnp.max(jnp.abs(x), axis=0)) / levels)
         scale = jnp.where(scale == 0, 1.0, scale)[None]
-        guess = jnp.floor(x * (1 / scale) + 0.5)  # not always the nearest; a quotient of every weight would not be either
+        # One reciprocal for a group gives a guess as good as a quotient of every weight does. It has to be finite.
+        larger = jnp.where(scale < 2.0**-100, 2.0**100, 1.0)
+        guess = jnp.floor(x * larger * (1 / (scale * larger)) + 0.5)
         codes = jnp.clip(nearest(x, jnp.broadcast_to(scale, x.shape), guess), -levels, levels)
         triton.store(out.at[at], (codes * scale).astype(out.dtype))
 

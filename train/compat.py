@@ -52,6 +52,18 @@ def tree_mode() -> None:
     nnx.set_graph_mode(False)
 
 
+def slowed_kernels(platform: str) -> str:
+    """Why kernels of this jax are slower than they need be, empty where they are not."""
+    import jax
+
+    if platform != "hopper" or jax.__version_info__ < (0, 12):
+        return ""
+    return (
+        f"jax {jax.__version__} assembles our attention with nvJitLink, which makes its backward pass take twice as long; "
+        "install jax 0.11.2 instead (pip install -e '.[cuda13]' or '.[cuda12]')"
+    )
+
+
 def compile_seconds() -> Callable[[], float]:
     """A clock of the time in which jax traces, lowers or compiles from now on, in seconds; what happens at once, in several
     threads or one within another, counts once."""

@@ -18,7 +18,7 @@ from quant.coverage import coverage
 from quant.served import settled_step
 from train import processes
 from train.checkpoint import Checkpoints
-from train.compat import compile_seconds, interpreter, keep_freed_memory, known_options
+from train.compat import compile_seconds, interpreter, keep_freed_memory, known_options, slowed_kernels
 from train.compiler_options import step_options
 from train.console import Bar, clock, console, human
 from train.counts import train_flops_per_token
@@ -109,6 +109,8 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
     session = open_session(cfg, kept_dtype(cfg, facts))
     if session.platform == "cpu":
         keep_freed_memory()
+    if slowed := slowed_kernels(session.platform):
+        console.print(f"[yellow]{slowed}[/]")
     mixtures = table_of(facts)
     data = open_data(known, session.tokenizer, mixtures)
     require_same_order(run, facts, data)

@@ -106,3 +106,33 @@ def test_memory_spaces():
     """S(1) in a layout is a core's own memory, not the device's."""
     program = Program("HloModule m\nENTRY %main (a: f32[8]) -> f32[8] {\n  ROOT %a = f32[8]{0:T(128)S(1)} parameter(0)\n}\n")
     assert program.computations["main"]["a"].shapes[0].space == 1
+
+
+SUMS_OVER = '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_batch_dimensions":[],"lhs_contracting_dimensions":["1"]}}}'
+
+CUBLAS = """HloModule m, is_scheduled=true
+
+%sliced (w: bf16[4,32,16], x: bf16[8,32]) -> (f32[8,16], s8[1024]) {
+  %w = bf16[4,32,16]{2,1,0} parameter(0)
+  %x = bf16[8,32]{1,0} parameter(1)
+  %part = bf16[32,16]{1,0} bitcast(%w)
+  ROOT %c = (f32[8,16]{1,0}, s8[9]{0}) custom-call(%x, %part), custom_call_target="__cublas$lt$matmul", backend_config=SUMS_OVER
+}
+
+ENTRY %main (w: bf16[4,32,16], x: bf16[8,32]) -> f32[8,16] {
+  %w = bf16[4,32,16]{2,1,0} parameter(0)
+  %x = bf16[8,32]{1,0} parameter(1)
+  %f = (f32[8,16]{1,0}, s8[1024]{0}) fusion(%w, %x), kind=kCustom, calls=%sliced
+  ROOT %r = f32[8,16]{1,0} get-tuple-element(%f), index=0
+}
+"""
+
+
+def test_products_left_to_cublas():
+    """A call of cuBLAS, here inside a fusion with the slice it reads, counts as the product it is; its room to work in is not
+    a result."""
+    program = Program(CUBLAS.replace("SUMS_OVER", SUMS_OVER))
+    inner = program.computations["sliced"]["c"]
+    assert inner.calls_cublas and inner.cublas_sums_over == [1]
+    assert program.product_flops("sliced", inner) == 2 * 8 * 32 * 16
+    assert program.product_flops("main", program.computations["main"]["f"]) == 0

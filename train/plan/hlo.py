@@ -90,6 +90,16 @@ class Instruction:
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found.group(1) if found else ""
 
+    @property
+    def calls_cublas(self) -> bool:
+        """Of its results the first is the product, a second one room to work in."""
+        return self.kind == "custom-call" and 'custom_call_target="__cublas$' in self.rest
+
+    @property
+    def cublas_sums_over(self) -> list[int]:
+        """Axes of the left operand of a call of cuBLAS."""
+        return [int(n) for n in re.findall(r"\d+", re.search(r'"lhs_contracting_dimensions":\[([^]]*)\]', self.rest).group(1))]
+
     def numbers(self, key: str) -> list[int]:
         found = re.search(key + r"=\{([0-9,]*)\}", self.rest)
         return [int(n) for n in found.group(1).split(",") if n] if found else []
@@ -144,11 +154,12 @@ class Program:
         return out
 
     def product_flops(self, computation: str, instruction: Instruction) -> int:
-        """Multiplications and additions of a dot or convolution (which is what a TPU makes of a dot), else 0."""
-        if instruction.kind == "dot":
+        """Multiplications and additions of a dot, of a convolution (which is what a TPU makes of a dot) or of a call of
+        cuBLAS (what a GPU makes of one), else 0."""
+        if instruction.kind == "dot" or instruction.calls_cublas:
             left = self.operand_shapes(computation, instruction)[0][0].dims
-            contracted = math.prod(left[i] for i in instruction.numbers("lhs_contracting_dims"))
-            return 2 * contracted * math.prod(instruction.shapes[0].dims)
+            over = instruction.cublas_sums_over if instruction.calls_cublas else instruction.numbers("lhs_contracting_dims")
+            return 2 * math.prod(left[i] for i in over) * math.prod(instruction.shapes[0].dims)
         if instruction.kind == "convolution":
             left, kernel = (shapes[0].dims for shapes in self.operand_shapes(computation, instruction)[:2])
             return _convolution_flops(instruction, left, kernel)

@@ -232,6 +232,8 @@ class Roofline:
 
     def _inside(self, computation: str, instruction: Instruction) -> tuple[float, list[Collective]]:
         flops, inner = self.program.product_flops(computation, instruction), []
+        if instruction.kind == "custom-call" and (stated := _stated(instruction)):  # a kernel that a fusion begins or ends with
+            flops += stated[0] * even_share(instruction)
         for called in self.program.called(instruction):
             for one in self.program.computations.get(called, {}).values():
                 if found := collective(one, self.wires.mesh.size):
@@ -247,7 +249,7 @@ class Roofline:
         read = [sum(s.bytes for s in shapes if s.space == 0) for shapes in operands]
         written = sum(s.bytes for s in instruction.shapes if s.space == 0)
         kind, body = instruction.kind, None
-        if kind == "copy-start":  # its result names the source again
+        if kind == "copy-start" or instruction.calls_cublas:  # its result names the source again, or room to work in
             written = sum(s.bytes for s in instruction.shapes[:1] if s.space == 0)
         if kind in ("dynamic-slice", "slice", "gather"):
             return 2 * written

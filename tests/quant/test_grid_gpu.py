@@ -1,0 +1,30 @@
+"""The grid's kernel for GPUs, interpreted, against its definition. On a GPU: tests/gpu/test_kernels.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from quant import grid, grid_gpu
+
+
+@pytest.mark.parametrize("levels", sorted(grid.LEVELS.values()))
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape, axis, group", [((3, 64, 2, 64), -3, 32), ((2, 96, 128), -2, 32), ((64, 64), -2, 16)])
+def test_the_same_numbers(shape, axis, group, dtype, levels):
+    """Also of groups of zeros, of very small and very large weights, and of those that lie in the middle of two codes."""
+    w = jax.random.normal(jax.random.key(0), shape, jnp.float32)
+    size = jnp.exp2(jnp.linspace(-110, 90, w.size // w.shape[-1])).reshape(*shape[:-1], 1)
+    for masters in (w, w * size, w.at[..., 0].set(0), grid.on_grid(w, axis, group, levels) * 0.5):
+        want = jax.jit(grid.on_grid, static_argnums=(1, 2, 3))(masters.astype(dtype), axis, group, levels)
+        mine = grid_gpu.on_grid(masters.astype(dtype), axis, group, levels, interpret=True)
+        assert mine.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(mine.astype(jnp.float32), want)
+
+
+def test_what_it_takes():
+    """Groups that are powers of two, in front of whole tiles of columns."""
+    assert grid_gpu.takes((8, 2048, 2, 512), -3, 32) and grid_gpu.takes((1408, 2048), -2, 32)
+    assert not grid_gpu.takes((8, 96, 64), -2, 24)
+    assert not grid_gpu.takes((8, 64, 96), -2, 32)
+    assert not grid_gpu.takes((64, 64), -1, 32)
