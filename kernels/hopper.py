@@ -89,6 +89,7 @@ def run(
     operands: tuple[Array, ...],
     out: jax.ShapeDtypeStruct,
     *,
+    name: str,
     flops: int,
     moved: int,
     cores: int = CORES,
@@ -96,7 +97,7 @@ def run(
     """The kernel on `operands` (16-bit floats, last axes multiples of 64) with int32 `tables` in global memory. Reading
     past an operand gives zeros and writing past the output does nothing, but not by columns where it has only 64 of 16 bits
     (32 of 32): jax drops an axis of a single tile from the copy, index and all, and the part past the edge lands inside.
-    flops, bytes moved: see `stated`."""
+    name: what a trace shows. flops, bytes moved: see `stated`."""
     dtype = operands[0].dtype
     chunk = 128 // out.dtype.itemsize
     ring = sum(rows * columns for rows, columns in tiles.boxes) * dtype.itemsize
@@ -200,6 +201,7 @@ def run(
             over_tiles(work)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
+    kernel.__name__ = name
     call = plgpu.kernel(
         kernel,
         out_type=out,

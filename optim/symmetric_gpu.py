@@ -62,6 +62,7 @@ def symmetric(x: Float[Array, "*B m k"], y: Float[Array, "*B m k"], cores: int =
         tuple(jnp.asarray(schedule)),
         (x.reshape(count, m, k), y.reshape(count, m, k)),
         jax.ShapeDtypeStruct((count, m, m), x.dtype),
+        name="half_product",
         flops=flops,
         moved=moved,
         cores=cores,

@@ -56,6 +56,7 @@ def on_grid(
         out_shape=jax.ShapeDtypeStruct((groups, group, behind), jnp.bfloat16),
         grid=(groups, behind // WIDTH),
         interpret=interpret,
+        name="on_grid",
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
     )
     with stated(0, w.size * (w.dtype.itemsize + 2)):

@@ -34,6 +34,9 @@ def start_jax(platform: str | None = None, cache: Path | None = None) -> None:
 
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_MEMORY)
+    if Path("/dev/nvidiactl").exists() and "triton_gemm" not in os.environ.get("XLA_FLAGS", ""):
+        # For programs besides the step, whose options say the same and why: train/compiler_options.py.
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_triton_gemm=false"
     if platform:
         jax.config.update("jax_platforms", platform)
     tree_mode()

@@ -97,6 +97,7 @@ def rows(
         out_shape=jax.ShapeDtypeStruct((cuts, M, O // parts, parts), x.dtype if cuts == 1 else jnp.float32),
         grid=(blocks, O // WIDTH, cuts),
         interpret=interpret,
+        name="experts_decoding",
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES),
     )
     moved = min(blocks, E) * sum(a.size // E * a.dtype.itemsize for a in operands) + (x.size + M * O) * x.dtype.itemsize

@@ -11,6 +11,8 @@ import pytest
 from configs.presets import preset
 from configs.schema import MeshConfig
 from model import attention
+from model.kernels.attention_gpu import gradients
+from model.kernels.intervals import Intervals
 from tests.plan.test_kernels_compile import BF16, array, compiled, kernels
 from train.plan import aot, compiler
 from train.plan.aot import compile_step
@@ -45,6 +47,27 @@ def test_attention(d, v):
     assert sorted(kernels(program)) == sorted(pairs * n for n in (d + v, 2 * d + v, 2 * d + 2 * v))
     # output, its gradient, and a few numbers per row
     assert program.memory_analysis().temp_size_in_bytes < 3 * B * S * H * v * 2 + 64 * B * S * H
+
+
+def test_backward_kernels_keep_their_registers(tmp_path, monkeypatch):
+    """The assembler spills none and lets products overlap. Where it ignores setmaxnreg, as nvJitLink does, it does neither
+    (docs/performance.md)."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    B, S, H, d, v = 1, 512, 2, 192, 128
+    per_row = array((B, H, S), jnp.float32)
+
+    def backward(q, k, v, g, lse, delta, segments):
+        seen = Intervals.of(segments, jnp.arange(S), S, S)
+        return gradients.backward(q, k, v, g, lse, delta, seen, d**-0.5)
+
+    values = array((B, S, H, v), BF16)
+    compiled("h200-1", backward, *[array((B, S, H, d), BF16)] * 2, values, values, per_row, per_row, array((B, S), jnp.int32))
+    accounts = [file.read_text() for file in tmp_path.glob("*.ptxas")]
+    assert len(accounts) == 2
+    for account in accounts:
+        assert " 0 bytes spill stores" in account
+        assert "setmaxnreg" not in account and "serialized" not in account
 
 
 def test_in_the_train_step():

@@ -94,8 +94,9 @@ def barriers(stages: int, copies: int) -> tuple:
 
 
 def call(body: Callable, outputs, scratch, grid: tuple[int, int, int], operands: tuple[Array, ...], products: int):
-    """The kernel on its operands. products: columns of operands and results per pair of a query and a key, half of which
-    see each other where a row is one document: what kernels/hopper.py states to launch.py plan."""
+    """The kernel on its operands; a trace shows it by the name of its body. products: columns of operands and results per
+    pair of a query and a key, half of which see each other where a row is one document: what kernels/hopper.py states to
+    launch.py plan."""
     kernel = plgpu.kernel(
         body,
         out_type=outputs,

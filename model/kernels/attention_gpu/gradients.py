@@ -29,7 +29,7 @@ def of_queries(q, k, v, g, lse, delta, seen: Intervals, scale: float) -> Float[A
     n, keys = S // TILE, ROWS
     stages = frame.ring(keys * (dk + dv) * 2, TILE * (dk + dv) * 2, 3)
 
-    def body(
+    def attention_of_queries(
         q,
         k,
         v,
@@ -107,7 +107,7 @@ def of_queries(q, k, v, g, lse, delta, seen: Intervals, scale: float) -> Float[A
 
     number = partial(plgpu.SMEM, (GROUPS, ROWS))
     return frame.call(
-        body,
+        attention_of_queries,
         jax.ShapeDtypeStruct(q.shape, dtype),
         (
             frame.tiles(GROUPS, ROWS, dk, dtype=dtype),
@@ -133,7 +133,7 @@ def of_keys(q, k, v, g, lse, delta, seen: Intervals, scale: float) -> tuple[Floa
     queries = ROWS
     stages = frame.ring(queries * (dk + dv) * 2, TILE * (dk + dv) * 2, 3)
 
-    def body(
+    def attention_of_keys(
         q,
         k,
         v,
@@ -222,7 +222,7 @@ def of_keys(q, k, v, g, lse, delta, seen: Intervals, scale: float) -> tuple[Floa
 
     number = partial(plgpu.SMEM, (stages, queries))
     return frame.call(
-        body,
+        attention_of_keys,
         (jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype)),
         (
             frame.tiles(GROUPS, ROWS, dk, dtype=dtype),

@@ -26,7 +26,7 @@ def forward(
     stages = frame.ring(keys * (dk + dv) * 2, TILE * dk * 2, 2)
     to_log2, nothing = scale * LOG2E, MASKED / scale
 
-    def body(
+    def attention_outputs(
         q,
         k,
         v,
@@ -122,7 +122,7 @@ def forward(
     per_row = jax.ShapeDtypeStruct((B, H, S), jnp.float32)
     number = partial(plgpu.SMEM, (GROUPS, ROWS))
     return frame.call(
-        body,
+        attention_outputs,
         (jax.ShapeDtypeStruct((B, S, H, dv), dtype), per_row, per_row),
         (
             frame.tiles(GROUPS, ROWS, dk, dtype=dtype),
