@@ -4,7 +4,7 @@
 
 On a CPU the shapes are small and ratios are of CPU time; on an accelerator they are those of the family's layers, and
 times are the clock's. The limit is one square product in the same run; useful FLOPs count the pairs of a query and a key
-that see each other.
+that see each other. On a Hopper GPU our three kernels are timed by themselves too, with the logits that they form again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from bench import measure
 from configs.platforms import platform_of
 from model.attention import CHUNK, IMPLEMENTATIONS, implementation
 from model.kernels import attention_gpu
+from model.kernels.attention_gpu import gradients, outputs
+from model.kernels.intervals import Intervals
 
 SHAPES = {
     "tiny": (32, 256, 4, 48, 32),
@@ -42,6 +44,23 @@ def entries(platform: str, q: jax.Array, v: jax.Array) -> list[str]:
             continue
         out.append(kind)
     return out
+
+
+def hopper_kernels(q, k, v, g, segments, scale: float) -> dict[str, dict[str, float]]:
+    """Milliseconds of each kernel, and TF/s of what it multiplies."""
+    (B, S, H, d), width = q.shape, v.shape[-1]
+    seen = Intervals.of(segments, jnp.arange(S), S, S)
+    forward = jax.jit(lambda *x: outputs.forward(*x, seen, scale))
+    out, lse, _ = forward(q, k, v)
+    delta = jnp.einsum("BSHv,BSHv->BHS", g.astype(jnp.float32), out.astype(jnp.float32))
+    of_queries = jax.jit(lambda *x: gradients.of_queries(*x, seen, scale))
+    of_keys = jax.jit(lambda *x: gradients.of_keys(*x, seen, scale))
+    saved = q, k, v, g, lse, delta
+    times = measure.in_turns(
+        {"forward": lambda: forward(q, k, v), "queries": lambda: of_queries(*saved), "keys": lambda: of_keys(*saved)}
+    )
+    columns = {"forward": d + width, "queries": 2 * d + width, "keys": 2 * d + 2 * width}
+    return {name: t | {"TF/s": round(B * H * S * (S + 1) * columns[name] / t["wall_ms"] / 1e9, 1)} for name, t in times.items()}
 
 
 def row(name: str, dtype, limit: float) -> dict:
@@ -84,6 +103,7 @@ def row(name: str, dtype, limit: float) -> dict:
         f"{clock} over reference": ratio,
         "share of the limit": share,
         "times": times,
+        "kernels": hopper_kernels(q, k, value, g, segments, 0.1) if "hopper" in forward else None,
     }
 
 
@@ -100,6 +120,8 @@ def main() -> None:
                     f"{rows[-1]['share of the limit']}",
                     flush=True,
                 )
+                for kernel, t in (rows[-1]["kernels"] or {}).items():
+                    print(f"{'':24} {kernel}: {t['wall_ms']} ms, {t['TF/s']} TF/s", flush=True)
     print(f"wrote {measure.write('attention', rows).name}")
 
 

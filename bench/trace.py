@@ -1,4 +1,4 @@
-"""Where the time of a traced step goes on a GPU, kernel by kernel: `python -m bench.trace FOLDER [--write NAME]`.
+"""Where the time of a traced step goes on a GPU, kernel by kernel: `python -m bench.trace FOLDER [--write NAME --on MACHINE]`.
 
 FOLDER is what `launch.py train --profile.steps` wrote (RUN/profile); its newest trace is read. Kernels that differ only in a
 number at their end are one row; ours bear the names of their bodies. Times are those of the kernels themselves: what they add up
@@ -20,11 +20,11 @@ from bench import measure
 from configs.schema import ConfigError
 
 PARTS = (
-    ("attention", r"attention_|body_"),
-    ("experts and half products", r"experts_|half_product|kernel_mosaic"),
-    ("the grid", r"on_grid|kernel_?$"),
-    ("other products, by cuBLAS", r"nvjet|gemm|cutlass|cublas"),
-    ("copies", r"mem(cpy|set)"),
+    ("attention", r"^(attention|body)_"),
+    ("experts and half products", r"^(experts|half_product|kernel_mosaic)"),
+    ("the grid", r"^(on_grid|kernel_?$)"),
+    ("other products, by cuBLAS", r"nvjet|gemm|cutlass|cublas|splitK"),
+    ("copies", r"^mem(cpy|set)"),
     ("everything else, fused by XLA", r""),
 )
 """The first pattern that is found in a kernel's name says which part of the step it belongs to. `body_` and `kernel` are ours in
@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--top", type=int, default=25, help="kernels to print")
     parser.add_argument("--write", default="", help="write bench/results/trace-NAME.json")
+    parser.add_argument("--on", default="", help="date, device and versions of the trace, where it was made elsewhere")
     args = parser.parse_args()
     files = sorted(args.folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
     if not files:
@@ -97,7 +98,8 @@ def main() -> None:
         print(f"{ms:10.1f} ms {ms / facts['span_ms']:6.1%} {name}")
     if args.write:
         path = measure.RESULTS / f"trace-{args.write}.json"
-        path.write_text(json.dumps({"trace": files[-1].name, **facts, "kernels": rows[: args.top]}, indent=1) + "\n")
+        found = {"machine": args.on or measure.machine(), **facts, "kernels": rows[: args.top]}
+        path.write_text(json.dumps(found, indent=1) + "\n")
         print(f"wrote {path.name}")
 
 

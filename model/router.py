@@ -29,8 +29,8 @@ def exact_product(x_ND: Float[Array, "N D"], weight_DE: Float[Array, "D E"]) -> 
     """x @ weight in float32 where both hold values of bfloat16 (x is one, the weight float32): the products are exact, so one
     pass through the matrix units gives what float32 arithmetic gives, which takes many or none of them.
 
-    The gradient of the logits is float32. It is cut into the three bfloat16 numbers whose sum it is, and their products are
-    one."""
+    The gradient of the logits is float32: it is cut into the three bfloat16 numbers whose sum it is, which are multiplied side
+    by side, in one product."""
     return jnp.dot(x_ND, weight_DE.astype(x_ND.dtype), preferred_element_type=jnp.float32)
 
 
@@ -57,7 +57,7 @@ def in_three(x: Float[Array, "..."]) -> tuple[Array, Array, Array]:
 
 
 class Router(nnx.Module):
-    """Scores, choice and gate weights, all in float32."""
+    """Scores, choice and gate weights, all in float32 or as exact."""
 
     def __init__(self, cfg: ModelConfig, declare: Declare):
         self.cfg = cfg
@@ -88,7 +88,8 @@ class Router(nnx.Module):
         """Chosen experts, their gate weights, and all scores. The bias moves the choice only."""
         cfg = self.cfg
         weight = call.exact_weight(self.weight)
-        if call.platform != "cpu" and x_ND.dtype == call.serving.dtype == "bfloat16":
+        served_in_bf16 = "bfloat16" in (call.serving.dtype, self.weight[...].dtype)  # rounded to it here, or stored so
+        if call.platform != "cpu" and served_in_bf16 and x_ND.dtype == "bfloat16":
             logits = exact_product(x_ND, weight)
         else:
             logits = jnp.dot(x_ND.astype(jnp.float32), weight, precision="highest")

@@ -1,7 +1,7 @@
 """quant/grid.py:on_grid on GPUs in one pass: Pallas' Triton backend reads a group, finds its scale and writes its values.
 
-XLA makes five passes of it: the largest of every group, codes, and products, some of them held in float32. This one reads and
-writes every weight once, so that seeing the experts on their grid costs no more than converting them to bfloat16 does.
+XLA's program reads the weights twice, for the largest of every group and for the codes, and may hold those in between. This one
+reads and writes every weight once, so that seeing the experts on their grid costs little more than a cast to bfloat16 does.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ except (ImportError, AttributeError):  # another jax: quant/served.py then asks 
 
 WIDTH, WARPS = 64, 1
 """Columns of a tile, which is one group high, and warps that share it. One warp finds the largest of a group without a word to
-another, and narrow tiles are many: on an H200 64 columns moved 3.5 TB/s, 256 of four warps 2.4 (docs/performance.md)."""
+another, and narrow tiles are many: on an H200 64 columns moved 3.5 TB/s of float32 masters and values, 256 of two warps 2.4."""
 
 
 def takes(shape: tuple[int, ...], axis: int, group: int) -> bool:
-    """Whether the kernel can work on groups along `axis` (negative): powers of two, and whole tiles behind that axis."""
-    behind = math.prod(shape[len(shape) + axis + 1 :])
-    return triton is not None and group & (group - 1) == 0 and axis < -1 and behind % WIDTH == 0
+    """Whether the kernel can work on whole groups along `axis` (negative): powers of two, with whole tiles behind that axis."""
+    at = len(shape) + axis
+    whole = shape[at] % group == 0 and math.prod(shape[at + 1 :]) % WIDTH == 0
+    return triton is not None and whole and group & (group - 1) == 0 and axis < -1
 
 
 def on_grid(

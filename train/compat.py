@@ -62,7 +62,7 @@ def slowed_kernels(platform: str) -> str:
     if platform != "hopper" or jax.__version_info__ < (0, 12):
         return ""
     return (
-        f"jax {jax.__version__} assembles our attention with nvJitLink, which makes its backward pass take twice as long; "
+        f"jax {jax.__version__} may assemble our attention with nvJitLink, whose backward pass takes twice as long; "
         "install jax 0.11.2 instead (pip install -e '.[cuda13]' or '.[cuda12]')"
     )
 
@@ -188,9 +188,11 @@ def compile_with(lowered, options: dict):
 
 
 def known_options(options: dict) -> dict:
-    """Those that the compiler of this process's devices knows: they come and go with its versions."""
+    """Those that the compiler of this process's devices knows: they come and go with its versions. What XLA_FLAGS names is the
+    user's."""
     import jax
 
+    options = {name: value for name, value in options.items() if name not in os.environ.get("XLA_FLAGS", "")}
     return _compile(jax.jit(lambda: 0).lower(), options)[1] if options else {}
 
 

@@ -35,8 +35,8 @@ bytes also of codes. Twice as much of either was slower on an H200."""
 WARPS, STAGES = 4, 4
 
 PROGRAMS = 512
-"""Of four-bit weights a program reads a part of the contraction only, so that there are about so many programs: waiting for
-its weights, each leaves its core idle."""
+"""Of four-bit weights a program reads a part of the contraction only, so that there are about so many programs: one waits for its
+weights most of the time, and several on a core hide that."""
 
 
 def takes(dtype, block: int, w: Array | Int4Weight) -> bool:
@@ -92,15 +92,17 @@ def rows(
         def _():
             store(nothing)
 
+    out_shape = jax.ShapeDtypeStruct((cuts, M, O // parts, parts), x.dtype if cuts == 1 else jnp.float32)
     run = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((cuts, M, O // parts, parts), x.dtype if cuts == 1 else jnp.float32),
+        out_shape=out_shape,
         grid=(blocks, O // WIDTH, cuts),
         interpret=interpret,
         name="experts_decoding",
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES),
     )
-    moved = min(blocks, E) * sum(a.size // E * a.dtype.itemsize for a in operands) + (x.size + M * O) * x.dtype.itemsize
+    moved = min(blocks, E) * sum(a.size // E * a.dtype.itemsize for a in operands) + x.size * x.dtype.itemsize
+    moved += out_shape.size * out_shape.dtype.itemsize
     with stated(2 * M * I * O, moved):
         out = run(block_expert.astype(jnp.int32), x, *operands)
     return (out[0] if cuts == 1 else jnp.sum(out, axis=0).astype(x.dtype)).reshape(M, O)

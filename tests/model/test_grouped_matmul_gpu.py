@@ -79,18 +79,21 @@ def test_weights(monkeypatch):
 
 @pytest.mark.parametrize("block", grouped_matmul_decode.BLOCKS)
 def test_decoding(block):
-    """A few rows per expert, in Triton's interpreter: near float64, and four-bit weights give what they give unpacked, bit
-    for bit."""
-    I, O = 128, 256
+    """A few rows per expert, in Triton's interpreter: near float64, with four-bit weights too, whose sum is of parts of the
+    contraction. They are unpacked bit for bit: rows that are one at one place and zero elsewhere give them back."""
+    I, O = 448, 256
     x, w = inputs(block, (I,), (E, I, O))
     packed, expert = to_int4(w, -2, 32), jnp.array(BLOCK_EXPERT)
     whole = packed.astype(jnp.bfloat16)
     assert grouped_matmul_decode.takes(x.dtype, block, whole) and grouped_matmul_decode.takes(x.dtype, block, packed)
-    mine = grouped_matmul_decode.rows(x, whole, expert, interpret=True)
-    np.testing.assert_array_equal(mine, grouped_matmul_decode.rows(x, packed, expert, interpret=True))
     w64 = np.concatenate([np.asarray(whole, np.float64), np.zeros((1, I, O))])[BLOCK_EXPERT]
     want = np.einsum("bmi,bio->bmo", np.asarray(x, np.float64).reshape(4, block, I), w64).reshape(-1, O)
-    assert np.abs(np.asarray(mine, np.float64) - want).max() <= 4e-3 * np.abs(want).max()
+    for w in (whole, packed):
+        mine = np.asarray(grouped_matmul_decode.rows(x, w, expert, interpret=True), np.float64)
+        assert np.abs(mine - want).max() <= 4e-3 * np.abs(want).max()
+    place = np.arange(len(x)) * 37 % I
+    back = grouped_matmul_decode.rows(jax.nn.one_hot(place, I, dtype=jnp.bfloat16), packed, expert, interpret=True)
+    np.testing.assert_array_equal(back, w64[np.arange(len(x)) // block, place])
 
 
 @pytest.mark.parametrize(

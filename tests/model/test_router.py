@@ -1,12 +1,17 @@
 """The router against plain numpy: choice, gates, group limit, loads, the balance loss of DeepSeek-V3 (eq. 17-20)."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from model import router
+from model.decode.served_params import SERVED
+from model.router import exact_product
 from model.transformer import bind
+from quant.served import Serving
 from tests.model.networks import call_for, random_params, small
 
 N = 40
@@ -87,3 +92,38 @@ def test_sequence_balance_loss():
 def test_balance_loss_is_one_at_perfect_balance():
     experts = jnp.asarray([[[0, 1], [2, 3], [0, 1], [2, 3]]])
     assert float(router.sequence_balance_loss(experts, jnp.full((1, 4, 4), 0.5), jnp.ones((1, 4), bool))) == pytest.approx(1)
+
+
+def test_one_pass_through_the_matrix_units_is_float32():
+    """Logits of bfloat16 values, and both gradients, as near to float64 as float32 arithmetic comes."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (512, 256)).astype(jnp.bfloat16)
+    weight = jax.random.normal(keys[1], (256, 16)).astype(jnp.bfloat16).astype(jnp.float32)
+    g = jax.random.normal(keys[2], (512, 16))
+    logits, pull = jax.vjp(router.exact_product, x, weight)
+    dx, dw = pull(g)
+    assert logits.dtype == dw.dtype == jnp.float32 and dx.dtype == jnp.bfloat16
+    x64, w64, g64 = (np.asarray(a, np.float64) for a in (x, weight, g))
+    for mine, want, tolerance in ((logits, x64 @ w64, 2e-6), (dw, x64.T @ g64, 2e-6), (dx, g64 @ w64.T, 2**-8)):
+        assert np.abs(np.asarray(mine, np.float64) - want).max() <= tolerance * np.abs(want).max()
+    np.testing.assert_array_equal(sum(part.astype(jnp.float32) for part in reversed(router.in_three(g))), g)
+
+
+@pytest.mark.parametrize("served", [Serving(), SERVED], ids=["trained", "served"])
+def test_accelerators_take_it(served, monkeypatch):
+    """Where tokens and weights hold bfloat16, in training and when a checkpoint's weights are used as they are stored: the same
+    experts as in float32. Nowhere else."""
+    taken = []
+    monkeypatch.setattr(router, "exact_product", lambda *a: taken.append(1) or exact_product(*a))
+    cfg = small(n_routed_experts=12, num_experts_per_tok=3)
+    params = random_params(cfg)
+    if served is SERVED:
+        params = {path: p.astype(jnp.bfloat16) for path, p in params.items()}
+    layer = jax.tree.map(lambda x: x[0], bind(cfg, params).moe).feed_forward.router
+    x = jax.random.normal(jax.random.key(1), (N, cfg.hidden_size)).astype(jnp.bfloat16)
+    call = replace(call_for(np.zeros((1, N))), serving=served, dtype="bfloat16")
+    experts = {platform: layer(x, replace(call, platform=platform))[0] for platform in ("cpu", "gpu")}
+    np.testing.assert_array_equal(experts["cpu"], experts["gpu"])
+    assert len(taken) == 1
+    layer(x.astype(jnp.float32), replace(call, platform="gpu"))
+    assert len(taken) == 1

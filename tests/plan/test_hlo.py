@@ -2,8 +2,10 @@
 
 import pytest
 
+from tests.plan.test_topology import machine
 from train.plan.census import census
 from train.plan.hlo import Program
+from train.plan.roofline import Roofline
 
 LOOP = """HloModule m, is_scheduled=true
 
@@ -112,27 +114,37 @@ SUMS_OVER = '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_batch_dimensi
 
 CUBLAS = """HloModule m, is_scheduled=true
 
-%sliced (w: bf16[4,32,16], x: bf16[8,32]) -> (f32[8,16], s8[1024]) {
+%sliced (w: bf16[4,32,16], n: s32[], x: bf16[8,32]) -> (f32[8,16], s8[999]) {
   %w = bf16[4,32,16]{2,1,0} parameter(0)
-  %x = bf16[8,32]{1,0} parameter(1)
-  %part = bf16[32,16]{1,0} bitcast(%w)
-  ROOT %c = (f32[8,16]{1,0}, s8[9]{0}) custom-call(%x, %part), custom_call_target="__cublas$lt$matmul", backend_config=SUMS_OVER
+  %n = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = bf16[1,32,16]{2,1,0} dynamic-slice(%w, %n, %zero, %zero), dynamic_slice_sizes={1,32,16}
+  %part = bf16[32,16]{1,0} bitcast(%slice)
+  %x = bf16[8,32]{1,0} parameter(2)
+  ROOT %c = (f32[8,16]{1,0}, s8[999]{0}) custom-call(%x, %part), custom_call_target="__cublas$lt$matmul", SUMS_OVER
 }
 
-ENTRY %main (w: bf16[4,32,16], x: bf16[8,32]) -> f32[8,16] {
+ENTRY %main (w: bf16[4,32,16], n: s32[], x: bf16[8,32], y: bf16[32,16]) -> f32[8,16] {
   %w = bf16[4,32,16]{2,1,0} parameter(0)
-  %x = bf16[8,32]{1,0} parameter(1)
-  %f = (f32[8,16]{1,0}, s8[1024]{0}) fusion(%w, %x), kind=kCustom, calls=%sliced
+  %n = s32[] parameter(1)
+  %x = bf16[8,32]{1,0} parameter(2)
+  %y = bf16[32,16]{1,0} parameter(3)
+  %f = (f32[8,16]{1,0}, s8[999]{0}) fusion(%w, %n, %x), kind=kCustom, calls=%sliced
+  %d = (f32[8,16]{1,0}, s8[999]{0}) custom-call(%x, %y), custom_call_target="__cublas$gemm", SUMS_OVER
+  %s = f32[8,8]{1,0} custom-call(%x, %x), custom_call_target="__cublas$triangularSolve"
   ROOT %r = f32[8,16]{1,0} get-tuple-element(%f), index=0
 }
 """
 
 
 def test_products_left_to_cublas():
-    """A call of cuBLAS, here inside a fusion with the slice it reads, counts as the product it is; its room to work in is not
-    a result."""
-    program = Program(CUBLAS.replace("SUMS_OVER", SUMS_OVER))
-    inner = program.computations["sliced"]["c"]
-    assert inner.calls_cublas and inner.cublas_sums_over == [1]
-    assert program.product_flops("sliced", inner) == 2 * 8 * 32 * 16
-    assert program.product_flops("main", program.computations["main"]["f"]) == 0
+    """A call of cuBLAS, by itself or in a fusion with the slice it reads, counts as the product it is: operations, operands
+    and result, without the room it works in. Of its other calls nothing is known."""
+    program = Program(CUBLAS.replace("SUMS_OVER", f"backend_config={SUMS_OVER}"))
+    inside, alone, other = program.computations["sliced"]["c"], *(program.computations["main"][name] for name in "ds")
+    assert program.product_flops("sliced", inside) == program.product_flops("main", alone) == 2 * 8 * 32 * 16
+    assert program.product_flops("main", other) == 0
+    roofline = Roofline(program, machine("h200-1", {"data": 1}))
+    moved = 2 * (8 * 32 + 32 * 16) + 4 * 8 * 16
+    assert roofline._traffic("main", alone) == moved
+    assert roofline._traffic("main", program.computations["main"]["f"]) == moved + 4  # the number of the slice

@@ -9,6 +9,7 @@ from jax.sharding import SingleDeviceSharding
 
 from model import experts
 from model.kernels import grouped_matmul_decode, grouped_matmul_gpu
+from quant import grid_gpu
 from quant.resident import Int4Weight
 from train.plan.hlo import Program
 from train.plan.roofline import KERNELS, STATED
@@ -65,10 +66,21 @@ def test_grouped_matmul(D, F, block):
 @pytest.mark.parametrize("I, O", [(2048, 2816), (7168, 4096)])
 @pytest.mark.parametrize("on_grid", [False, True])
 def test_decoding(on_grid, I, O):
-    """One kernel that reads the weights, or their codes and scales, as they lie: nothing is unpacked, copied or gathered."""
+    """One kernel that reads the weights, or their codes and scales, as they lie: nothing is unpacked, copied or gathered, and
+    only sums over parts of the contraction are temporary."""
     w = Int4Weight(array((E, I, O), jnp.int4), array((E, I // 32, O), BF16), -2, 32) if on_grid else array((E, I, O), BF16)
     program = compiled("h200-1", grouped_matmul_decode.rows, array((8 * 16, I), BF16), w, array((8,), jnp.int32))
     assert kernels(program) == [2 * 8 * 16 * I * O]
+    parts = -(-grouped_matmul_decode.PROGRAMS * grouped_matmul_decode.WIDTH // (8 * O)) if on_grid else 0
+    assert program.memory_analysis().temp_size_in_bytes == 4 * parts * 8 * 16 * O
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, BF16])
+@pytest.mark.parametrize("shape, axis", [((64, 2048, 2, 1408), -3), ((4, 96, 64), -2)])
+def test_on_the_grid(shape, axis, dtype):
+    """One kernel, which states the bytes that it moves, and nothing beside it."""
+    program = compiled("h200-1", lambda w: grid_gpu.on_grid(w, axis, 32), array(shape, dtype))
+    assert kernels(program) == [0]
     assert program.memory_analysis().temp_size_in_bytes == 0
 
 
@@ -90,4 +102,4 @@ def test_experts_of_a_decoding_step(on_grid):
         weights,
     )
     assert len(kernels(program)) == 2
-    assert program.memory_analysis().temp_size_in_bytes < 2 * D * F
+    assert program.memory_analysis().temp_size_in_bytes < 2 * 2 * D * F

@@ -26,5 +26,6 @@ def test_what_it_takes():
     """Groups that are powers of two, in front of whole tiles of columns."""
     assert grid_gpu.takes((8, 2048, 2, 512), -3, 32) and grid_gpu.takes((1408, 2048), -2, 32)
     assert not grid_gpu.takes((8, 96, 64), -2, 24)
+    assert not grid_gpu.takes((32, 33, 64), -2, 32)
     assert not grid_gpu.takes((8, 64, 96), -2, 32)
     assert not grid_gpu.takes((64, 64), -1, 32)

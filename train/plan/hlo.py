@@ -92,8 +92,8 @@ class Instruction:
 
     @property
     def calls_cublas(self) -> bool:
-        """Of its results the first is the product, a second one room to work in."""
-        return self.kind == "custom-call" and 'custom_call_target="__cublas$' in self.rest
+        """For a product, which is the first of its results; a second one is room to work in."""
+        return self.kind == "custom-call" and '="__cublas$' in self.rest and '"lhs_contracting_dimensions"' in self.rest
 
     @property
     def cublas_sums_over(self) -> list[int]:

@@ -291,7 +291,7 @@ class Roofline:
             update = self.program.operand_shapes(called, made)[1 if made.kind == "dynamic-update-slice" else 2]
             rows = sum(s.bytes for s in update)
             return min(made.bytes, rows if made.kind == "dynamic-update-slice" else 2 * rows)
-        return sum(s.bytes for s in made.shapes if s.space == 0)
+        return sum(s.bytes for s in made.shapes[: 1 if made.calls_cublas else None] if s.space == 0)
 
 
 def _is_view(instruction: Instruction) -> bool:
