@@ -2,7 +2,7 @@
 # make demo-tools  the same for tool calls: pretrain on copying, fine-tune on chains of 1 to 8 calls, play chains of up to 300
 # make test        the test suite              make test-peers   comparisons with transformers, torch, compressed-tensors
 # make test-slow   what takes minutes a test: whole products of settings, programs compiled for whole clusters
-# make test-gpu    the kernels on a Hopper GPU (PLATFORM=cuda13 or cuda12)
+# make test-gpu    the kernels on a Hopper GPU (PLATFORM=cuda13 or cuda12)      make bench-gpu     every benchmark there
 # PLATFORM=cuda13  (cuda12, tpu): the same on an accelerator. PYTHON=...: another interpreter.
 
 PLATFORM ?= cpu
@@ -21,7 +21,7 @@ READY := $(VENV)/ready-$(PLATFORM)
 PEERS := .venv-peers/ready
 RUN_PY := $(VENV)/bin/python launch.py
 
-.PHONY: demo demo-tools test test-peers test-oldest test-slow test-gpu lint clean-demo
+.PHONY: demo demo-tools test test-peers test-oldest test-slow test-gpu bench-gpu lint clean-demo
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Abruzzi needs Python 3.11 or newer; name one with PYTHON=...")'
@@ -80,6 +80,12 @@ test-slow: $(READY) $(PEERS)
 
 test-gpu: $(READY)
 	JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false $(VENV)/bin/python -m pytest -q -m gpu tests/gpu
+
+# Single operations first, then whole steps: one_gpu with each part left out, and all of Moonlight, which fills an H200.
+bench-gpu: $(READY)
+	for what in grid_pass grouped_matmul attention newton_schulz cross_entropy "int4_roofline moonlight_16b" \
+		"train_gpu --write" "train_gpu --preset moonlight_16b_h200_1 --only everything --rounds 2 --write"; do \
+		JAX_PLATFORMS=cuda $(VENV)/bin/python -m bench.$$what || exit; done
 
 lint: $(READY)
 	$(VENV)/bin/python -m ruff check .
