@@ -111,8 +111,10 @@ def seconds_of(session: Session, rounds: int, chosen: Collection[str]) -> tuple[
             else:
                 state, measured = program(state, batch)
                 jax.block_until_ready((state, measured))
+            took = time.perf_counter() - start
+            print(f"round {turn} of {rounds}, {name}: {took:.3f} s{'' if turn else ', not counted'}", flush=True)
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(took)
             if name == "everything":
                 whole = jax.device_get(measured)
     return seconds, whole
