@@ -17,15 +17,17 @@ class Dispatch:
     slot_of        [N, K] the slot of a token's k-th choice; M or more for pairs that nobody works on
     token_of       [M] the token of a slot, N where the slot is padding
     block_expert   [M/block] the expert of each block, ascending; E for the blocks that this routing leaves over
+    platform       which program brings rows to their slots (configs/platforms.py)
     """
 
     slot_of: Int[Array, "N K"]
     token_of: Int[Array, "M"]
     block_expert: Int[Array, "M/b"]
     block: int = field(metadata={"static": True})
+    platform: str = field(default="cpu", metadata={"static": True})
 
 
-def plan(experts_NK: Int[Array, "N K"], num_experts: int, block: int) -> Dispatch:
+def plan(experts_NK: Int[Array, "N K"], num_experts: int, block: int, platform: str = "cpu") -> Dispatch:
     """Slots for the chosen experts; a pair with expert E has none. M is the worst case over all routings:
     sum_e ceil(n_e / block) blocks."""
     pairs, K = experts_NK.size, experts_NK.shape[1]
@@ -44,10 +46,16 @@ def plan(experts_NK: Int[Array, "N K"], num_experts: int, block: int) -> Dispatc
         # Counted, not searched for: a search is a loop of gathers, which accelerators are slow at.
         block_expert=jnp.sum(jnp.cumsum(blocks_of) <= jnp.arange(num_blocks)[:, None], axis=1, dtype=jnp.int32),
         block=block,
+        platform=platform,
     )
 
 
 def _copy_to_slots(x_ND, to: Dispatch):
+    if to.platform == "hopper":
+        from model.kernels import gather_gpu  # Pallas takes longer to import than a CPU has use for
+
+        if gather_gpu.takes(x_ND, len(to.token_of)):
+            return gather_gpu.rows(x_ND, to.token_of)
     return jnp.take(x_ND, to.token_of, axis=0, mode="fill", fill_value=0)
 
 

@@ -42,7 +42,7 @@ def apply(
 def slots(experts_NK: Int[Array, "N K"], weights: Weights, platform: str) -> dispatch.Dispatch:
     """Where pairs go, in blocks that suit the platform."""
     held = len(weights[1])
-    return checkpoint_name(dispatch.plan(experts_NK, held, block_rows(experts_NK.size, held, platform)), "routing")
+    return checkpoint_name(dispatch.plan(experts_NK, held, block_rows(experts_NK.size, held, platform), platform), "routing")
 
 
 def in_slots(

@@ -39,10 +39,12 @@ def on_grid(
 ) -> Float[Array, "..."]:
     """The grid values of `w`, as bfloat16, which holds them exactly: the same numbers as `grid.on_grid`. Not differentiable."""
     behind = math.prod(w.shape[w.ndim + axis + 1 :])
-    groups = w.size // (group * behind)
+    groups, tiles = w.size // (group * behind), behind // WIDTH
 
     def kernel(w, out):
-        at = pl.program_id(0), slice(None), pl.ds(pl.program_id(1) * WIDTH, WIDTH)
+        # Neighbours work on the same rows, so that these are read and written whole.
+        number = pl.program_id(0)
+        at = lax.div(number, tiles), slice(None), pl.ds(lax.rem(number, tiles) * WIDTH, WIDTH)
         x = triton.load(w.at[at]).astype(jnp.float32)
         scale = _bf16(_bf16(jnp.max(jnp.abs(x), axis=0)) / levels)
         scale = jnp.where(scale == 0, 1.0, scale)[None]
@@ -55,7 +57,7 @@ def on_grid(
     run = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((groups, group, behind), jnp.bfloat16),
-        grid=(groups, behind // WIDTH),
+        grid=(groups * tiles,),
         interpret=interpret,
         name="on_grid",
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),

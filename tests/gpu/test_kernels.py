@@ -8,7 +8,7 @@ import pytest
 from configs.platforms import platform_of
 from model import dispatch
 from model.grouped_matmul import IMPLEMENTATIONS, block_rows, grouped_matmul
-from model.kernels import grouped_matmul_decode, grouped_matmul_gpu
+from model.kernels import gather_gpu, grouped_matmul_decode, grouped_matmul_gpu
 from quant import grid, grid_gpu
 from quant.resident import to_int4
 
@@ -111,6 +111,14 @@ def test_decoding(tokens, D, F, E, K):
     place = np.arange(len(x)) * 37 % D
     back = np.asarray(rows(jax.nn.one_hot(place, D, dtype=jnp.bfloat16), packed, to.block_expert, False), np.float64)
     np.testing.assert_array_equal(back, w64[np.repeat(to.block_expert, to.block), place])
+
+
+@pytest.mark.parametrize("D", [2048, 192, 64])
+def test_rows_to_slots(D):
+    """Every row where it belongs, zeros in padding: the same as XLA's gather."""
+    to = dispatch.plan(routed("skewed", 1000, 16, 3), 16, 64)
+    x = jax.random.normal(jax.random.key(0), (1000, D), jnp.bfloat16)
+    np.testing.assert_array_equal(gather_gpu.rows(x, to.token_of), dispatch.to_slots(x, to))
 
 
 @pytest.mark.parametrize("shape, axis", [((8, 2048, 2, 512), -3), ((8, 1408, 2048), -2), ((2, 96, 192), -2)])

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from kernels import hopper
-from model import grouped_matmul
-from model.kernels import grouped_matmul_decode, grouped_matmul_gpu
+from model import dispatch, grouped_matmul
+from model.kernels import gather_gpu, grouped_matmul_decode, grouped_matmul_gpu
 from quant.resident import Int4Weight, to_int4
 from tests.model.interpret_gpu import PRESENT, interpreted, sabotaged
 
@@ -75,6 +75,15 @@ def test_weights(monkeypatch):
     want = np.zeros((E + 1, D, F))
     np.add.at(want, BLOCK_EXPERT, np.einsum("bmd,bmf->bdf", x64, y64))
     assert np.abs(mine - want[:E]).max() <= 1e-6 * np.abs(want).max() and not mine[[1, 3]].any()
+
+
+@pytest.mark.parametrize("D", [512, 192, 64])
+def test_rows_to_slots(D):
+    """Every row where it belongs, zeros in padding, in Triton's interpreter: the same as XLA's gather."""
+    to = dispatch.plan(jax.random.randint(jax.random.key(0), (50, 3), 0, 9), 8, 16)
+    x = jax.random.normal(jax.random.key(1), (50, D), jnp.bfloat16)
+    assert gather_gpu.takes(x, len(to.token_of)) and not gather_gpu.takes(x.astype(jnp.float32), len(to.token_of))
+    np.testing.assert_array_equal(gather_gpu.rows(x, to.token_of, interpret=True), dispatch.to_slots(x, to))
 
 
 @pytest.mark.parametrize("block", grouped_matmul_decode.BLOCKS)

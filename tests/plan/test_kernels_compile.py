@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from model import experts
-from model.kernels import grouped_matmul_decode, grouped_matmul_gpu
+from model.kernels import gather_gpu, grouped_matmul_decode, grouped_matmul_gpu
 from quant import grid_gpu
 from quant.resident import Int4Weight
 from train.plan.hlo import Program
@@ -84,10 +84,18 @@ def test_on_the_grid(shape, axis, dtype):
     assert program.memory_analysis().temp_size_in_bytes == 0
 
 
+@pytest.mark.parametrize("D", [2048, 7168, 192])
+def test_rows_to_slots(D):
+    """One kernel, which states the bytes that it moves."""
+    program = compiled("h200-1", gather_gpu.rows, array((4096, D), BF16), array((30720,), jnp.int32))
+    assert kernels(program) == [0]
+    assert program.memory_analysis().temp_size_in_bytes == 0
+
+
 @pytest.mark.parametrize("on_grid", [False, True])
 def test_experts_of_a_decoding_step(on_grid):
-    """The experts of a layer for four tokens: a kernel for each of the two products, and less temporary memory than a
-    single expert's weights take."""
+    """The experts of a layer for four tokens: a kernel for each of the two products behind one that brings rows to their
+    slots, and less temporary memory than a single expert's weights take."""
     D, F = 2048, 1408
     shapes = (E, D, 2 * F), (E, F, D)
     weights = [
@@ -101,5 +109,5 @@ def test_experts_of_a_decoding_step(on_grid):
         array((4, 2), jnp.float32),
         weights,
     )
-    assert len(kernels(program)) == 2
+    assert len(kernels(program)) == 3
     assert program.memory_analysis().temp_size_in_bytes < 2 * 2 * D * F
