@@ -34,6 +34,8 @@ class Window(NamedTuple):
     pair_of: Int[Array, "M"]
     taken: Bool[Array, "M"]
 
+    platform = "cpu"  # of no kernel: rows are brought together as model/dispatch.py does it everywhere
+
     def fill(self, values_NK: Array, otherwise) -> Array:
         """The pairs' values in their slots."""
         return jnp.where(self.taken, values_NK.reshape(-1)[self.pair_of], otherwise)
