@@ -31,7 +31,7 @@ SPARSE_CORES = TPU | {
 
 GPU = {
     # Products are left to cuBLAS. Otherwise XLA compiles some thirty Triton kernels for each product of the program to see
-    # which is fastest: an H200's host of 16 cores was not done with `one_gpu` after 150 s, and is after 60.
+    # which is fastest: on 16 cores beside an H200 that was not done after 150 s for `one_gpu` (docs/performance.md).
     "xla_gpu_enable_triton_gemm": False
 }
 
