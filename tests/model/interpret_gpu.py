@@ -16,7 +16,8 @@ from model.kernels.attention_gpu import frame
 ROOM = 4
 """Axes of the buffer that stands in for registers; others have fewer."""
 
-PRESENT = hasattr(plgpu, "InterpretGPUParams")
+PRESENT = hasattr(plgpu, "InterpretGPUParams") and jax.__version_info__ >= (0, 12)
+"""jax 0.11 has an earlier interpreter, which wants every phase of a barrier seen by everybody and misses races that we plant."""
 
 
 @contextmanager
