@@ -20,15 +20,14 @@ from bench import measure
 from configs.schema import ConfigError
 
 PARTS = (
-    ("attention", r"^(attention|body)_"),
-    ("experts and half products", r"^(experts|half_product|kernel_mosaic)"),
-    ("the grid", r"^(on_grid|kernel_?$)"),
+    ("attention", r"^attention_"),
+    ("experts and half products", r"^(experts|half_product)"),
+    ("the grid", r"^on_grid"),
     ("other products, by cuBLAS", r"nvjet|gemm|cutlass|cublas|splitK"),
     ("copies", r"^mem(cpy|set)"),
     ("everything else, fused by XLA", r""),
 )
-"""The first pattern that is found in a kernel's name says which part of the step it belongs to. `body_` and `kernel` are ours in
-traces from before they had names."""
+"""The first pattern that is found in a kernel's name says which part of the step it belongs to."""
 
 Event = tuple[str, float, float]
 """Name, beginning and end in milliseconds."""
@@ -36,15 +35,19 @@ Event = tuple[str, float, float]
 
 def events(file: Path) -> list[Event]:
     """Of all streams of the first GPU."""
-    planes = [plane for plane in jax.profiler.ProfileData.from_file(str(file)).planes if "GPU:0" in plane.name]
-    if not planes:
-        raise ConfigError(f"{file} holds no GPU's trace; xprof opens those of other devices")
-    return [
+    try:
+        planes = [plane for plane in jax.profiler.ProfileData.from_file(str(file)).planes if "GPU:0" in plane.name]
+    except RuntimeError as error:
+        raise ConfigError(f"{file} is damaged ({error}); trace the steps again") from None
+    found = [
         (event.name, event.start_ns / 1e6, (event.start_ns + event.duration_ns) / 1e6)
-        for line in planes[0].lines
+        for line in (line for plane in planes for line in plane.lines)
         if line.name.startswith("Stream")
         for event in line.events
     ]
+    if not found:
+        raise ConfigError(f"{file} holds no kernels of a GPU; xprof opens the traces of other devices")
+    return found
 
 
 def kernels(of: Iterable[Event]) -> list[dict]:

@@ -23,9 +23,14 @@ ROWS, WIDTH, WARPS = 16, 256, 4
 """Of a program: rows, columns (fewer where the width is not a multiple), warps. A thread has four loads on their way."""
 
 
+FEWEST = 4096
+"""Rows for which a program of its own is worth its launch; a decoding step has fewer, and nothing to wait for."""
+
+
 def takes(x: Array, count: int) -> bool:
-    """Whether the kernel can bring `count` rows of x [N, D] together."""
-    return triton is not None and x.dtype.itemsize == 2 and count % ROWS == 0 and x.shape[1] % 64 == 0
+    """Whether the kernel can bring `count` rows of x [N, D] together, and should."""
+    fits = x.dtype.itemsize == 2 and count % ROWS == 0 and x.shape[1] % 64 == 0
+    return triton is not None and fits and count >= FEWEST
 
 
 def rows(x: Float[Array, "N D"], index: Int[Array, "M"], interpret: bool = False) -> Float[Array, "M D"]:

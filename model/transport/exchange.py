@@ -58,7 +58,7 @@ def _transport(exchange: Callable, x_ND, experts_NK, gates_NK, weights: experts.
 def _round(number, variables, constants, *, capacity: int, exchange: Callable, shards: Shards, platform: str) -> Array:
     (x, gates, weights), (lines, local) = variables, constants
     ways, D = len(lines.count), x.shape[-1]
-    window = lines.window(number, capacity)
+    window = lines.window(number, capacity, platform)
     send = jnp.clip(lines.count - number * capacity, 0, capacity)
     receive = lax.all_to_all(send, AXIS, 0, 0, tiled=True)
     gate, expert = (

@@ -57,7 +57,7 @@ def _round(number, variables, constants, *, capacity: int, filled: float, platfo
     some token's row, with gate 0. A token has few rows here, so they are added in the compute dtype, like the devices'
     results afterwards."""
     (x, gates, weights), (lines, chosen) = variables, constants
-    window = lines.window(number, capacity)
+    window = lines.window(number, capacity, platform)
     expert, gate = (window.fill(a, otherwise)[:, None] for a, otherwise in ((chosen, len(weights[1])), (gates, 0.0)))
     to = experts.slots(expert, weights, platform)
     token_of = jnp.append(window.token_of, len(x))[to.token_of]

@@ -9,6 +9,7 @@ pass is written as what it is: the sum of the rounds' gradients, each with its f
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,17 +25,18 @@ OVERFLOW = "overflow"
 """Name scope of the loop over all rounds but the first: who counts operations in a program reads it as not run."""
 
 
-class Window(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Window:
     """The pairs of one round. slot_of: their slots among destinations * capacity, or that number for pairs of other
     rounds. pair_of: the pair in each slot, in order of tokens and choices; token_of: its token. Free slots have pair 0
-    and token N."""
+    and token N. platform: as in model/dispatch.py."""
 
     slot_of: Int[Array, "N K"]
     token_of: Int[Array, "M"]
     pair_of: Int[Array, "M"]
     taken: Bool[Array, "M"]
-
-    platform = "cpu"  # of no kernel: rows are brought together as model/dispatch.py does it everywhere
+    platform: str = field(metadata={"static": True})
 
     def fill(self, values_NK: Array, otherwise) -> Array:
         """The pairs' values in their slots."""
@@ -51,7 +53,7 @@ class Queues(NamedTuple):
     destination: Int[Array, "N K"]
     rank: Int[Array, "N K"]
 
-    def window(self, number: Int[Array, ""], capacity: int) -> Window:
+    def window(self, number: Int[Array, ""], capacity: int, platform: str) -> Window:
         """Places number * capacity ... of every line."""
         first, ways, K = number * capacity, len(self.count), self.rank.shape[1]
         inside = (self.rank >= first) & (self.rank < first + capacity)
@@ -60,7 +62,7 @@ class Queues(NamedTuple):
         taken = (place < self.count[:, None]).reshape(-1)
         at = jnp.where(taken, (self.start[:, None] + place).reshape(-1), 0)
         pair_of = jnp.where(taken, self.order[at], 0)
-        return Window(slot_of, jnp.where(taken, pair_of // K, len(self.rank)), pair_of, taken)
+        return Window(slot_of, jnp.where(taken, pair_of // K, len(self.rank)), pair_of, taken, platform)
 
 
 def queues(destination_NK: Int[Array, "N K"], ways: int) -> Queues:

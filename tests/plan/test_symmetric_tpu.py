@@ -53,6 +53,6 @@ def test_compiles(name, m, n):
     assert work.flops == pytest.approx(device_flops(plan), rel=0.01)
     chip = machine.chip
     # Weights, gradients, momenta and their successors in float32, once each. Beyond that, squares of a Gram matrix wait for
-    # memory on chips that multiply much faster than they read: 1.607 times as long on a v6e, which does most of all.
+    # memory on chips that multiply much faster than they read.
     once = 6 * 4 * m * n / (chip.bandwidth / chip.devices * chip.memory)
-    assert work.seconds < 1.65 * (work.flops / (chip.flops / chip.devices * chip.matmul) + once)
+    assert work.seconds < 1.6 * (work.flops / (chip.flops / chip.devices * chip.matmul) + once)

@@ -110,7 +110,7 @@ def test_every_pair_has_one_slot_in_one_round():
     lines = rounds.queues(jnp.asarray(destination), 4)
     seen = np.zeros(destination.size, int)
     for number in range(8):
-        window = lines.window(jnp.int32(number), 6)
+        window = lines.window(jnp.int32(number), 6, "cpu")
         slots = np.asarray(window.slot_of).reshape(-1)
         for pair in np.flatnonzero(slots < 24):
             assert slots[pair] // 6 == destination.reshape(-1)[pair]
