@@ -2,7 +2,7 @@
 # make demo-tools  the same for tool calls: pretrain on copying, fine-tune on chains of 1 to 8 calls, play chains of up to 300
 # make test        the test suite              make test-peers   comparisons with transformers, torch, compressed-tensors
 # make test-slow   what takes minutes a test: whole products of settings, programs compiled for whole clusters
-# make test-gpu    the kernels on a Hopper GPU (PLATFORM=cuda13 or cuda12)      make bench-gpu     every benchmark there
+# make test-gpu    the kernels on a Hopper GPU (PLATFORM=cuda13 or cuda12)      make bench-gpu     the benchmarks there
 # PLATFORM=cuda13  (cuda12, tpu): the same on an accelerator. PYTHON=...: another interpreter.
 
 PLATFORM ?= cpu

@@ -23,6 +23,7 @@ PARTS = (
     ("attention", r"^attention_"),
     ("experts and half products", r"^(experts|half_product)"),
     ("the grid", r"^on_grid"),
+    ("rows to their slots", r"^rows_to_slots"),
     ("other products, by cuBLAS", r"nvjet|gemm|cutlass|cublas|splitK"),
     ("copies", r"^mem(cpy|set)"),
     ("everything else, fused by XLA", r""),

@@ -31,7 +31,6 @@ from bench import measure
 from bench.shapes import random_batch
 from configs.presets import preset
 from configs.schema import RunConfig
-from quant.served import settled_step
 from train.compat import interpreter, keep_freed_memory, known_options, start_jax
 from train.compiler_options import step_options
 from train.counts import train_flops_per_token
@@ -60,26 +59,22 @@ def defaults(name: str) -> RunConfig:
     return replace(cfg, quant=replace(cfg.quant, start_step=0, ramp_steps=0), train=train)
 
 
-def settled(cfg: RunConfig) -> bool:
-    """Whether the first step takes the program of the settled grid."""
-    return settled_step(cfg.quant) == 0
-
-
 def lowered(name: str, session: Session, state: TrainState, batch: dict) -> Any:
     """The program of a variant, (state, batch) -> (state, what is measured) with the state donated, or of GRADIENTS,
     (params, batch) -> what needs all of them; ready to be compiled as the training loop compiles a step."""
     cfg = VARIANTS.get(name, VARIANTS["everything"])(session.cfg)
     program = step_program(cfg, session.specs, session.mesh, session.compute_dtype)
+    settled = program.settles_at == 0
     options = known_options(step_options(session.mesh.devices.flat[0])) or None
 
     def run(state, batch):
         """Measurements that belong to the part left out are left out with it, so that nothing computes them."""
-        state, metrics = program.step(settled(cfg))(state, batch)
+        state, metrics = program.step(settled)(state, batch)
         return state, {k: v for k, v in metrics.items() if name != "without QK-Clip" or k != "max_logit"}
 
     def pull(params, batch):
         """Of the gradients one number each."""
-        loss, grads, _ = gradients(params, batch, np.float32(1), program.config(settled(cfg)), jax.random.key(0))
+        loss, grads, _ = gradients(params, batch, np.float32(1), program.config(settled), jax.random.key(0))
         return loss, {path: abs(g).max() for path, g in grads.items()}
 
     if name == GRADIENTS:

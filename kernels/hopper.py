@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.extend.backend import get_default_device
 from jaxtyping import Array
 
 try:
@@ -30,7 +31,7 @@ except ImportError:
     cuda_versions = None
 
 CORES = 132
-"""Of an H100 SXM, H200 and GH200. On one with fewer cores the remaining blocks run when the first have finished."""
+"""Of an H100 SXM, H200 and GH200. Others of the family have 114 or 78."""
 
 SHARED_BYTES = 232448
 """What one block may have of a core's shared memory."""
@@ -40,6 +41,13 @@ FETCHING, WORKERS = 2, 2
 accumulator of 64 x 256 takes 128 of a worker's."""
 
 MOST_STAGES = 6
+
+
+def cores_here() -> int:
+    """Of the GPU that a program is compiled for, one block each: were there more blocks, the last would wait for the first to
+    end, and take as long again."""
+    device = get_default_device()
+    return getattr(device, "core_count", CORES) if device.platform == "gpu" else CORES
 
 
 def miscompiles() -> bool:
@@ -92,12 +100,13 @@ def run(
     name: str,
     flops: int,
     moved: int,
-    cores: int = CORES,
+    cores: int | None = None,
 ) -> Array:
     """The kernel on `operands` (16-bit floats, last axes multiples of 64) with int32 `tables` in global memory. Reading
     past an operand gives zeros and writing past the output does nothing, but not by columns where it has only 64 of 16 bits
     (32 of 32): jax drops an axis of a single tile from the copy, index and all, and the part past the edge lands inside.
-    name: what a trace shows. flops, bytes moved: see `stated`."""
+    name: what a trace shows. flops, bytes moved: see `stated`. cores: blocks; those of the GPU unless a test wants fewer."""
+    cores = cores or cores_here()
     dtype = operands[0].dtype
     chunk = 128 // out.dtype.itemsize
     ring = sum(rows * columns for rows, columns in tiles.boxes) * dtype.itemsize

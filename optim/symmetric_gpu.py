@@ -29,7 +29,7 @@ def takes(m: int, k: int) -> bool:
 
 
 @partial(jax.jit, static_argnames="cores")  # a step takes dozens of equal products: Pallas lowers each kernel once
-def symmetric(x: Float[Array, "*B m k"], y: Float[Array, "*B m k"], cores: int = hopper.CORES) -> Float[Array, "*B m m"]:
+def symmetric(x: Float[Array, "*B m k"], y: Float[Array, "*B m k"], cores: int | None = None) -> Float[Array, "*B m m"]:
     """x y^T, summed in float32, in the dtype of x. Exactly symmetric but for the 64 x 64 squares on the diagonal, which are
     computed in full."""
     *batch, m, k = x.shape

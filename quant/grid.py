@@ -1,4 +1,5 @@
-"""The INT4 grid, defined once: training forward, PTQ, export, import and INT4 inference all call this file.
+"""The INT4 grid, defined once: training forward, PTQ, export, import and INT4 inference all call this file. (On Hopper GPUs
+the training forward calls quant/grid_gpu.py, which has to give the same numbers; `verify --run` on one compares with it.)
 
 Kimi's grid: 32 consecutive inputs share one bf16 scale, codes are the 15 integers of [-7, 7]. For a group x:
 
@@ -44,12 +45,21 @@ def quantize(
 ) -> tuple[Int8[Array, "..."], Float[Array, "..."]]:
     """Codes (int8 in [-levels, levels], shape of `w`) and scales (bf16 values as float32, `axis` shortened to I/group)."""
     x = split_groups(w.astype(jnp.float32), axis, group)
-    absmax = bf16_round(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
+    absmax = bf16_round(largest(x, axis))
     scales = bf16_round(absmax / levels)
     scales = jnp.where(scales == 0, jnp.ones_like(scales), scales)
     scale = jnp.broadcast_to(scales, x.shape)
     codes = jnp.clip(nearest(x, scale, jnp.round(x / scale)), -levels, levels)
     return codes.astype(jnp.int8).reshape(w.shape), jnp.squeeze(scales, axis)
+
+
+def largest(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """max |x| of float32 along an axis that stays, or NaN where one is NaN, which so makes its whole group NaN and the loss too.
+    Non-negative numbers are in the order of their bits. A maximum of floats passes NaN over in XLA's programs for CPUs and in
+    Triton's, and training would go on with zero in its place.
+    """
+    bits = jnp.max(lax.bitcast_convert_type(jnp.abs(x), jnp.int32), axis=axis, keepdims=True)
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def nearest(x: Float[Array, "..."], scale: Float[Array, "..."], guess: Float[Array, "..."]) -> Float[Array, "..."]:

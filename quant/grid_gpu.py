@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from kernels.hopper import stated
-from quant.grid import LEVELS, nearest
+from quant.grid import LEVELS, largest, nearest
 
 try:
     from jax.experimental.pallas import triton
@@ -27,11 +27,16 @@ WIDTH, WARPS = 64, 1
 another, and narrow tiles are many: on an H200 64 columns moved 3.5 TB/s of float32 masters and values, 256 of two warps 2.4."""
 
 
+MOST = 32
+"""Weights of a group. With 128 the compiler takes ten seconds for a shape, and registers are not enough."""
+
+
 def takes(shape: tuple[int, ...], axis: int, group: int) -> bool:
-    """Whether the kernel can work on whole groups along `axis` (negative): powers of two, with whole tiles behind that axis."""
+    """Whether the kernel can work on whole groups along `axis` (negative): powers of two that a warp has registers for, with
+    whole tiles behind that axis."""
     at = len(shape) + axis
     whole = shape[at] % group == 0 and math.prod(shape[at + 1 :]) % WIDTH == 0
-    return triton is not None and whole and group & (group - 1) == 0 and axis < -1
+    return triton is not None and whole and group & (group - 1) == 0 and group <= MOST and axis < -1
 
 
 def on_grid(
@@ -46,8 +51,8 @@ def on_grid(
         number = pl.program_id(0)
         at = lax.div(number, tiles), slice(None), pl.ds(lax.rem(number, tiles) * WIDTH, WIDTH)
         x = triton.load(w.at[at]).astype(jnp.float32)
-        scale = _bf16(_bf16(jnp.max(jnp.abs(x), axis=0)) / levels)
-        scale = jnp.where(scale == 0, 1.0, scale)[None]
+        scale = _bf16(_bf16(largest(x, axis=0)) / levels)
+        scale = jnp.where(scale == 0, 1.0, scale)
         # One reciprocal for a group gives a guess as good as a quotient of every weight does. It has to be finite.
         larger = jnp.where(scale < 2.0**-100, 2.0**100, 1.0)
         guess = jnp.floor(x * larger * (1 / (scale * larger)) + 0.5)
@@ -67,6 +72,7 @@ def on_grid(
 
 
 def _bf16(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`grid.bf16_round` of finite numbers on their bits, which Triton has no operation for."""
+    """`grid.bf16_round` on the bits, which Triton has no operation for."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
-    return lax.bitcast_convert_type((bits + 0x7FFF + ((bits >> 16) & 1)) & jnp.int32(-0x10000), jnp.float32)
+    rounded = lax.bitcast_convert_type((bits + 0x7FFF + ((bits >> 16) & 1)) & jnp.int32(-0x10000), jnp.float32)
+    return jnp.where(x == x, rounded, x)

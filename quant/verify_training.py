@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.param_spec import Specs
+from configs.platforms import platform_of
 from quant.findings import Report
 from quant.layout import all_slots
 from quant.packed import Packed
@@ -30,11 +31,13 @@ class Training:
 
 
 def compare_to_training(checkpoint: Checkpoint, packed: dict[str, Packed], training: Training, report: Report) -> None:
-    """Every weight in the files against `as_served` of its master under jit; counts the differences per tensor."""
+    """Every weight in the files against `as_served` of its master under jit, by the program that training has on this platform;
+    counts the differences per tensor."""
     _check_grid({projection.group for projection in packed.values()}, training, report)
     source, specs, serving = LastBlock(training.weights), training.specs, training.serving
     amount = jnp.float32(training.amount)
-    served = jax.jit(lambda block, path: as_served(block, specs[path], serving, amount), static_argnums=1)
+    platform = platform_of(jax.devices()[0])
+    served = jax.jit(lambda block, path: as_served(block, specs[path], serving, amount, platform), static_argnums=1)
     compared, wrong = 0, Counter()
     for slot in all_slots(specs):
         stem = slot.name.removesuffix(".weight")

@@ -13,9 +13,7 @@ import jax.numpy as jnp
 
 from configs.schema import ConfigError, RunConfig
 from data.pipeline import PLAN_VERSION, Data, open_data
-from model.shards import shards_of
 from quant.coverage import coverage
-from quant.served import settled_step
 from train import processes
 from train.checkpoint import Checkpoints
 from train.compat import compile_seconds, interpreter, keep_freed_memory, known_options, slowed_kernels
@@ -55,13 +53,13 @@ def build(session: Session) -> Machine:
     program = step_program(cfg, session.specs, session.mesh, session.compute_dtype)
     options = known_options(step_options(session.mesh.devices.flat[0]))
     programs = {settled: program.jitted(settled, options) for settled in (False, True)}
-    packed_from = packed_step(session)
+    settles_at = program.settles_at
 
     def train_step(step: int, state: TrainState, batch: Batch):
-        return programs[packed_from is not None and step >= packed_from](state, batch)
+        return programs[settles_at is not None and step >= settles_at](state, batch)
 
     def compile_first() -> None:
-        programs[packed_from == 0].lower(program.state, abstract_batch(cfg, session.mesh)).compile()
+        programs[settles_at == 0].lower(program.state, abstract_batch(cfg, session.mesh)).compile()
 
     @jax.jit
     def update_only(state):
@@ -81,13 +79,6 @@ def build(session: Session) -> Machine:
         return time.perf_counter() - start
 
     return Machine(session, program.optimizer, train_step, compile_first, time_update)
-
-
-def packed_step(session: Session) -> int | None:
-    """The optimizer step from which on experts are gathered packed, by a program of its own; None where none are."""
-    shards = shards_of(session.mesh)
-    on_grid = [spec for spec in session.specs.values() if spec.on_grid]
-    return settled_step(session.cfg.quant) if any(shards.gathers(spec) for spec in on_grid) else None
 
 
 def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
@@ -110,7 +101,7 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
     if session.platform == "cpu":
         keep_freed_memory()
     if slowed := slowed_kernels(session.platform):
-        console.print(f"[yellow]{slowed}[/]")
+        console.print(slowed, style="yellow", markup=False)
     mixtures = table_of(facts)
     data = open_data(known, session.tokenizer, mixtures)
     require_same_order(run, facts, data)

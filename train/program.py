@@ -12,9 +12,11 @@ from jax.sharding import Mesh
 
 from configs.param_spec import Specs
 from configs.schema import RunConfig
+from model.shards import shards_of
 from optim.build import build_optimizer
 from optim.schedules import learning_rate
 from quant.coverage import coverage, require_whole_groups
+from quant.served import settled_step
 from train.mesh import param_shardings, platform, replicated
 from train.state import TrainState, abstract_state
 from train.step import StepConfig, make_train_step
@@ -30,6 +32,15 @@ class StepProgram:
     compute_dtype: str
     optimizer: optax.GradientTransformationExtraArgs
     state: TrainState
+
+    @property
+    def settles_at(self) -> int | None:
+        """The optimizer step from which on training calls the program for a settled grid: it gathers experts packed, and reads
+        their masters once, not again for the case that the grid is not whole. None without a grid, and where experts are not
+        gathered on a CPU, which would compile another program longer than that one saves."""
+        shards = shards_of(self.mesh)
+        gathered = any(spec.on_grid and shards.gathers(spec) for spec in self.specs.values())
+        return settled_step(self.cfg.quant) if gathered or platform(self.mesh) != "cpu" else None
 
     def config(self, settled: bool = False) -> StepConfig:
         """`settled`: for the steps from which on the experts are wholly on the grid (quant/served.py)."""

@@ -90,7 +90,7 @@ def parse_source(source: str) -> tuple[RunDir, int | None]:
 def say_passed_over(restored: Restored) -> None:
     """Name the checkpoints that are newer than the one that was taken, and damaged."""
     for sentence in restored.damaged:
-        console.print(f"[yellow]{sentence}[/]; going back to step {restored.step}")
+        console.print(f"{sentence}; going back to step {restored.step}", style="yellow", markup=False)
 
 
 def load_params(session: Session, run: RunDir, step: int | None = None) -> tuple[dict[str, jax.Array], int]:

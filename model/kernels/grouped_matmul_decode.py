@@ -40,7 +40,8 @@ weights most of the time, and several on a core hide that."""
 
 
 def takes(dtype, block: int, w: Array | Int4Weight) -> bool:
-    """Whether the kernel can multiply rows of `dtype` with these weights [E, I, O]."""
+    """Whether the kernel can multiply rows of `dtype` with these weights [E, I, O]. Triton finds an element by 32 bits, up to
+    arrays of 4 GiB: of codes, which are bytes, too few for more than 2."""
     _, inputs, outputs = w.shape
     on_grid = isinstance(w, Int4Weight)
     return (
@@ -49,7 +50,7 @@ def takes(dtype, block: int, w: Array | Int4Weight) -> bool:
         and dtype == jnp.bfloat16
         and inputs % STEP == 0
         and outputs % WIDTH == 0
-        and (w.axis == -2 and STEP % w.group == 0 if on_grid else w.dtype == dtype)
+        and (w.axis == -2 and STEP % w.group == 0 and w.codes.size // 2 < 2**31 if on_grid else w.dtype == dtype)
     )
 
 

@@ -48,7 +48,7 @@ def tile_width(width: int, multiple: int = 64) -> int:
 
 
 def rows(
-    x: Float[Array, "M I"], w: Float[Array, "E _ _"], block_expert: Int[Array, "M/b"], transposed: bool, cores: int = hopper.CORES
+    x: Float[Array, "M I"], w: Float[Array, "E _ _"], block_expert: Int[Array, "M/b"], transposed: bool, cores: int | None = None
 ) -> Float[Array, "M O"]:
     """GroupedMatmul.rows."""
     (M, I), O, E = x.shape, w.shape[1 if transposed else 2], len(w)
@@ -106,7 +106,7 @@ def weights(
     block_expert: Int[Array, "M/b"],
     num_experts: int,
     dtype,
-    cores: int = hopper.CORES,
+    cores: int | None = None,
 ) -> Float[Array, "E D F"]:
     """GroupedMatmul.weights."""
     (M, D), F = x.shape, y.shape[1]

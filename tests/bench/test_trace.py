@@ -10,7 +10,8 @@ EVENTS = [
     ("nvjet_sm90_tst_128x160_64x5", 5.0, 7.0),  # beside the one before
     ("loop_convert_fusion_12", 8.0, 9.0),
     ("loop_convert_fusion_3_1", 9.0, 9.5),
-    ("on_grid", 9.5, 10.0),
+    ("on_grid", 9.5, 9.8),
+    ("rows_to_slots", 9.8, 10.0),
 ]
 
 
@@ -27,7 +28,7 @@ def test_kinds_of_kernels():
 def test_parts():
     facts = trace.summary(EVENTS)
     assert facts["span_ms"] == 10 and facts["busy_ms"] == 9
-    assert list(facts["parts_ms"].values()) == [4.0, 2.0, 0.5, 2.0, 0.0, 1.5]
+    assert list(facts["parts_ms"].values()) == [4.0, 2.0, 0.3, 0.2, 2.0, 0.0, 1.5]
 
 
 @pytest.mark.parametrize("folder, word", [("nothing", "no *.xplane.pb"), (".", "no *.xplane.pb")])

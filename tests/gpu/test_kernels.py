@@ -124,10 +124,11 @@ def test_rows_to_slots(D):
 @pytest.mark.parametrize("shape, axis", [((8, 2048, 2, 512), -3), ((8, 1408, 2048), -2), ((2, 96, 192), -2)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_on_the_grid(dtype, shape, axis):
-    """The kernel finds the grid values of the definition, of groups of zeros and of masters that lie between two codes too."""
+    """The kernel finds the grid values of the definition, of groups of zeros, of masters that lie between two codes and
+    of those that are no numbers too."""
     w = jax.random.normal(jax.random.key(0), shape, jnp.float32).at[0, :32].set(0).astype(dtype)
     assert grid_gpu.takes(shape, axis, 32)
-    for masters in (w, (grid.on_grid(w, axis, 32) * 0.5).astype(dtype)):
+    for masters in (w, (grid.on_grid(w, axis, 32) * 0.5).astype(dtype), w.at[0, 3].set(jnp.nan).at[1, :32].set(jnp.nan)):
         np.testing.assert_array_equal(grid_gpu.on_grid(masters, axis, 32), grid.on_grid(masters, axis, 32))
 
 

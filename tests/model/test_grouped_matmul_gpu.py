@@ -4,6 +4,7 @@ that ptxas accepts the code (tests/plan/test_kernels_compile.py), and the chip (
 
 import importlib
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +124,20 @@ def test_what_the_decoding_kernel_takes(block, I, O, dtype, axis, taken):
         else Int4Weight(jax.ShapeDtypeStruct((2, I, O), jnp.int4), None, axis, 32)
     )
     assert grouped_matmul_decode.takes(dtype, block, w) == taken
+
+
+@pytest.mark.parametrize("experts, taken", [(128, True), (256, False)])
+def test_the_decoding_kernel_leaves_what_its_offsets_cannot_reach(experts, taken):
+    """Codes of all of DeepSeek-V3's gates and ups in a layer, 3.8 GB."""
+    codes = jax.ShapeDtypeStruct((experts, 7168, 4096), jnp.int4)
+    scales = jax.ShapeDtypeStruct((experts, 7168 // 32, 4096), jnp.bfloat16)
+    assert grouped_matmul_decode.takes(jnp.bfloat16, 16, Int4Weight(codes, scales, -2, 32)) == taken
+
+
+@pytest.mark.parametrize("platform, cores", [("gpu", 114), ("cpu", hopper.CORES)])
+def test_as_many_blocks_as_the_gpu_has_cores(platform, cores, monkeypatch):
+    monkeypatch.setattr(hopper, "get_default_device", lambda: types.SimpleNamespace(platform=platform, core_count=114))
+    assert hopper.cores_here() == cores
 
 
 @pytest.mark.parametrize(

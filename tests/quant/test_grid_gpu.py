@@ -22,10 +22,28 @@ def test_the_same_numbers(shape, axis, group, dtype, levels):
         np.testing.assert_array_equal(mine.astype(jnp.float32), want)
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
+def test_what_is_no_number_spoils_its_group(bits):
+    """Of one weight or of all, and no other group: the loss is none either then, and the step is skipped."""
+    nan = jax.lax.bitcast_convert_type(jnp.int32(bits), jnp.float32)
+    w = jax.random.normal(jax.random.key(0), (96, 64)).at[5, 3].set(nan).at[32:64, 7].set(nan)
+    mine = np.asarray(grid_gpu.on_grid(w, -2, 32, interpret=True), np.float32)
+    np.testing.assert_array_equal(mine, jax.jit(grid.on_grid, static_argnums=(1, 2))(w, -2, 32))
+    assert np.isnan(mine).sum() == 64
+
+
+def test_the_largest_is_found_among_bits():
+    """The interpreter's maximum of floats is no number if one of them is none; Triton's passes such a one over."""
+    (call,) = jax.make_jaxpr(lambda w: grid_gpu.on_grid(w, -2, 32))(jnp.ones((32, 64))).jaxpr.eqns[1:2]
+    compared = [eqn.invars[0].aval.dtype for eqn in call.params["jaxpr"].eqns if eqn.primitive.name == "reduce_max"]
+    assert compared == [jnp.int32]
+
+
 def test_what_it_takes():
-    """Groups that are powers of two, in front of whole tiles of columns."""
+    """Groups that are powers of two and no larger than usual, in front of whole tiles of columns."""
     assert grid_gpu.takes((8, 2048, 2, 512), -3, 32) and grid_gpu.takes((1408, 2048), -2, 32)
     assert not grid_gpu.takes((8, 96, 64), -2, 24)
     assert not grid_gpu.takes((32, 33, 64), -2, 32)
     assert not grid_gpu.takes((8, 64, 96), -2, 32)
     assert not grid_gpu.takes((64, 64), -1, 32)
+    assert not grid_gpu.takes((128, 64), -2, 64)

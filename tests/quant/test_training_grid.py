@@ -51,6 +51,18 @@ def test_groups_may_not_cross_devices():
         require_whole_groups(SPECS, {**whole, DOWN: sharding(None, "expert", "fsdp")}, INT4)
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("path", [GATE_UP, DOWN])
+def test_a_weight_that_is_no_number_is_seen(path, share):
+    """In its whole group, by every program that training has: were it served as zero, no loss would tell."""
+    w = PARAMS[path]
+    spoilt = w.at[(0,) * w.ndim].set(jnp.nan)
+    seen = np.asarray(jax.jit(as_served, static_argnums=(1, 2))(spoilt, SPECS[path], SERVING, jnp.float32(share)))
+    group = [0] * w.ndim
+    group[group_axis(SPECS[path])] = slice(32)
+    assert np.isnan(seen[tuple(group)]).all() and np.isnan(seen).sum() == 32
+
+
 def exported_values(path):
     """What the exporter writes and a reader computes, in stored layout."""
     axis = group_axis(SPECS[path])

@@ -1,15 +1,21 @@
 """What a run starts from: here, that its first step waits for no compiler."""
 
+import sys
+from dataclasses import replace
+
 import jax
 import pytest
 
+from configs.schema import MeshConfig, QuantConfig
 from data.pipeline import open_data
+from model.transformer import param_specs
 from tests.train.conftest import small
 from train import processes
 from train.checkpoint import Checkpoints
 from train.compat import compile_seconds, known_options, slowed_kernels
-from train.loop import build
-from train.mesh import batch_sharding
+from train.loop import build, train
+from train.mesh import batch_sharding, make_mesh
+from train.program import step_program
 from train.run_dir import RunDir
 from train.session import open_session
 from train.start import starting_state
@@ -32,12 +38,33 @@ def test_the_first_step_finds_its_program(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "mesh, platform, settles_at",
+    [(MeshConfig(data=8), "cpu", None), (MeshConfig(data=4, fsdp=2), "cpu", 5), (MeshConfig(data=8), "hopper", 5)],
+)
+def test_where_a_program_for_the_settled_grid_takes_over(mesh, platform, settles_at, monkeypatch):
+    """Where experts are gathered packed or, but on a CPU, at least read once less; never without a grid."""
+    monkeypatch.setattr("train.program.platform", lambda mesh: platform)
+    for quant, step in ((QuantConfig(start_step=3, ramp_steps=2), settles_at), (QuantConfig(grid="none"), None)):
+        cfg = replace(small(), mesh=mesh, quant=quant)
+        assert step_program(cfg, param_specs(cfg.model), make_mesh(cfg.mesh), "float32").settles_at == step
+
+
+@pytest.mark.parametrize(
     "platform, version, slow",
     [("hopper", (0, 12, 0), True), ("hopper", (0, 11, 2), False), ("gpu", (0, 12, 0), False), ("cpu", (0, 12, 0), False)],
 )
 def test_a_jax_that_slows_kernels_down_is_named(platform, version, slow, monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", version)
     assert ("cuda13" in slowed_kernels(platform)) == slow
+
+
+def test_advice_is_printed_as_it_is_written(tmp_path, monkeypatch, capsys):
+    """Square brackets are markup to the console, which would leave the extra's name out."""
+    monkeypatch.setattr("train.loop.slowed_kernels", lambda platform: "pip install -e '.[cuda13]'")
+    monkeypatch.setattr("train.loop.open_data", lambda *_: sys.exit())
+    with pytest.raises(SystemExit):
+        train(small(), RunDir(tmp_path / "run"))
+    assert "'.[cuda13]'" in capsys.readouterr().out
 
 
 def test_options_that_the_user_sets_are_theirs(monkeypatch):

@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 
 from configs.schema import ConfigError, RunConfig
 from model.transformer import param_specs
-from quant.served import settled_step
 from train.compat import compile_for_devices, start_jax
 from train.mesh import check_mesh, make_mesh
 from train.plan.topology import Topology
@@ -53,7 +52,7 @@ def abstract_step(cfg: RunConfig, topology: Topology) -> tuple[Any, TrainState, 
     mesh = make_mesh(cfg.mesh, topology.devices())
     check_mesh(cfg, mesh)
     program = step_program(cfg, param_specs(cfg.model), mesh, "bfloat16")
-    return program.jitted(settled_step(cfg.quant) is not None), program.state, abstract_batch(cfg, mesh), mesh
+    return program.jitted(program.settles_at is not None), program.state, abstract_batch(cfg, mesh), mesh
 
 
 def compile_apart(cfg: RunConfig, topology: Topology, folder: Path) -> Outcome:
