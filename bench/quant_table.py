@@ -36,7 +36,7 @@ from train.checkpoint import Checkpoints
 from train.compat import keep_freed_memory, start_jax
 from train.console import Bar, console
 from train.held_out import Evaluator
-from train.loop import Machine, build
+from train.machine import Machine, build
 from train.run_dir import RunDir
 from train.session import Session, load_params, open_session
 from train.start import starting_state
@@ -144,7 +144,7 @@ class Cell:
         if (self.stage, arm) not in programs:
             programs[self.stage, arm] = build(session)
         machine = replace(programs[self.stage, arm], session=session)
-        state, step = starting_state(session, machine.optimizer, checkpoints, run)
+        state, step = starting_state(machine, checkpoints, run)
         run.write_config(session.cfg, {"compute_dtype": session.compute_dtype})
         data = open_data(session.cfg, session.tokenizer)
         with Bar(f"training {run.path}", stage.end - step) as bar:

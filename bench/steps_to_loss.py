@@ -25,7 +25,7 @@ from configs.presets import preset
 from configs.schema import DataConfig, QuantConfig, RunConfig
 from data.pipeline import open_data
 from train.held_out import Evaluator
-from train.loop import build
+from train.machine import build
 from train.session import open_session
 from train.state import initial_state
 

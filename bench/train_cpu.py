@@ -30,7 +30,7 @@ from bench import measure
 from bench.shapes import MATMUL, SHAPES, config, limit, random_batch, step_flops
 from bench.turns import ROOT, Contender, fastest, serve
 from train.compat import keep_freed_memory, start_jax
-from train.loop import build
+from train.machine import build
 from train.session import open_session
 from train.state import initial_state
 from train.step import StepConfig, gradients
@@ -124,9 +124,8 @@ def first_step() -> dict[str, float]:
             process = subprocess.Popen(
                 command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"HOME": folder}
             )
-            for line in process.stdout:
-                if re.search(r"step +1/", line):
-                    break
+            if not any(re.search(r"step +1/", line) for line in process.stdout):
+                raise SystemExit(f"{' '.join(command)} ended with exit code {process.wait()} before its first step")
             seconds = time.perf_counter() - start
             process.terminate()
             process.communicate()

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int8, Int32
 
 LEVELS = {"int4": 7, "int3": 3}
 """Largest code of each training grid: they are symmetric, and -8 is never used. int3 is there to see where damage begins."""
@@ -62,16 +62,15 @@ def largest(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def nearest(x: Float[Array, "..."], scale: Float[Array, "..."], guess: Float[Array, "..."]) -> Float[Array, "..."]:
+def nearest(x: Float[Array, "..."], scale: Float[Array, "..."], guess: Float[Array, "..."]) -> Int32[Array, "..."]:
     """round_half_even(x / scale) from a guess that is at most one off; bf16 scales.
 
     guess * scale has at most 12 bits and lies within a factor of two of x, so product and difference are exact. And a float32
     quotient of such numbers is a middle only where the true one is: this is also what an exact division gives.
     """
-    rest = 2 * (x - guess * scale)
-    odd = guess.astype(jnp.int32) % 2 != 0
-    up, down = (rest > scale) | (odd & (rest == scale)), (rest < -scale) | (odd & (rest == -scale))
-    return guess + up - down
+    code, rest = guess.astype(jnp.int32), 2 * (x - guess * scale)
+    odd, far = code & 1 != 0, jnp.abs(rest)
+    return code + jnp.where((far > scale) | (odd & (far == scale)), jnp.where(rest > 0, 1, -1), 0)
 
 
 def dequantize(codes: Int8[Array, "..."], scales: Float[Array, "..."], axis: int, group: int) -> Float[Array, "..."]:

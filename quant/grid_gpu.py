@@ -57,7 +57,7 @@ def on_grid(
         larger = jnp.where(scale < 2.0**-100, 2.0**100, 1.0)
         guess = jnp.floor(x * larger * (1 / (scale * larger)) + 0.5)
         codes = jnp.clip(nearest(x, jnp.broadcast_to(scale, x.shape), guess), -levels, levels)
-        triton.store(out.at[at], (codes * scale).astype(out.dtype))
+        triton.store(out.at[at], (codes.astype(jnp.float32) * scale).astype(out.dtype))
 
     run = pl.pallas_call(
         kernel,

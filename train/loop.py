@@ -5,80 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from configs.schema import ConfigError, RunConfig
 from data.pipeline import PLAN_VERSION, Data, open_data
 from quant.coverage import coverage
 from train import processes
 from train.checkpoint import Checkpoints
-from train.compat import compile_seconds, interpreter, keep_freed_memory, known_options, slowed_kernels
-from train.compiler_options import step_options
+from train.compat import compile_seconds, interpreter, keep_freed_memory, slowed_kernels
 from train.console import Bar, clock, console, human
 from train.counts import train_flops_per_token
 from train.held_out import Evaluator
+from train.machine import Machine, build
 from train.mesh import batch_sharding
 from train.profile import Profile
-from train.program import step_program
-from train.recorder import GridWatch, Recorder
+from train.recorder import Recorder
 from train.remix import Table, before_edit, table_of
 from train.run_data import require_same_order
 from train.run_dir import RunDir, config_hash
 from train.session import Session, open_session
 from train.start import kept_dtype, starting_state
 from train.state import TrainState
-from train.step import Batch, abstract_batch
 from train.stop import EXIT_DONE, EXIT_STOPPED, StopSignal
-
-
-@dataclass
-class Machine:
-    """The compiled pieces of a run. train_step: takes the number of the step before state and batch. compile_first: compiles
-    the program of a run's first step, which its call then finds."""
-
-    session: Session
-    optimizer: Any
-    train_step: Callable[[int, TrainState, Batch], tuple[TrainState, dict]]
-    compile_first: Callable[[], None]
-    time_update: Callable[[TrainState], float]
-
-
-def build(session: Session) -> Machine:
-    """Optimizer and compiled step for a session."""
-    cfg = session.cfg
-    program = step_program(cfg, session.specs, session.mesh, session.compute_dtype)
-    options = known_options(step_options(session.mesh.devices.flat[0]))
-    programs = {settled: program.jitted(settled, options) for settled in (False, True)}
-    settles_at = program.settles_at
-
-    def train_step(step: int, state: TrainState, batch: Batch):
-        return programs[settles_at is not None and step >= settles_at](state, batch)
-
-    def compile_first() -> None:
-        programs[settles_at == 0].lower(program.state, abstract_batch(cfg, session.mesh)).compile()
-
-    @jax.jit
-    def update_only(state):
-        """The optimizer's share of a step by itself; the parameters stand in for a gradient. Only sums come out: beside a state
-        that must stay as it is there may be no room for all updates."""
-        logits = jnp.zeros((cfg.model.num_hidden_layers, cfg.model.num_attention_heads))
-        counts = jnp.ones((cfg.model.num_moe_layers, cfg.model.n_routed_experts))
-        updates, _ = program.optimizer.update(
-            state.params, state.optimizer, state.params, max_logits=logits, expert_counts=counts
-        )
-        return jax.tree.map(jnp.sum, updates)
-
-    def time_update(state) -> float:
-        jax.block_until_ready(update_only(state))
-        start = time.perf_counter()
-        jax.block_until_ready(update_only(state))
-        return time.perf_counter() - start
-
-    return Machine(session, program.optimizer, train_step, compile_first, time_update)
 
 
 def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
@@ -111,7 +60,7 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
     with ExitStack() as held:
         if facts:  # a restart may put damaged checkpoints aside; nothing of a new run is there before it is announced
             held.enter_context(processes.alone(run))
-        state, step = starting_state(session, machine.optimizer, checkpoints, run, machine.compile_first)
+        state, step = starting_state(machine, checkpoints, run)
         # A late process must not find the files of an early one.
         processes.require_same("the run's settings, data and step", config_hash(cfg), data.plan_hash, step)
         if step >= cfg.train.steps:
@@ -203,7 +152,7 @@ def run_steps(
     evaluator = Evaluator(machine.session, data)
     recorder = Recorder(machine.session, run, step + 1, started, compiling, last_data_hash(run, step))
     profile = Profile(cfg.profile.bounds(), run.profile)
-    codes = GridWatch(machine.session.specs, cfg.quant)
+    codes = machine.codes
     sample_every = max(cfg.train.log_every, cfg.train.steps // 20)
     with Bar(f"training {run.path}", cfg.train.steps - step) as bar:
         for batch in data.iterate(step, rows):

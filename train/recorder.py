@@ -9,14 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from configs.param_spec import Specs
-from configs.schema import QuantConfig
-from quant.error import grid_error
-from quant.grid import LEVELS
-from quant.metrics import CodeHistory, code_flow, codes_of
 from train import processes
 from train.console import console, human
 from train.counts import train_flops_per_token
@@ -24,37 +18,6 @@ from train.metrics import MetricsFile, peak_flops
 from train.run_dir import RunDir
 from train.session import Session
 from train.state import TrainState
-
-
-class GridWatch:
-    """Distance of the masters from the grid, and how codes move in the steps that are reported.
-
-    Movement is followed in the first MoE layer only: it needs two bytes per weight.
-    """
-
-    def __init__(self, specs: Specs, quant: QuantConfig):
-        grid = {"specs": specs, "group": quant.group_size, "levels": LEVELS.get(quant.grid, LEVELS["int4"])}
-
-        def first_layer(params):
-            return {path: params[path][:1] for path, spec in specs.items() if spec.on_grid}
-
-        def after(history, params):
-            history, moved = code_flow(history, first_layer(params), **grid)
-            return history, grid_error(params, **grid) | moved
-
-        self.history = None
-        self._codes = jax.jit(lambda params: codes_of(first_layer(params), **grid))
-        self._after = jax.jit(after, donate_argnums=0)
-
-    def before(self, params: dict[str, Any]) -> None:
-        """The weights that the next step, a reported one, will change."""
-        codes = self._codes(params)
-        self.history = CodeHistory(codes, self.history.moved if self.history else jax.tree.map(jnp.zeros_like, codes))
-
-    def report(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Of the weights after it: grid_error, codes_at_edge, quant/flipped, quant/oscillating."""
-        self.history, measured = self._after(self.history, params)
-        return measured
 
 
 class Recorder:

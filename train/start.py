@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -18,11 +16,11 @@ from optim.build import check_state
 from optim.routing import routing_table
 from train import processes
 from train.checkpoint import Checkpoints
-from train.compat import tree_mode
 from train.console import console
+from train.machine import Machine
 from train.run_dir import RunDir, differences
 from train.session import Session, load_params, parse_source, say_passed_over
-from train.state import TrainState, abstract_state, as_teacher, initial_state
+from train.state import TrainState, abstract_state, as_teacher
 
 
 def kept_dtype(cfg: RunConfig, facts: dict[str, Any]) -> str | None:
@@ -33,13 +31,10 @@ def kept_dtype(cfg: RunConfig, facts: dict[str, Any]) -> str | None:
     return facts.get("compute_dtype")
 
 
-def starting_state(
-    session: Session, optimizer: Any, checkpoints: Checkpoints, run: RunDir, compile_first: Callable[[], None] = lambda: None
-) -> tuple[TrainState, int]:
-    """Restored, started from another run's weights, or new; says which. `compile_first` may run beside the making of new
-    weights."""
-    cfg = session.cfg
-    like = abstract_state(cfg, session.specs, optimizer, session.mesh)
+def starting_state(machine: Machine, checkpoints: Checkpoints, run: RunDir) -> tuple[TrainState, int]:
+    """Restored, started from another run's weights, or new; says which."""
+    session, cfg = machine.session, machine.session.cfg
+    like = abstract_state(cfg, session.specs, machine.optimizer, session.mesh)
     if checkpoints.steps():
         restored = checkpoints.restore(like)
         say_passed_over(restored)
@@ -61,12 +56,7 @@ def starting_state(
         source, at = parse_source(cfg.train.init_from)
         _require_same_shapes(source, session)
     console.print(routing(session))
-    with ThreadPoolExecutor(1, initializer=tree_mode) as beside:
-        # On a CPU compiling the generators of weights takes a quarter as long as compiling the step, and neither fills two
-        # cores. Elsewhere, compilers need the devices' memory and, on several hosts, one order.
-        if session.platform == "cpu" and not processes.several():
-            beside.submit(compile_first)  # what it raises, the first step raises again
-        state = initial_state(cfg, session.specs, optimizer, session.mesh)
+    state = machine.new_state()
     if cfg.train.init_from:
         params, at = load_params(session, source, at)
         console.print(f"starting from the weights of {source.path} at step {at}")

@@ -13,7 +13,8 @@ from data.messages import ROLES
 from data.tasks import make_problem
 from tests.train.conftest import small
 from train.checkpoint import Checkpoints
-from train.loop import build, train
+from train.loop import train
+from train.machine import build
 from train.run_dir import RunDir
 from train.session import load_params, open_session
 from train.start import starting_state
@@ -51,7 +52,7 @@ def tuned(trained, chats):
 
 def test_it_starts_from_the_pretrained_weights(trained, chats, tmp_path):
     session = open_session(tuned(trained, chats))
-    state, step = starting_state(session, build(session).optimizer, Checkpoints(tmp_path / "checkpoints"), RunDir(tmp_path))
+    state, step = starting_state(build(session), Checkpoints(tmp_path / "checkpoints"), RunDir(tmp_path))
     before, at = load_params(session, trained)
     assert (step, at, int(state.step)) == (0, 20, 0)
     for path in session.specs:

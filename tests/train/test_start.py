@@ -13,7 +13,8 @@ from tests.train.conftest import small
 from train import processes
 from train.checkpoint import Checkpoints
 from train.compat import compile_seconds, known_options, slowed_kernels
-from train.loop import build, train
+from train.loop import train
+from train.machine import build
 from train.mesh import batch_sharding, make_mesh
 from train.program import step_program
 from train.run_dir import RunDir
@@ -22,18 +23,18 @@ from train.start import starting_state
 
 
 def test_the_first_step_finds_its_program(tmp_path):
-    """It is compiled beside the making of initial weights; the call neither traces nor compiles."""
+    """It is compiled beside the making of initial weights, and so is its report; the calls neither trace nor compile."""
     cfg = small()
     session = open_session(cfg)
     machine, sharding = build(session), batch_sharding(session.mesh)
     rows = processes.my_rows(sharding, cfg.train.batch_size, cfg.train.seq_len)
     batch = next(iter(open_data(cfg, session.tokenizer).iterate(0, rows)))
     batch = processes.place(batch, sharding, rows, cfg.train.batch_size)
-    state, _ = starting_state(
-        session, machine.optimizer, Checkpoints(tmp_path / "checkpoints"), RunDir(tmp_path), machine.compile_first
-    )
+    state, _ = starting_state(machine, Checkpoints(tmp_path / "checkpoints"), RunDir(tmp_path))
     compiling = compile_seconds()
-    machine.train_step(0, state, batch)
+    machine.codes.before(state.params)
+    state, _ = machine.train_step(0, state, batch)
+    assert set(machine.codes.report(state.params)) >= {"grid_error", "quant/flipped"}
     assert compiling() == 0
 
 

@@ -113,7 +113,7 @@ def test_maximum_logits_are_maxima_and_counts_are_sums(single):
 
 
 def test_a_step_with_a_non_finite_gradient_changes_nothing():
-    from train.loop import build
+    from train.machine import build
     from train.state import TrainState, initial_state
 
     session = open_session(small())
