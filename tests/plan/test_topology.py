@@ -247,6 +247,31 @@ def test_copies_beside_other_work_still_take_the_memory_their_bytes():
     assert work.memory == pytest.approx(2.5 * plain) and work.hidden == work.exposed == 0
 
 
+FETCHED = """HloModule m, is_scheduled=true
+
+%cutting (b: s8[7,4096]) -> s8[1,4096] {
+  %b = s8[7,4096]{1,0} parameter(0)
+  ROOT %c = s8[1,4096]{1,0:S(1)} slice(%b), slice={[0:1], [0:4096]}
+}
+
+ENTRY %main (b: s8[7,4096]) -> s8[1,4096] {
+  %b = s8[7,4096]{1,0} parameter(0)
+  START
+  ROOT %d = s8[1,4096]{1,0:S(1)} slice-done(%s)
+}
+"""
+
+
+@pytest.mark.parametrize("start", ["slice-start(%b), slice={[0:1], [0:4096]}", "async-start(%b), calls=%cutting"])
+@pytest.mark.parametrize("into, times", [(":S(1)", 1), ("", 2)])
+def test_a_slice_fetched_early_takes_the_memory_its_own_bytes(start, into, times):
+    """In both of the compiler's spellings, of which each names the whole array in its result. Read once, and written where
+    it does not stay in a core's own memory."""
+    text = FETCHED.replace("START", "%s = ((s8[7,4096]{1,0}), s8[1,4096]{1,0:S(1)}, s32[]{:S(2)}) " + start)
+    roofline = Roofline(Program(text.replace(":S(1)", into)), machine("v6e:2x2", {"fsdp": 4}))
+    assert roofline.step().bytes == times * 4096
+
+
 SLICES = """HloModule m, is_scheduled=true
 
 %reading (a: bf16[64,32,16], n: s32[]) -> (bf16[4,32,16], f32[4,512]) {

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from model.experts import EVEN_LOAD
 from train.plan.census import Collective, collective, even_share, expected_branch, open_trips
-from train.plan.hlo import Instruction, Program
+from train.plan.hlo import Instruction, Program, Shape
 from train.plan.interconnect import Interconnect
 
 _FREE = {
@@ -251,8 +251,9 @@ class Roofline:
         kind, body = instruction.kind, None
         if kind == "copy-start" or instruction.calls_cublas:  # its result names the source again, or room to work in
             written = sum(s.bytes for s in instruction.shapes[:1] if s.space == 0)
-        if kind in ("dynamic-slice", "slice", "gather"):
-            return 2 * written
+        if kind.removesuffix("-start") in ("dynamic-slice", "slice", "gather"):
+            part = _part(instruction, operands)
+            return part.bytes * (bool(read[0]) + (part.space == 0))
         if kind in ("dynamic-update-slice", "scatter"):
             return 2 * sum(read[1:])
         if kind == "fusion" and (called := self.program.called(instruction)):
@@ -292,6 +293,12 @@ class Roofline:
             rows = sum(s.bytes for s in update)
             return min(made.bytes, rows if made.kind == "dynamic-update-slice" else 2 * rows)
         return sum(s.bytes for s in made.shapes[: 1 if made.calls_cublas else None] if s.space == 0)
+
+
+def _part(instruction: Instruction, operands: list[list[Shape]]) -> Shape:
+    """What a slice cuts out. Where it is only started, its result names the operands first: all they are cut from."""
+    started = instruction.kind.endswith("-start")
+    return instruction.shapes[sum(len(shapes) for shapes in operands) if started else 0]
 
 
 def _is_view(instruction: Instruction) -> bool:
