@@ -306,9 +306,9 @@ class TrainConfig:
     """Of the initial weights."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations and matmul inputs; auto takes what this machine multiplies fastest."""
-    remat: Literal["none", "layer", "names", "offload"] = "none"
-    """What the backward pass recomputes: nothing, whole layers, or all but the named tensors of model/remat.py, which
-    offload keeps in the host's memory."""
+    remat: Literal["none", "layer", "names", "hidden", "offload"] = "none"
+    """What the backward pass recomputes: nothing, whole layers, or all but the named tensors of model/remat.py; hidden keeps
+    what experts give before SwiGLU too, offload the named ones in the host's memory."""
     layers: Literal["scan", "unroll"] = "scan"
     """The MoE layers as one loop, or written out: longer to compile, free for the compiler to overlap."""
     transport: Literal["auto", "all_gather", "all_to_all", "ragged_all_to_all"] = "auto"

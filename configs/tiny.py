@@ -81,5 +81,5 @@ def one_gpu() -> RunConfig:
             routed_scaling_factor=2.446,
         ),
         optim=OptimConfig(lr=4e-4, warmup_steps=500),
-        train=TrainConfig(steps=20_000, batch_size=64, seq_len=4096, accumulate=8, remat="names", balance_loss=1e-3),
+        train=TrainConfig(steps=20_000, batch_size=64, seq_len=4096, accumulate=8, remat="hidden", balance_loss=1e-3),
     )

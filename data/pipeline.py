@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ class Data:
         tokenizer: Tokenizer,
         renderer: KimiRenderer,
         train: RowStream,
-        heldout: list[list[Piece]],
+        heldout: RowStream | None,
+        heldout_rows: int,
         account: Account,
         facts: dict[str, Any],
         heldout_print: str = "",
@@ -83,7 +85,8 @@ class Data:
         self.tokenizer, self.renderer = tokenizer, renderer
         self.account = account
         self.batch_size, self.seq_len = cfg.train.batch_size, cfg.train.seq_len
-        self._train, self._heldout, self._facts = train, heldout, facts
+        self._train, self._facts = train, facts
+        self._heldout_stream, self._heldout_rows = heldout, heldout_rows
         plan = {
             "version": PLAN_VERSION,
             "seed": cfg.data.seed,
@@ -113,12 +116,17 @@ class Data:
     @property
     def holds_out(self) -> bool:
         """Whether there are held-out rows."""
-        return len(self._heldout) > 0
+        return self._heldout_rows > 0
+
+    @cached_property
+    def _heldout(self) -> list[list[Piece]]:
+        """All held-out rows, made when they are first asked for: a run starts sooner."""
+        return [self._heldout_stream.row(r) for r in range(self._heldout_rows)]
 
     def validation(self, limit: int = 0) -> list[Batch]:
         """Held-out batches in a fixed order, the last filled up with padding rows; `limit` 0 takes all."""
         size = self.batch_size
-        starts = range(0, len(self._heldout), size)[: limit or None]
+        starts = range(0, self._heldout_rows, size)[: limit or None]
         return [
             assemble(self._heldout[at : at + size] + [[]] * (at + size - len(self._heldout)), self.seq_len, self.tokenizer.pad_id)
             for at in starts
@@ -134,7 +142,7 @@ class Data:
             self._facts
             | self._train.describe()
             | self.account.summary()
-            | {"heldout_rows": len(self._heldout), "plan_hash": self.plan_hash}
+            | {"heldout_rows": self._heldout_rows, "plan_hash": self.plan_hash}
         )
 
 
@@ -159,7 +167,7 @@ def open_data(cfg: RunConfig, tokenizer: Tokenizer, earlier_mixtures: Sequence[t
         train = TaskStream(cfg.data, cfg.train.seq_len, renderer, "train")
         held = TaskStream(replace(cfg.data, seed=HELDOUT_SEED), cfg.train.seq_len, renderer, "heldout")
         count = (cfg.train.eval_batches or TASK_VALIDATION_BATCHES) * cfg.train.batch_size
-        return Data(cfg, tokenizer, renderer, train, [held.row(r) for r in range(count)], Account(), {})
+        return Data(cfg, tokenizer, renderer, train, held, count, Account(), {})
     account = Account()
     shelf = read_documents(cfg, renderer, account)
     train = _mixed(cfg, shelf, earlier_mixtures) if cfg.data.mixture else _stream(cfg, _trained(cfg, shelf))
@@ -170,11 +178,9 @@ def open_data(cfg: RunConfig, tokenizer: Tokenizer, earlier_mixtures: Sequence[t
         "train_bytes": shelf.text_bytes(held=False),
         "heldout_bytes": shelf.text_bytes(held=True),
     }
-    rows = []
-    if held:
-        stream = DocumentStream(held, cfg.train.seq_len, HELDOUT_SEED)
-        rows = [stream.row(r) for r in range(stream.describe()["rows_per_epoch"])]
-    return Data(cfg, tokenizer, renderer, train, rows, account, facts, held.fingerprint() if held else "")
+    stream = DocumentStream(held, cfg.train.seq_len, HELDOUT_SEED) if held else None
+    rows = stream.describe()["rows_per_epoch"] if held else 0
+    return Data(cfg, tokenizer, renderer, train, stream, rows, account, facts, held.fingerprint() if held else "")
 
 
 def write_index(cfg: RunConfig, tokenizer: Tokenizer, path: str | Path) -> int:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from model import dispatch
 from model.grouped_matmul import block_rows, gradients, grouped_matmul, implementation
 from model.layers import swiglu
+from model.remat import HIDDEN
 
 Weights = tuple[Float[Array, "E D 2*F"], Float[Array, "E F D"]]
 """Gate and up in one array, and down."""
@@ -63,7 +64,7 @@ def in_slots(
     name, M = implementation(platform), len(to.token_of)
     busy = min(filled * gates_NK.size + len(down) * (to.block - 1) / 2, M)
     with jax.named_scope(f"{EVEN_LOAD}{busy / M:.4f}"):
-        hidden = first(gate_up, to, name)
+        hidden = checkpoint_name(first(gate_up, to, name), HIDDEN)
         gates = dispatch.gates_to_slots(gates_NK, to)[:, None]
         hidden = (swiglu(hidden).astype(jnp.float32) * gates).astype(hidden.dtype)
         return grouped_matmul(hidden, down, to.block_expert, name)

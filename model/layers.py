@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from configs.param_spec import HFTensor, Matrix
@@ -12,6 +13,7 @@ from configs.schema import ModelConfig
 from model.call import Call
 from model.declare import Declare
 from model.project import project
+from model.remat import HIDDEN
 
 
 class RMSNorm(nnx.Module):
@@ -67,5 +69,5 @@ class FeedForward(nnx.Module):
 
     def part(self, x: Float[Array, "B S D"], call: Call) -> Float[Array, "B S D"]:
         """What the hidden units of this device add."""
-        hidden = swiglu(project("BSD,DF->BSF", x, call.weight(self.gate_up, joined=True)))
-        return project("BSF,FD->BSD", hidden, call.weight(self.down))
+        gate_up = checkpoint_name(project("BSD,DF->BSF", x, call.weight(self.gate_up, joined=True)), HIDDEN)
+        return project("BSF,FD->BSD", swiglu(gate_up), call.weight(self.down))

@@ -11,22 +11,27 @@ NAMES = ("kv_latent", "attention_out", "attention_lse", "routing")
 kept, the backward pass rebuilds queries, keys and values but not the attention itself; with the chosen experts kept,
 it neither scores nor sorts again. Norms, up-projections from latents, gathers and SwiGLU are recomputed."""
 
-POLICIES = ("none", "layer", "names", "offload")
+HIDDEN = "hidden"
+"""Kept by the "hidden" policy besides: the gate and up that experts and feed-forward blocks give, before SwiGLU. It is the
+largest product that "names" does twice, and the rows of its input would be brought to the experts twice too."""
+
+POLICIES = ("none", "layer", "names", "hidden", "offload")
 
 
 def wrap(layer: Callable, policy: str) -> Callable:
     """`layer(x, call)` under a policy of POLICIES.
 
-    none: everything is kept. layer: only the layer's input is. names: the input and NAMES. offload: as names, with
-    NAMES in the host's memory between the passes.
+    none: everything is kept. layer: only the layer's input is. names: the input and NAMES. hidden: those and HIDDEN.
+    offload: as names, with NAMES in the host's memory between the passes.
     """
 
     def run(layer, x, call):
         return layer(x, call)
 
     keep = jax.checkpoint_policies
-    if policy == "names":
-        run = jax.checkpoint(run, policy=keep.save_only_these_names(*NAMES))
+    if policy in ("names", "hidden"):
+        kept = NAMES if policy == "names" else (*NAMES, HIDDEN)
+        run = jax.checkpoint(run, policy=keep.save_only_these_names(*kept))
     elif policy == "offload":
         run = jax.checkpoint(
             run,

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from configs.param_spec import Specs
 from configs.schema import ModelConfig, RunConfig
 from configs.sharding import TOKEN_AXES
-from model import cross_entropy, distillation
+from model import distillation, token_loss
 from model.call import Call, LayerAux, ModelAux, MoEAux, combine, nothing_measured, over_devices
 from model.decode.served_params import SERVED
 from model.shards import ONE_DEVICE, Shards, shards_of
@@ -92,18 +92,15 @@ def loss_fn(
     )
     network = bind(run.model, params)
     hidden, aux, _ = network(batch["tokens"], call, sums)
-    nll, lse = cross_entropy.losses(hidden, network.head, batch["targets"], call)
-    weights = batch["weights"].reshape(-1)
-    nll_sum = jnp.sum(weights * nll)
-    loss = nll_sum / total_weight
+    weights, taught_share = batch["weights"].reshape(-1), run.quant.distill_weight if teacher else 0.0
+    factors = (1 - taught_share) / total_weight, run.train.z_loss / total_weight
+    loss, nll_sum = token_loss.weighted(hidden, network.head, batch["targets"], weights, *factors, call)
     if teacher:
         as_it_was = replace(call, serving=SERVED, remat="none", settled=False)
         taught = bind(run.model, teacher)
         kl = distillation.divergences(hidden, network.head, taught(batch["tokens"], as_it_was)[0], taught.head, call)
         aux = replace(aux, teacher_kl=jnp.sum(weights * kl))
-        loss += run.quant.distill_weight * (aux.teacher_kl / total_weight - loss)
-    if run.train.z_loss:
-        loss += run.train.z_loss * jnp.sum(weights * lse**2) / total_weight
+        loss += taught_share * aux.teacher_kl / total_weight
     if run.train.balance_loss:
         loss += run.train.balance_loss * jnp.sum(aux.moe.balance_loss) / run.train.batch_size
     return loss / cfg.shards.size("tensor"), (nll_sum, aux)

@@ -11,6 +11,7 @@ from jax.sharding import SingleDeviceSharding
 
 from configs.presets import preset
 from configs.schema import MeshConfig
+from model import token_loss
 from model.decode import generate
 from model.decode.sampling import Budget, Sampling
 from model.transformer import param_specs
@@ -22,6 +23,7 @@ from quant.resident import Int4Weight
 from quant.served import Serving
 from train import compat, held_out, probe
 from train.mesh import batch_sharding, make_mesh, param_shardings, platform
+from train.plan.census import census
 from train.plan.topology import topology
 from train.step import BATCH
 
@@ -105,6 +107,20 @@ def test_the_probe_of_an_export(machine):
         platform=kind(machine),
         part="moe",
     )
+
+
+@pytest.mark.parametrize("machine", [GPU])
+def test_the_loss_of_a_step(machine):
+    """Three products with the head, its gradient summed where it lies: besides results, one array of logits in float32, one of
+    their gradients in bfloat16, and the head in bfloat16."""
+    N, (D, V) = 16384, SPECS["head"].shape
+    run = jax.jit(jax.value_and_grad(lambda *x: token_loss.with_gradients(*x)[0], (0, 1)))
+    scalar = array((), jnp.float32)
+    tokens = array((N, D), jnp.bfloat16), array((D, V), jnp.float32), integers(N), array((N,), jnp.float32)
+    program = compiled(machine, run, *tokens, scalar, scalar)
+    assert census(program.as_text()).flops == 3 * 2 * N * D * V
+    workspace = 2**26  # of cuBLAS, and what is there per token
+    assert program.memory_analysis().temp_size_in_bytes < 6 * token_loss.LOGITS + 2 * D * V + workspace
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs plan-tpu")

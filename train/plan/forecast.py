@@ -146,7 +146,7 @@ def advice(f: Forecast) -> list[str]:
     if extra > 0.1:
         out.append(
             f"{100 * extra:.0f} % more arithmetic is done than is useful: recomputation "
-            f"(train.remat={c.cfg.train.remat}), padded experts and Newton-Schulz; keeping more (remat names or none) "
+            f"(train.remat={c.cfg.train.remat}), padded experts and Newton-Schulz; keeping more (remat names, hidden or none) "
             f"or more tokens per step make it less"
         )
     if f.work.silent:
