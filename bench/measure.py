@@ -62,26 +62,26 @@ def product_flops(size: int, dtype) -> float:
     return 2 * size**3 / (in_turns({"product": lambda: product(x)})["product"]["wall_ms"] * 1e-3)
 
 
+UNITS = {"amx_bf16": "AMX-BF16", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
+"""A processor's flags, the fastest first, and what is said of them."""
+
+
+def cpu() -> str:
+    """Name and vector units: processors of one name may differ by them, and ten times in what they multiply."""
+    info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in info.splitlines())}
+    flags = facts.get("flags", "").split()
+    return ", ".join(filter(None, (facts.get("model name", platform.processor()), *[UNITS[f] for f in UNITS if f in flags][:1])))
+
+
 def machine() -> dict[str, Any]:
     """Date, hardware and versions."""
-    model = (
-        next(
-            (
-                line.split(":")[1].strip()
-                for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")
-            ),
-            platform.processor(),
-        )
-        if os.path.exists("/proc/cpuinfo")
-        else ""
-    )
     device = jax.devices()[0]
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "jax": jax.__version__,
         "python": platform.python_version(),
-        "device": device.device_kind if device.platform != "cpu" else model,
+        "device": device.device_kind if device.platform != "cpu" else cpu(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
     }

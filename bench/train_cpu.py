@@ -101,6 +101,7 @@ def compare(shape: str, dtype: str, rounds: int, peers: str, without: list[str])
     return {
         "shape": shape,
         "dtype": dtype,
+        "cpu": measure.cpu(),
         "tokens": tokens,
         "flops": step_flops(cfg),
         "sides": rows,
@@ -169,7 +170,7 @@ def main() -> None:
                 flush=True,
             )
     if args.write:
-        print(f"wrote {measure.write('train_cpu', rows, question=('shape', 'dtype')).name}")
+        print(f"wrote {measure.write('train_cpu', rows, question=('shape', 'dtype', 'cpu')).name}")
 
 
 if __name__ == "__main__":
