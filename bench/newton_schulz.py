@@ -50,7 +50,8 @@ def products(m: int, n: int, platform: str) -> list[str]:
 
 def forms(m: int, n: int, platform: str) -> dict[str, tuple[Callable, int, str]]:
     """Name to (function of [count, m, n], FLOPs of one matrix, format that it multiplies)."""
-    carrier, gram = jnp.dtype(carrier_dtype(platform)).name, GRAM_DTYPE.get(platform, "bfloat16")
+    carrier = carrier_dtype(platform)
+    gram = GRAM_DTYPE.get(platform, carrier)
     segments = segments_for(COEFFS, gram)
     found = {"plain": (partial(newton_schulz, coeffs=COEFFS, dtype=carrier), standard_flops(m, n, 5), carrier)}
     for name in products(min(m, n), max(m, n), platform):

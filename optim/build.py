@@ -40,6 +40,7 @@ def plan_of(
     specs: Specs,
     cfg: OptimConfig,
     platform: str,
+    compute_dtype: str = "float32",
     *,
     mesh: Mesh | AbstractMesh | None = None,
     shardings: Mapping[str, NamedSharding] | None = None,
@@ -47,13 +48,14 @@ def plan_of(
     """What `build_optimizer` follows on a mesh of that platform; to print it, an abstract mesh will do."""
     paths = [path for path, rule in rules(specs, cfg).items() if rule == "muon"]
     coeffs = coefficients(cfg.newton_schulz, cfg.newton_schulz_steps)
-    return make_plan(specs, paths, coeffs, platform, split_kv_a=cfg.split_kv_a, mesh=mesh, shardings=shardings)
+    return make_plan(specs, paths, coeffs, platform, compute_dtype, split_kv_a=cfg.split_kv_a, mesh=mesh, shardings=shardings)
 
 
 def build_optimizer(
     specs: Specs,
     cfg: OptimConfig,
     total_steps: int,
+    compute_dtype: str = "float32",
     *,
     mesh: Mesh | None = None,
     shardings: Mapping[str, NamedSharding] | None = None,
@@ -68,15 +70,16 @@ def build_optimizer(
         updates        float32, to be added to the weights (optim/apply.py)
 
     Call it once per optimizer step, on the gradient accumulated over all microbatches. `mesh` and `shardings` let the
-    planner place the matrix work; without them everything runs on one device.
+    planner place the matrix work; without them everything runs on one device. `compute_dtype`: of the run, in which a CPU
+    multiplies matrices here too.
     """
     rule_of = rules(specs, cfg)
     group = {rule: [path for path, r in rule_of.items() if r == rule] for rule in ("muon", "adamw", "router_bias")}
     if (mesh is None) != (shardings is None):
         raise ConfigError("build_optimizer needs the mesh and the shardings together, or neither")
     rate = learning_rate(cfg, total_steps)
-    plan = plan_of(specs, cfg, platform_of(mesh), mesh=mesh, shardings=shardings)
-    carrier = carrier_dtype(platform_of(mesh))
+    plan = plan_of(specs, cfg, platform_of(mesh), compute_dtype, mesh=mesh, shardings=shardings)
+    carrier = jnp.dtype(carrier_dtype(platform_of(mesh), compute_dtype))
 
     matrices = optax.chain(
         muon.scale_by_momentum(cfg.momentum, cfg.nesterov, jnp.dtype(cfg.momentum_dtype)),

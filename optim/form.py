@@ -13,9 +13,9 @@ from optim.gram import cheaper, gram_flops, gram_newton_schulz, guarded, segment
 from optim.newton_schulz import Coefficients, newton_schulz, standard_flops
 from optim.symmetric import implementation
 
-GRAM_DTYPE = {"cpu": "float32", "gpu": "float16", "hopper": "float16"}
-"""Operands of the Gram form, bfloat16 elsewhere. After the division by the norm all values are small, so float16's range
-suffices and its three extra bits allow fewer restarts; a TPU multiplies no float16."""
+GRAM_DTYPE = {"gpu": "float16", "hopper": "float16"}
+"""Operands of the Gram form where they are not the carrier's. After the division by the norm all values are small, so float16's
+range suffices and its three extra bits allow fewer restarts; a TPU multiplies no float16."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,18 @@ def platform_of(mesh: Mesh | None) -> str:
     return platforms.platform_of(mesh.devices.flat[0]) if mesh is not None else "cpu"
 
 
-def carrier_dtype(platform: str):
-    """What matrices are stored and sent as around the iteration: float32 on a CPU, bfloat16 elsewhere."""
-    return jnp.float32 if platform == "cpu" else jnp.bfloat16
+def carrier_dtype(platform: str, compute_dtype: str = "float32") -> str:
+    """What matrices are stored and sent as around the iteration: bfloat16, but on a CPU what the run computes in, because that
+    is what this CPU multiplies faster."""
+    return compute_dtype if platform == "cpu" else "bfloat16"
 
 
-def choose_form(m: int, n: int, coeffs: Coefficients, platform: str) -> Form:
+def choose_form(m: int, n: int, coeffs: Coefficients, platform: str, compute_dtype: str = "float32") -> Form:
     """The cheapest safe form for an m x n matrix."""
     product = implementation(platform, min(m, n), max(m, n))
-    dtype = GRAM_DTYPE.get(platform, "bfloat16")
+    carrier = carrier_dtype(platform, compute_dtype)
+    dtype = GRAM_DTYPE.get(platform, carrier)
     segments = segments_for(coeffs, dtype)
     if cheaper(m, n, segments, product):
         return Form(coeffs, segments, dtype, product)
-    return Form(coeffs, None, jnp.dtype(carrier_dtype(platform)).name, "full")
+    return Form(coeffs, None, carrier, "full")

@@ -40,13 +40,14 @@ def gram_newton_schulz(
 ) -> Float[Array, "*B m n"]:
     """As `newton_schulz`, restarting after each of `segments` (their sum is the number of steps).
 
-    `product`: of optim/symmetric.py; every m x m product here is one of commuting symmetric matrices.
+    `product`: of optim/symmetric.py; every m x m product here is one of commuting symmetric matrices. A tall matrix is
+    transposed first; on a CPU before its product, which would take XLA's slow way if it were the transposition too.
     """
     symmetric = IMPLEMENTATIONS[product].multiply
     tall = x.shape[-2] > x.shape[-1]
     x = normalize(x).astype(dtype)
     if tall:
-        x = jnp.swapaxes(x, -1, -2)
+        x = lax.platform_dependent(jnp.swapaxes(x, -1, -2), cpu=lax.optimization_barrier, default=lambda x: x)
     identity = jnp.eye(x.shape[-2], dtype=dtype)
     start = 0
     for length in segments:

@@ -20,11 +20,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from configs.param_spec import Specs
 from configs.schema import ConfigError
-from optim.form import Form, choose_form
+from optim.form import Form, carrier_dtype, choose_form
 from optim.matrices import MatrixLayout
 from optim.newton_schulz import Coefficients
 from optim.packing import Load, owners, share_exchanges
@@ -196,6 +197,7 @@ def make_plan(
     paths: list[str],
     coeffs: Coefficients,
     platform: str,
+    compute_dtype: str = "float32",
     *,
     split_kv_a: bool = True,
     mesh: Mesh | AbstractMesh | None = None,
@@ -237,8 +239,9 @@ def make_plan(
         strategy = Strategy.LOCAL if shards == 1 else Strategy.GATHER if held == 1 else Strategy.ALL_TO_ALL
         chunk = CHUNK_BYTES.get(platform, ACCELERATOR_CHUNK_BYTES)
         group = Group(strategy, rows, cols, splits, axes, shards, tuple(members), (), coeffs, chunk)
-        group = replace(group, owners=shards, forms=tuple(choose_form(m, n, coeffs, platform) for m, n in group.blocks))
-        groups.append(_two_dimensional_if_cheaper(group, 4 if platform == "cpu" else 2))
+        forms = tuple(choose_form(m, n, coeffs, platform, compute_dtype) for m, n in group.blocks)
+        itemsize = np.dtype(carrier_dtype(platform, compute_dtype)).itemsize
+        groups.append(_two_dimensional_if_cheaper(replace(group, owners=shards, forms=forms), itemsize))
     return _with_owners(groups)
 
 

@@ -64,5 +64,5 @@ def step_program(cfg: RunConfig, specs: Specs, mesh: Mesh, compute_dtype: str) -
     shardings = param_shardings(specs, mesh)
     coverage(specs, cfg.quant)
     require_whole_groups(specs, shardings, cfg.quant)
-    optimizer = build_optimizer(specs, cfg.optim, cfg.train.steps, mesh=mesh, shardings=shardings)
+    optimizer = build_optimizer(specs, cfg.optim, cfg.train.steps, compute_dtype, mesh=mesh, shardings=shardings)
     return StepProgram(cfg, specs, mesh, compute_dtype, optimizer, abstract_state(cfg, specs, optimizer, mesh))

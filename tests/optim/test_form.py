@@ -28,16 +28,18 @@ def test_choices():
     assert choose_form(2048, 7168, KELLER, "hopper").describe() == "gram 3+2 float16, halves by hopper"
     assert choose_form(7168, 2048, KELLER, "cpu").describe() == "gram 3+2 float32"
     assert choose_form(128, 128, KELLER, "cpu").describe() == "plain float32"
+    assert choose_form(256, 128, KELLER, "cpu", "bfloat16").describe() == "gram 3+2 bfloat16", "as it multiplies faster"
+    assert choose_form(2048, 7168, KELLER, "hopper", "float32").describe() == "gram 3+2 float16, halves by hopper"
     assert choose_form(192, 200, KELLER, "tpu").describe() == "plain bfloat16"
     assert choose_form(1100, 7168, KELLER, "tpu").product == "full", "tiles of the kernel are whole registers"
 
 
-@pytest.mark.parametrize("platform, product", [("gpu", "rows"), ("tpu", "tpu")])
-def test_accelerator_forms_agree(platform, product, monkeypatch):
+@pytest.mark.parametrize("platform, product", [("gpu", "rows"), ("tpu", "tpu"), ("cpu", "full")])
+def test_forms_agree(platform, product, monkeypatch):
     """bfloat16 in and out; the result lies as near to the exact one as the plain bfloat16 iteration does."""
     monkeypatch.setattr(symmetric_tpu, "LANES", 8)  # one tile of two parts: every step costs the interpreter time
     coeffs = coefficients("keller", 3)
-    form = replace(choose_form(32, 128, coeffs, platform), product=product)
+    form = replace(choose_form(32, 128, coeffs, platform, "bfloat16"), product=product)
     assert form.segments is not None
     x = jax.random.normal(jax.random.key(0), (3, 32, 128)).astype(jnp.bfloat16)
     exact = newton_schulz(x.astype(jnp.float32), coeffs)
