@@ -151,7 +151,7 @@ def main() -> None:
         return ours(*args.serve)
     rows = []
     if args.first_step:
-        rows.append({"first_step": (start := first_step())})
+        rows.append({"cpu": measure.cpu(), "first_step": (start := first_step())})
         print(
             f"first step of the tiny preset after {start['empty_cache_s']} s, with a filled compilation cache after "
             f"{start['filled_cache_s']} s"
