@@ -102,8 +102,8 @@ class TaskStream:
     """Fresh problems of a built-in task for ever. Windows of a fixed number of rows are drawn and packed on demand.
 
     What does not fit is an error only before anything is trained, for the longest problem that there can be, and for what
-    the first window holds. Under tokenizers whose pieces have several characters a later one may still be longer: it is left
-    out, as data.too_long=drop does with every one, and another is drawn.
+    the first window of those to train holds. Under tokenizers whose pieces have several characters a later one may still be
+    longer: it is left out, as data.too_long=drop does with every one, and another is drawn.
     """
 
     def __init__(self, data: DataConfig, seq_len: int, renderer: KimiRenderer, split: Split):
@@ -139,11 +139,12 @@ class TaskStream:
         """The rows of a window, and the share of its problems' rows that were left out."""
         drawn: list[Rendered] = []
         number = total = left_out = 0
+        judged = window == 0 and self.split == "train"
         while total < self.window_rows * self.seq_len:
-            rows = self._rows(self._problem(window, number), must_fit=window == 0 and self.data.too_long != "drop")
+            rows = self._rows(self._problem(window, number), must_fit=judged and self.data.too_long != "drop")
             taken = [row for row in rows if row is not None]
             left_out += len(rows) - len(taken)
-            if window == 0 and left_out > FEW_FIT * (len(drawn) + FEW_FIT):
+            if judged and left_out > FEW_FIT * (len(drawn) + FEW_FIT):
                 raise ConfigError(
                     f"hardly a {self.data.task} problem fits train.seq_len={self.seq_len}: {left_out} rows are "
                     f"too long and {len(drawn)} are not; raise it or lower data.task_length"

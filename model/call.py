@@ -33,7 +33,8 @@ class Call:
     unroll      whether the MoE layers are written out instead of looped over
     shards      what this device holds of every array, [B, S] included
     transport   how tokens reach experts on other devices, an entry of model/transport/
-    settled     whether amount is known to be 1: weights on the grid then travel as their codes and scales
+    settled     whether amount is known to be 1: weights on the grid then travel as their codes and scales, and nothing else of
+                their masters is read
     """
 
     positions: Int[Array, "B S"]
@@ -69,7 +70,7 @@ class Call:
 
     def part(self, param: nnx.Param) -> Array:
         """The same in float32, of the part that this device stores. Groups of the grid never cross parts."""
-        return as_served(param[...], param.spec, self.serving, self.amount, self.platform)
+        return as_served(param[...], param.spec, self.serving, 1.0 if self.settled else self.amount, self.platform)
 
 
 def reduced_by(reduce: Callable, neutral: float) -> Any:

@@ -13,7 +13,8 @@ it neither scores nor sorts again. Norms, up-projections from latents, gathers a
 
 HIDDEN = "hidden"
 """Kept by the "hidden" policy besides: the gate and up that experts and feed-forward blocks give, before SwiGLU. It is the
-largest product that "names" does twice, and the rows of its input would be brought to the experts twice too."""
+largest product that "names" does twice, and the rows of its input would be brought to the experts twice too. Of experts
+that tokens reach in rounds (model/transport/rounds.py) it keeps nothing: their backward pass repeats the rounds."""
 
 POLICIES = ("none", "layer", "names", "hidden", "offload")
 

@@ -76,10 +76,11 @@ def _on_grid(w: Float[Array, "..."], axis: int, serving: Serving, platform: str)
 
 
 def as_served(
-    w: Float[Array, "..."], spec: ParamSpec, serving: Serving, amount: Float[Array, ""], platform: str = "cpu"
+    w: Float[Array, "..."], spec: ParamSpec, serving: Serving, amount: Float[Array, ""] | float, platform: str = "cpu"
 ) -> Float[Array, "..."]:
     """Forward value (float32) of a master weight; leading stacked axes of the spec may be sliced away. `platform`: of
-    configs/platforms.py; every one gives the same numbers."""
+    configs/platforms.py; every one gives the same numbers. A number for `amount` decides when the program is made; an array,
+    even of a constant, may be hidden from the compiler (by jax.checkpoint), and masters are then read beside the grid."""
     master = w.astype(jnp.float32)
     value = master
     if serving.dtype == "bfloat16" and spec.served is None:
@@ -87,5 +88,8 @@ def as_served(
     if spec.on_grid and serving.grid != "none":
         axis = spec.axis(spec.matrix.rows[0]) - len(spec.axes)
         on_grid = _on_grid(w, axis, serving, platform)
-        value = jnp.where(amount >= 1, on_grid, jnp.where(amount > 0, value + amount * (on_grid - value), value))
+        if isinstance(amount, float) and amount in (0.0, 1.0):
+            value = on_grid if amount else value
+        else:
+            value = jnp.where(amount >= 1, on_grid, jnp.where(amount > 0, value + amount * (on_grid - value), value))
     return _straight_through(value, master)

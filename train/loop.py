@@ -152,14 +152,14 @@ def run_steps(
     evaluator = Evaluator(machine.session, data)
     recorder = Recorder(machine.session, run, step + 1, started, compiling, last_data_hash(run, step))
     profile = Profile(cfg.profile.bounds(), run.profile)
-    codes = machine.codes
+    grid_watch = machine.grid_watch
     sample_every = max(cfg.train.log_every, cfg.train.steps // 20)
     with Bar(f"training {run.path}", cfg.train.steps - step) as bar:
         for batch in data.iterate(step, rows):
             placed = processes.place(batch, sharding, rows, cfg.train.batch_size)
             reported = step + 1 in (recorder.first_step, cfg.train.steps) or (step + 1) % cfg.train.log_every == 0
             if reported:
-                codes.before(state.params)
+                grid_watch.before(state.params)
             if profile.begins(step + 1):
                 with recorder.apart():
                     profile.start(state)
@@ -174,7 +174,7 @@ def run_steps(
             if step % sample_every == 0:
                 recorder.measure_optimizer(machine.time_update, state)
             if reported:
-                recorder.report(codes.report(state.params))
+                recorder.report(grid_watch.report(state.params))
             if last or stopping or step in checkpoints.landmarks or step % cfg.train.checkpoint_every == 0:
                 recorder.catch_up()
                 with recorder.apart():

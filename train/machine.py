@@ -30,6 +30,7 @@ class Machine:
     train_step   takes the number of the step before state and batch
     lower_first  the program of a run's first step, ready for the compiler; once compiled, a call of train_step finds it
     time_update  seconds of an optimizer's update by itself
+    grid_watch   what a reported step says of the grid; it remembers one run's codes
     """
 
     session: Session
@@ -37,7 +38,7 @@ class Machine:
     train_step: Callable[[int, TrainState, Batch], tuple[TrainState, dict]]
     lower_first: Callable[[], Lowered]
     time_update: Callable[[TrainState], float]
-    codes: GridWatch
+    grid_watch: GridWatch
 
     def new_state(self) -> TrainState:
         """Random weights and a fresh optimizer.
@@ -54,7 +55,7 @@ class Machine:
         with ThreadPoolExecutor(1) as beside:
             beside.submit(first.compile)  # what it raises, the first step raises again
             state = make()
-            self.codes.rehearse(state.params)
+            self.grid_watch.rehearse(state.params)
         return state
 
 

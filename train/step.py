@@ -92,7 +92,8 @@ def loss_fn(
     )
     network = bind(run.model, params)
     hidden, aux, _ = network(batch["tokens"], call, sums)
-    weights, taught_share = batch["weights"].reshape(-1), run.quant.distill_weight if teacher else 0.0
+    weights = batch["weights"].reshape(-1)
+    taught_share = run.quant.distill_weight if teacher else 0.0
     factors = (1 - taught_share) / total_weight, run.train.z_loss / total_weight
     loss, nll_sum = token_loss.weighted(hidden, network.head, batch["targets"], weights, *factors, call)
     if teacher:

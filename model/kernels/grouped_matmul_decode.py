@@ -40,8 +40,8 @@ weights most of the time, and several on a core hide that."""
 
 
 def takes(dtype, block: int, w: Array | Int4Weight) -> bool:
-    """Whether the kernel can multiply rows of `dtype` with these weights [E, I, O]. Triton finds an element by 32 bits, up to
-    arrays of 4 GiB: of codes, which are bytes, too few for more than 2."""
+    """Whether the kernel can multiply rows of `dtype` with these weights [E, I, O]. In arrays of up to 4 GiB
+    Triton counts elements in signed 32 bits; codes are bytes, so from 2 GiB on that would overflow."""
     _, inputs, outputs = w.shape
     on_grid = isinstance(w, Int4Weight)
     return (

@@ -1,5 +1,8 @@
 """Remat policies, and groups of heads that are expanded one after the other, change memory, not numbers."""
 
+import re
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,9 @@ import pytest
 from model import mla
 from model.remat import POLICIES
 from model.transformer import bind
+from quant.served import Serving
 from tests.model.networks import call_for, random_params, small
+from train.plan.census import census
 
 CFG = small(num_hidden_layers=4)
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 200)).astype(np.int32)
@@ -39,6 +44,15 @@ def test_same_gradients_less_memory(policy, kept_everything):
     assert run.memory_analysis().temp_size_in_bytes < memory
 
 
+def test_what_is_kept_is_not_computed_again(kept_everything):
+    """FLOPs of the compiled programs: each policy that keeps more does less."""
+    params, *_ = kept_everything
+    counts = [
+        census(grad_of(p).lower(params).compile().as_text(), causal=True).flops for p in ("layer", "names", "hidden", "none")
+    ]
+    assert counts == sorted(set(counts), reverse=True)
+
+
 def test_heads_are_expanded_in_groups(kept_everything, monkeypatch):
     """As where the keys and values of all heads over a long row would not fit."""
     params, want, _ = kept_everything
@@ -58,3 +72,21 @@ def test_groups_are_as_few_as_fit():
 def test_unknown_policy():
     with pytest.raises(ValueError, match="no remat policy"):
         grad_of("nothing").lower(random_params(CFG))
+
+
+@pytest.mark.parametrize("policy", ["none", "hidden"])
+def test_a_settled_grid_does_not_look_at_its_share(policy):
+    """Its program reads masters for their grid values only. A share of 1 that it was given would be hidden from the compiler by
+    the barriers of rematerialisation, and masters read again for the case that it is less."""
+    params = random_params(CFG)
+
+    def scalars(settled):
+        def loss(params, amount):
+            serving = Serving(dtype="bfloat16", grid="int4", group_size=16)
+            call = replace(call_for(TOKENS, serving=serving, remat=policy), amount=amount, settled=settled)
+            return jnp.mean(bind(CFG, params)(TOKENS, call)[0] ** 2)
+
+        text = jax.jit(jax.grad(loss)).lower(params, jnp.float32(1)).as_text()
+        return re.search(r"@main\((.*)\) ->", text).group(1).count("tensor<f32>")
+
+    assert (scalars(settled=False), scalars(settled=True)) == (1, 0)

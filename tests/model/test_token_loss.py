@@ -64,10 +64,17 @@ def test_both_forms_agree(dtype):
         assert np.abs(mine - other).max() <= (1e-2 if dtype == jnp.bfloat16 else 2e-6) * np.abs(other).max()
 
 
+@pytest.mark.parametrize("N, tiles", [(100, (1, 100)), (16384, (2, 8192)), (20480, (3, 6912)), (36864, (5, 7424))])
+def test_tiles_are_equal_and_whole(N, tiles):
+    """Of 65,536 entries; little is added."""
+    found = jax.eval_shape(lambda x: token_loss._in_tiles(x, 65536), jax.ShapeDtypeStruct((N,), jnp.int32)).shape
+    assert found == tiles and found[0] * found[1] < 1.02 * N
+
+
 def test_three_products_with_some_logits_at_a_time(monkeypatch):
     """Of the compiled program: each logit is formed once, and no array holds those of all tokens."""
-    monkeypatch.setattr(token_loss, "LOGITS", 2**14)
-    N, D, V = 128, 64, 1024
+    monkeypatch.setattr(token_loss, "LOGITS", 2**17)
+    N, D, V = 512, 64, 1024
     shapes = jax.ShapeDtypeStruct((N, D), jnp.float32), jax.ShapeDtypeStruct((D, V), jnp.float32)
 
     def loss(hidden, head):

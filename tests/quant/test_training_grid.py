@@ -54,7 +54,7 @@ def test_groups_may_not_cross_devices():
 @pytest.mark.parametrize("share", [0.5, 1.0])
 @pytest.mark.parametrize("path", [GATE_UP, DOWN])
 def test_a_weight_that_is_no_number_is_seen(path, share):
-    """In its whole group, by every program that training has: were it served as zero, no loss would tell."""
+    """In its whole group, on the grid and on the way there: were it served as zero, no loss would tell."""
     w = PARAMS[path]
     spoilt = w.at[(0,) * w.ndim].set(jnp.nan)
     seen = np.asarray(jax.jit(as_served, static_argnums=(1, 2))(spoilt, SPECS[path], SERVING, jnp.float32(share)))

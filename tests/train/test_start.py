@@ -32,9 +32,9 @@ def test_the_first_step_finds_its_program(tmp_path):
     batch = processes.place(batch, sharding, rows, cfg.train.batch_size)
     state, _ = starting_state(machine, Checkpoints(tmp_path / "checkpoints"), RunDir(tmp_path))
     compiling = compile_seconds()
-    machine.codes.before(state.params)
+    machine.grid_watch.before(state.params)
     state, _ = machine.train_step(0, state, batch)
-    assert set(machine.codes.report(state.params)) >= {"grid_error", "quant/flipped"}
+    assert set(machine.grid_watch.report(state.params)) >= {"grid_error", "quant/flipped"}
     assert compiling() == 0
 
 
