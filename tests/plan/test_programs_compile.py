@@ -112,15 +112,15 @@ def test_the_probe_of_an_export(machine):
 @pytest.mark.parametrize("machine", [GPU])
 def test_the_loss_of_a_step(machine):
     """Three products with the head, its gradient summed where it lies: besides results, one array of logits in float32, one of
-    their gradients in bfloat16, and the head in bfloat16."""
-    N, (D, V) = 16384, SPECS["head"].shape
+    their gradients in bfloat16, the head in bfloat16, and hidden and its gradient filled up to whole tiles."""
+    N, (D, V) = 32768, SPECS["head"].shape  # in ten tiles of 3328, 26 of 128
     run = jax.jit(jax.value_and_grad(lambda *x: token_loss.with_gradients(*x)[0], (0, 1)))
     scalar = array((), jnp.float32)
-    tokens = array((N, D), jnp.bfloat16), array((D, V), jnp.float32), integers(N), array((N,), jnp.float32)
-    program = compiled(machine, run, *tokens, scalar, scalar)
-    assert census(program.as_text()).flops == 3 * 2 * N * D * V
-    workspace = 2**26  # of cuBLAS, and what is there per token
-    assert program.memory_analysis().temp_size_in_bytes < 6 * token_loss.LOGITS + 2 * D * V + workspace
+    given = array((N, D), jnp.bfloat16), array((D, V), jnp.float32), integers(N), array((N,), jnp.float32)
+    program = compiled(machine, run, *given, scalar, scalar)
+    tokens, workspace = 10 * 3328, 2**26  # of cuBLAS, and what is there per token
+    assert census(program.as_text()).flops == 3 * 2 * tokens * D * V < 1.02 * 3 * 2 * N * D * V
+    assert program.memory_analysis().temp_size_in_bytes < 6 * 3328 * V + 2 * D * V + 2 * 2 * tokens * D + workspace
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs plan-tpu")
