@@ -1,4 +1,4 @@
-# make demo        train the tiny preset on INT4, evaluate, export, verify, generate, report (3 to 8 minutes on 2 cores)
+# make demo        train the tiny preset on INT4, evaluate, export, verify, generate, report (2 to 8 minutes on 2 cores)
 # make demo-tools  the same for tool calls: pretrain on copying, fine-tune on chains of 1 to 8 calls, play chains of up to 300
 # make test        the test suite              make test-peers   comparisons with transformers, torch, compressed-tensors
 # make test-slow   what takes minutes a test: whole products of settings, programs compiled for whole clusters
