@@ -65,9 +65,14 @@ def reference(
     head_DV = shards.gather_axis(head_DV.astype(hidden_ND.dtype), over, 0)
     logits = jnp.dot(hidden_ND, head_DV, preferred_element_type=jnp.float32)
     lse = jax.nn.logsumexp(logits, axis=-1)
-    here = (targets_N >= 0) & (targets_N < logits.shape[1])
-    target = jnp.take_along_axis(logits, jnp.where(here, targets_N, 0)[:, None], axis=-1)[:, 0]
-    return lse - jnp.where(here, target, 0.0), lse
+    return lse - target_logits(logits, targets_N), lse
+
+
+def target_logits(logits_NV: Float[Array, "N V"], targets_N: Int[Array, "N"]) -> Float[Array, "N"]:
+    """0 for a target outside [0, V)."""
+    here = (targets_N >= 0) & (targets_N < logits_NV.shape[1])
+    found = jnp.take_along_axis(logits_NV, jnp.where(here, targets_N, 0)[:, None], axis=-1)[:, 0]
+    return jnp.where(here, found, 0.0)
 
 
 def tiled(

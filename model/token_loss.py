@@ -77,7 +77,7 @@ def _forward(hidden_ND, head_DV, targets_N, weights_N, nll_factor, square_factor
         top = jnp.max(logits, axis=-1)
         size = jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)
         lse = top + jnp.log(size)
-        nll = lse - jnp.take_along_axis(logits, targets_C[:, None], axis=-1)[:, 0]
+        nll = lse - cross_entropy.target_logits(logits, targets_C)
         of_nll, of_lse = weights_C * nll_factor, 2 * weights_C * square_factor * lse
         hit = jnp.arange(logits.shape[1]) == targets_C[:, None]
         dlogits = jnp.exp(logits - lse[:, None]) * (of_nll + of_lse)[:, None] - jnp.where(hit, of_nll[:, None], 0.0)

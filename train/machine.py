@@ -16,6 +16,7 @@ from jax.stages import Lowered
 from train import processes
 from train.compat import known_options
 from train.compiler_options import step_options
+from train.console import console
 from train.grid_watch import GridWatch
 from train.program import step_program
 from train.session import Session
@@ -68,6 +69,8 @@ def build(session: Session) -> Machine:
     settles_at = program.settles_at
 
     def train_step(step: int, state: TrainState, batch: Batch):
+        if step and step == settles_at:
+            console.print(f"the grid is whole from step {step + 1} on; the program for that is compiled now")
         return programs[settles_at is not None and step >= settles_at](state, batch)
 
     def lower_first() -> Lowered:

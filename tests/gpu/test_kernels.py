@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs.platforms import platform_of
-from model import dispatch
+from model import cross_entropy, dispatch, token_loss
 from model.grouped_matmul import IMPLEMENTATIONS, block_rows, grouped_matmul
 from model.kernels import gather_gpu, grouped_matmul_decode, grouped_matmul_gpu
 from quant import grid, grid_gpu
@@ -130,6 +130,29 @@ def test_on_the_grid(dtype, shape, axis):
     assert grid_gpu.takes(shape, axis, 32)
     for masters in (w, (grid.on_grid(w, axis, 32) * 0.5).astype(dtype), w.at[0, 3].set(jnp.nan).at[1, :32].set(jnp.nan)):
         np.testing.assert_array_equal(grid_gpu.on_grid(masters, axis, 32), grid.on_grid(masters, axis, 32))
+
+
+@pytest.mark.parametrize("N", [4096, 5000])
+def test_the_loss_with_its_gradients(N, monkeypatch):
+    """Several tiles, the last one not full, against the form that holds all logits, up to the rounding of their gradients."""
+    monkeypatch.setattr(token_loss, "LOGITS", 2**23)
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden, head = jax.random.normal(keys[0], (N, 512), jnp.bfloat16), 0.1 * jax.random.normal(keys[1], (512, 8192))
+    targets, weights = jax.random.randint(keys[2], (N,), 0, 8192), jnp.full(N, 1 / N)
+    factors = jnp.float32(1), jnp.float32(1e-4)
+
+    def whole(hidden, head):
+        nll, lse = cross_entropy.reference(hidden, head, targets)
+        return jnp.sum(weights * (nll + factors[1] * lse**2))
+
+    def mine(hidden, head):
+        return token_loss.with_gradients(hidden, head, targets, weights, *factors)[0]
+
+    (loss, grads), (want, want_grads) = (jax.jit(jax.value_and_grad(f, (0, 1)))(hidden, head) for f in (mine, whole))
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    for g, w in zip(grads, want_grads, strict=True):
+        g, w = np.asarray(g, np.float32), np.asarray(w, np.float32)
+        assert np.linalg.norm(g - w) <= 1e-2 * np.linalg.norm(w)
 
 
 def test_jax_own_kernel_agrees():

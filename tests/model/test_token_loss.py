@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import token_loss
+from model import cross_entropy, token_loss
 from model.transformer import bind
 from tests.model.networks import call_for, random_params, small
 from tests.model.test_cross_entropy import inputs
@@ -42,6 +42,19 @@ def test_values_and_gradients(N, V, logits_at_a_time, monkeypatch):
     for mine, other in ((value, 3 * want), (nll, want_nll), *zip(grads, (3 * g for g in want_grads), strict=True)):
         np.testing.assert_allclose(mine, other, atol=2e-6 * np.abs(other).max())  # float32 sums of under 100 terms
     np.testing.assert_allclose(loss(hidden, head)[0], value, rtol=1e-6)  # without a gradient it is another program
+
+
+def test_a_target_that_is_no_entry_has_the_logit_zero():
+    """As in the registry's forms: a row of padding may name any."""
+    hidden, head, targets, weights = inputs(24, 16, 32)
+    targets = targets.at[3].set(-1).at[5].set(32)
+
+    def of(loss):
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, head)
+
+    mine = of(lambda h, w: token_loss.with_gradients(h, w, targets, weights, *FACTORS))
+    want = of(lambda h, w: token_loss._sums(*cross_entropy.reference(h, w, targets), weights, *FACTORS))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max()), mine, want)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

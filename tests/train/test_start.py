@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -48,6 +49,14 @@ def test_where_a_program_for_the_settled_grid_takes_over(mesh, platform, settles
     for quant, step in ((QuantConfig(start_step=3, ramp_steps=2), settles_at), (QuantConfig(grid="none"), None)):
         cfg = replace(small(), mesh=mesh, quant=quant)
         assert step_program(cfg, param_specs(cfg.model), make_mesh(cfg.mesh), "float32").settles_at == step
+
+
+def test_the_pause_for_another_program_is_explained(monkeypatch, capsys):
+    program = SimpleNamespace(settles_at=2, jitted=lambda settled, options: lambda *_: settled, optimizer=None, state=None)
+    monkeypatch.setattr("train.machine.step_program", lambda *_: program)
+    machine = build(open_session(small()))
+    assert [machine.train_step(step, None, None) for step in range(4)] == [False, False, True, True]
+    assert capsys.readouterr().out.count("the grid is whole from step 3 on") == 1
 
 
 @pytest.mark.parametrize(
