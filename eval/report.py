@@ -107,15 +107,21 @@ def _optimizer_share(steps):
         color=INK[0],
         linewidth=1,
     )
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     return figure
 
 
 def _grid(steps):
     figure, axes = _axes("optimizer step", "relative RMS distance", "Distance of the masters from the INT4 grid")
     axes.plot(*_series(steps, "grid_error"), color=INK[0], linewidth=1)
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     return figure
+
+
+def _from_zero(axes) -> None:
+    """Zero at the bottom and room above: a line that hardly changes would otherwise lie on the frame."""
+    highest = axes.dataLim.y1
+    axes.set_ylim(0, 1.1 * highest if 0 < highest < float("inf") else None)
 
 
 def _accuracy(evals):

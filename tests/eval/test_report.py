@@ -6,7 +6,7 @@ import math
 import pytest
 
 from configs.presets import preset
-from eval.report import _accuracy, _kl_by_position, _results, write_report
+from eval.report import _accuracy, _grid, _kl_by_position, _results, write_report
 from eval.results import append_rows, read_result, read_rows, write_result
 from train.metrics import MetricsFile, number, plain
 from train.run_dir import RunDir
@@ -102,3 +102,11 @@ def test_more_arms_than_colours_are_drawn():
 def test_numbers_come_back():
     assert number(plain([1.5, math.inf, -math.inf])) == [1.5, math.inf, -math.inf] and math.isnan(number(plain(math.nan)))
     assert number("n/a") == "n/a" and number(3) == 3
+
+
+@pytest.mark.parametrize("values", [[0.0971, 0.0975], [0.5], [float("nan")], [0.0]])
+def test_a_line_that_hardly_changes_does_not_lie_on_the_frame(values):
+    rows = [{"step": i, "grid_error": value} for i, value in enumerate(values)]
+    (axes,) = _grid(rows).axes
+    bottom, top = axes.get_ylim()
+    assert bottom == 0 and not max(values) >= top
