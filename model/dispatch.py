@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -16,7 +16,7 @@ class Dispatch:
 
     slot_of        [N, K] the slot of a token's k-th choice; M or more for pairs that nobody works on
     token_of       [M] the token of a slot, N where the slot is padding
-    block_expert   [M/block] the expert of each block, ascending; E for the blocks that this routing leaves over
+    block_expert   [M/block] the expert of each block, ascending but for blocks of one row; E for the blocks of nobody
     platform       which program brings rows to their slots (configs/platforms.py)
     """
 
@@ -30,6 +30,8 @@ class Dispatch:
 def plan(experts_NK: Int[Array, "N K"], num_experts: int, block: int, platform: str = "cpu") -> Dispatch:
     """Slots for the chosen experts; a pair with expert E has none. M is the worst case over all routings:
     sum_e ceil(n_e / block) blocks."""
+    if block == 1:
+        return _where_they_are(experts_NK, num_experts, platform)
     pairs, K = experts_NK.size, experts_NK.shape[1]
     num_blocks = (pairs + min(num_experts, pairs) * (block - 1)) // block
     expert_of = experts_NK.reshape(-1)
@@ -50,7 +52,23 @@ def plan(experts_NK: Int[Array, "N K"], num_experts: int, block: int, platform: 
     )
 
 
+def _where_they_are(experts_NK: Int[Array, "N K"], num_experts: int, platform: str) -> Dispatch:
+    """Every pair in a block of its own, in the order of the tokens: nothing is sorted or counted, which takes longer than a few
+    rows' products."""
+    place, works = jnp.arange(experts_NK.size).reshape(experts_NK.shape), experts_NK < num_experts
+    token_of = jnp.where(works, jnp.arange(len(experts_NK))[:, None], len(experts_NK))
+    slot_of = jnp.where(works, place, experts_NK.size + place)
+    return Dispatch(slot_of, token_of.reshape(-1), experts_NK.reshape(-1).astype(jnp.int32), 1, platform)
+
+
+def _works(to: Dispatch) -> Bool[Array, "N K"]:
+    """Pairs that somebody works on. Those of blocks of one row lie in their order, so that nothing need be looked up."""
+    return to.slot_of < len(to.token_of)
+
+
 def _copy_to_slots(x_ND, to: Dispatch):
+    if to.block == 1:
+        return jnp.where(_works(to)[..., None], x_ND[:, None], 0).reshape(-1, x_ND.shape[1])
     if to.platform == "hopper":
         from model.kernels import gather_gpu  # Pallas takes longer to import than a CPU has use for
 
@@ -60,7 +78,10 @@ def _copy_to_slots(x_ND, to: Dispatch):
 
 
 def _sum_from_slots(y_MD, to: Dispatch):
-    found = jnp.take(y_MD, to.slot_of, axis=0, mode="fill", fill_value=0)
+    if to.block == 1:
+        found = jnp.where(_works(to)[..., None], y_MD.reshape(*to.slot_of.shape, -1), 0)
+    else:
+        found = jnp.take(y_MD, to.slot_of, axis=0, mode="fill", fill_value=0)
     return jnp.sum(found.astype(jnp.float32), axis=1).astype(y_MD.dtype)
 
 
@@ -83,4 +104,6 @@ from_slots.defvjp(lambda y, to: (_sum_from_slots(y, to), to), lambda to, g: (_co
 
 def gates_to_slots(gates_NK: Float[Array, "N K"], to: Dispatch) -> Float[Array, "M"]:
     """Gate weight of every slot, 0 for padding."""
+    if to.block == 1:
+        return jnp.where(_works(to), gates_NK, 0).reshape(-1)
     return jnp.zeros(len(to.token_of), gates_NK.dtype).at[to.slot_of].set(gates_NK, unique_indices=True)

@@ -2,9 +2,9 @@
 
 Rows come in blocks of one expert each (model/dispatch.py pads every expert's rows to whole blocks), so there are no
 ragged edges anywhere and no masks inside a kernel. Blocks of nobody, which a routing leaves over at the end, have the
-expert E and rows of zeros. Each implementation gives the three products of training: forward, gradient of the rows,
-gradient of the weights. `lax.ragged_dot` is not among them: its gradients, and on CPU and GPU its forward, compute every
-expert on every row.
+expert E and rows of zeros. Blocks of a single row come in any order. Each implementation gives the three products of
+training: forward, gradient of the rows, gradient of the weights. `lax.ragged_dot` is not among them: its gradients, and on
+CPU and GPU its forward, compute every expert on every row.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _batched_rows(x, w, block_expert, transposed):
 
 def _batched_weights(x, y, block_expert, num_experts, dtype):
     per_block = outer_sum(_blocks(x, block_expert), _blocks(y, block_expert))
-    return jax.ops.segment_sum(per_block, block_expert, num_experts, indices_are_sorted=True).astype(dtype)
+    return jax.ops.segment_sum(per_block, block_expert, num_experts).astype(dtype)
 
 
 def _turns(block_expert, num_experts):
@@ -118,9 +118,11 @@ def _tpu_weights(x, y, block_expert, num_experts, dtype):
 
 
 def _hopper_rows(x, w, block_expert, transposed):
-    from model.kernels import grouped_matmul_decode, grouped_matmul_gpu
+    from model.kernels import grouped_matmul_decode, grouped_matmul_gpu, grouped_matmul_row
 
     block = len(x) // len(block_expert)
+    if block == 1 and not transposed and grouped_matmul_row.takes(x.dtype, w):
+        return grouped_matmul_row.rows(x, w, block_expert)
     if grouped_matmul_gpu.takes(x.dtype, block, *w.shape[1:]):
         return grouped_matmul_gpu.rows(x, _unpacked(w, x.dtype), block_expert, transposed)
     if not transposed and grouped_matmul_decode.takes(x.dtype, block, w):
@@ -161,8 +163,13 @@ IMPLEMENTATIONS = {
 """reference: dense over all experts, the definition. batched: one batched product over blocks with gathered weights.
 scanned: some blocks after others, so that few weights are copied and blocks of nobody cost nothing (bench/grouped_matmul.py).
 tpu: model/kernels/grouped_matmul_tpu.py. hopper: grouped_matmul_gpu.py for blocks of 64 rows and more,
-grouped_matmul_decode.py for the forward product of smaller ones, batched for what neither takes (float32, odd widths). Except
-for the decoding kernel, kernels take whole weights only: a layer of four-bit experts is unpacked before them."""
+grouped_matmul_decode.py for the forward product of smaller ones, grouped_matmul_row.py of single rows, batched for what none
+takes (float32, odd widths). Except for the last two, kernels take whole weights only: a layer of four-bit experts is unpacked
+before them."""
+
+SINGLE_ROWS = 32
+"""Up to so many rows get blocks of their own on Hopper. Then hardly an expert has two, whose weights would be read twice:
+four tokens with six to eight experts each."""
 
 
 def implementation(platform: str) -> str:
@@ -178,7 +185,9 @@ def block_rows(rows: int, num_experts: int, platform: str = "cpu") -> int:
     """Rows per block: at most a quarter of an expert's mean rows, which keeps the padding of each expert to whole blocks
     under about an eighth, and no more than fill the platform's matrix unit. A TPU's holds a tile of weights while rows
     stream past it: few rows per tile leave it loading weights. On Hopper an expert with the rows for it gets the 64 of a
-    large matrix instruction, else the 16 of a small one."""
+    large matrix instruction, else the 16 of a small one, and a few rows in all are blocks of their own."""
+    if platform == "hopper" and rows <= SINGLE_ROWS:
+        return 1
     mean = rows // num_experts
     fewest = (64 if mean >= 64 else 16) if platform == "hopper" else 8
     most = 512 if platform == "tpu" else 128

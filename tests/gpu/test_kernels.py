@@ -90,13 +90,15 @@ def test_against_the_plain_entry(load):
         assert np.abs(mine - plain).max() <= 8e-3 * np.abs(plain).max()
 
 
-@pytest.mark.parametrize("tokens, D, F, E, K", [(1, 2048, 2816, 64, 6), (8, 7168, 4096, 16, 8), (300, 1408, 2048, 16, 2)])
+@pytest.mark.parametrize(
+    "tokens, D, F, E, K", [(1, 2048, 2816, 64, 6), (4, 7168, 4096, 16, 8), (8, 7168, 4096, 16, 8), (300, 1408, 2048, 16, 2)]
+)
 def test_decoding(tokens, D, F, E, K):
     """A few rows per expert: near float64, with four-bit weights too, which are unpacked to what they give elsewhere, bit for
     bit: rows that are one at one place and zero elsewhere give them back."""
     experts = routed("spread", tokens, E, K)
     to = dispatch.plan(experts, E, block_rows(experts.size, E, "hopper"))
-    assert to.block in grouped_matmul_decode.BLOCKS
+    assert to.block in (1, *grouped_matmul_decode.BLOCKS)
     keys = jax.random.split(jax.random.key(1), 2)
     x = dispatch.to_slots(jax.random.normal(keys[0], (tokens, D), jnp.bfloat16), to)
     packed = to_int4(jax.random.normal(keys[1], (E, D, F)), -2, 32)

@@ -13,7 +13,7 @@ import pytest
 
 from kernels import hopper
 from model import dispatch, grouped_matmul
-from model.kernels import gather_gpu, grouped_matmul_decode, grouped_matmul_gpu
+from model.kernels import gather_gpu, grouped_matmul_decode, grouped_matmul_gpu, grouped_matmul_row
 from quant.resident import Int4Weight, to_int4
 from tests.model.interpret_gpu import PRESENT, interpreted, sabotaged
 
@@ -132,6 +132,25 @@ def test_the_decoding_kernel_leaves_what_its_offsets_cannot_reach(experts, taken
     codes = jax.ShapeDtypeStruct((experts, 7168, 4096), jnp.int4)
     scales = jax.ShapeDtypeStruct((experts, 7168 // 32, 4096), jnp.bfloat16)
     assert grouped_matmul_decode.takes(jnp.bfloat16, 16, Int4Weight(codes, scales, -2, 32)) == taken
+
+
+@pytest.mark.parametrize("group", [8, 16, 32, 64, None])
+def test_experts_of_a_row(group):
+    """Every row by its expert's weights in Triton's interpreter, whatever their order, whole or of four bits; zeros for a row of
+    nobody; rows that are one at one place and zero elsewhere give the weights back, bit for bit."""
+    I, O, expert = 192, 256, jnp.array([3, 0, 4, 0, 1])
+    x, w = inputs(1, (I,), (E, I, O))
+    x = jnp.concatenate([x, x[:1]])
+    packed = to_int4(w, -2, group or 32)
+    w = packed if group else packed.astype(jnp.bfloat16)
+    assert grouped_matmul_row.takes(x.dtype, w) and not grouped_matmul_row.takes(jnp.float32, w)
+    w64 = np.concatenate([np.asarray(packed.astype(jnp.bfloat16), np.float64), np.zeros((1, I, O))])[np.asarray(expert)]
+    mine = np.asarray(grouped_matmul_row.rows(x, w, expert, interpret=True), np.float64)
+    want = np.einsum("pi,pio->po", np.asarray(x, np.float64), w64)
+    assert np.abs(mine - want).max() <= 4e-3 * np.abs(want).max() and not mine[2].any()
+    place = np.arange(len(x)) * 37 % I
+    back = grouped_matmul_row.rows(jax.nn.one_hot(place, I, dtype=jnp.bfloat16), w, expert, interpret=True)
+    np.testing.assert_array_equal(back, w64[np.arange(len(x)), place])
 
 
 @pytest.mark.parametrize("platform, cores", [("gpu", 114), ("cpu", hopper.CORES)])

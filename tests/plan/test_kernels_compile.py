@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from model import experts
-from model.kernels import gather_gpu, grouped_matmul_decode, grouped_matmul_gpu
+from model.kernels import gather_gpu, grouped_matmul_decode, grouped_matmul_gpu, grouped_matmul_row
 from quant import grid_gpu
 from quant.resident import Int4Weight
 from train.plan.hlo import Program
@@ -26,12 +26,12 @@ BF16 = jnp.bfloat16
 array = jax.ShapeDtypeStruct
 
 
-def compiled(machine, function, *arrays):
+def compiled(machine, function, *arrays, options=None):
     """The program of `function` on trees of abstract arrays, for the first GPU of a machine."""
     device = topology(machine).devices()[0]
     placed = jax.tree.map(lambda a: array(a.shape, a.dtype, sharding=SingleDeviceSharding(device)), arrays)
     with jax.default_device(device):  # Triton asks which device it is for, as in train/plan/aot.py
-        return jax.jit(function).lower(*placed).compile()
+        return jax.jit(function).lower(*placed).compile(options)
 
 
 def kernels(program):
@@ -43,6 +43,14 @@ def kernels(program):
         if i.kind == "custom-call" and any(f'custom_call_target="{target}"' in i.rest for target in KERNELS)
     ]
     return [int(STATED.search(i.op_name).group(1)) for i in found]
+
+
+def weights(on_grid, *shape):
+    return (
+        Int4Weight(array(shape, jnp.int4), array((*shape[:-2], shape[-2] // 32, shape[-1]), BF16), -2, 32)
+        if on_grid
+        else array(shape, BF16)
+    )
 
 
 @pytest.mark.parametrize("block", grouped_matmul_gpu.BLOCKS)
@@ -68,11 +76,21 @@ def test_grouped_matmul(D, F, block):
 def test_decoding(on_grid, I, O):
     """One kernel that reads the weights, or their codes and scales, as they lie: nothing is unpacked, copied or gathered, and
     only sums over parts of the contraction are temporary."""
-    w = Int4Weight(array((E, I, O), jnp.int4), array((E, I // 32, O), BF16), -2, 32) if on_grid else array((E, I, O), BF16)
+    w = weights(on_grid, E, I, O)
     program = compiled("h200-1", grouped_matmul_decode.rows, array((8 * 16, I), BF16), w, array((8,), jnp.int32))
     assert kernels(program) == [2 * 8 * 16 * I * O]
     parts = -(-grouped_matmul_decode.PROGRAMS * grouped_matmul_decode.WIDTH // (8 * O)) if on_grid else 0
     assert program.memory_analysis().temp_size_in_bytes == 4 * parts * 8 * 16 * O
+
+
+@pytest.mark.parametrize("I, O", [(2048, 2816), (7168, 4096)])
+@pytest.mark.parametrize("on_grid", [False, True])
+def test_experts_of_a_row(on_grid, I, O):
+    """The same of single rows."""
+    program = compiled("h200-1", grouped_matmul_row.rows, array((8, I), BF16), weights(on_grid, E, I, O), array((8,), jnp.int32))
+    assert kernels(program) == [2 * 8 * I * O]
+    parts = -(-grouped_matmul_row.PROGRAMS * grouped_matmul_row.WIDTH // (8 * O))
+    assert program.memory_analysis().temp_size_in_bytes == 4 * parts * 8 * O
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, BF16])
@@ -92,22 +110,30 @@ def test_rows_to_slots(D):
     assert program.memory_analysis().temp_size_in_bytes == 0
 
 
-@pytest.mark.parametrize("on_grid", [False, True])
-def test_experts_of_a_decoding_step(on_grid):
-    """The experts of a layer for four tokens: a kernel for each of the two products, and less temporary memory than a
-    single expert's weights take."""
-    D, F = 2048, 1408
-    shapes = (E, D, 2 * F), (E, F, D)
-    weights = [
-        Int4Weight(array(s, jnp.int4), array((E, s[1] // 32, s[2]), BF16), -2, 32) if on_grid else array(s, BF16) for s in shapes
+def launches(program):
+    """Operations that a program has a kernel for."""
+    whole = Program(program.as_text())
+    return [
+        i.name
+        for i in whole.computations[whole.entry].values()
+        if i.kind in ("fusion", "custom-call", "copy", "sort", "scatter", "while")
     ]
+
+
+@pytest.mark.parametrize("tokens, most, matrices", [(1, 6, 1), (4, 5, 1), (16, 20, 3)])
+@pytest.mark.parametrize("on_grid", [False, True])
+def test_experts_of_a_decoding_step(on_grid, tokens, most, matrices):
+    """The experts of a layer: a kernel for each of the two products, few others, which sort and count nothing if all rows are
+    blocks of their own, and less temporary memory than a single expert's down projection takes, or all three of them."""
+    D, F, K = 2048, 1408, 6
     program = compiled(
         "h200-1",
         lambda x, chosen, gates, w: experts.apply(x, chosen, gates, w, "hopper"),
-        array((4, D), BF16),
-        array((4, 2), jnp.int32),
-        array((4, 2), jnp.float32),
-        weights,
+        array((tokens, D), BF16),
+        array((tokens, K), jnp.int32),
+        array((tokens, K), jnp.float32),
+        [weights(on_grid, 16, D, 2 * F), weights(on_grid, 16, F, D)],
     )
     assert len(kernels(program)) == 2
-    assert program.memory_analysis().temp_size_in_bytes < 2 * D * F
+    assert len(launches(program)) <= most
+    assert program.memory_analysis().temp_size_in_bytes < 2 * D * F * matrices

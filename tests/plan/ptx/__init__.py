@@ -22,6 +22,7 @@ interpreter's race detector knows those: tests/model/interpret_gpu.py).
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,16 +32,18 @@ import numpy as np
 from tests.plan.ptx.code import parse
 from tests.plan.ptx.machine import Block, Descriptor, Hazard
 
-__all__ = ["Hazard", "Kernel", "record", "run"]
+__all__ = ["Hazard", "Kernel", "record", "record_triton", "run"]
 
 
 @dataclass(frozen=True)
 class Kernel:
     """instructions  (operation, function of a warp), where branches' functions return the next instruction's number
-    descriptors   in the order in which the kernel has them"""
+    descriptors   in the order in which the kernel has them
+    warps         of a block"""
 
     instructions: list[tuple[str, Callable]]
     descriptors: list[Descriptor]
+    warps: int = 12
 
 
 def record(monkeypatch, compiles: Callable[[], object], folder: Path, arguments: int) -> Kernel:
@@ -79,6 +82,13 @@ def record(monkeypatch, compiles: Callable[[], object], folder: Path, arguments:
     return Kernel(parse(path.read_text(), plain), descriptors)
 
 
+def record_triton(compiles: Callable[[dict], object], folder: Path, name: str, arguments: int) -> Kernel:
+    """The kernel of this name in what `compiles(options)` makes Triton compile, with so many arguments, results included."""
+    compiles({"xla_dump_to": str(folder), "xla_dump_emitter_re": ".*"})
+    (text,) = (text for path in folder.glob("*.ptx") if f".entry {name}(" in (text := path.read_text()))
+    return Kernel(parse(text, list(range(arguments))), [], int(re.search(r"\.reqntid (\d+)", text).group(1)) // 32)
+
+
 def run(
     kernel: Kernel, arrays: list[np.ndarray], blocks: Iterable[tuple[int, int, int]], seed: int, late: bool
 ) -> list[np.ndarray]:
@@ -89,5 +99,5 @@ def run(
     chance.shuffle(blocks)
     with np.errstate(all="ignore"):
         for place in blocks:
-            Block(kernel.descriptors, arrays, times, place, late).run(kernel.instructions, chance)
+            Block(kernel.warps, kernel.descriptors, arrays, times, place, late).run(kernel.instructions, chance)
     return times

@@ -9,7 +9,7 @@ from functools import partial
 import ml_dtypes
 import numpy as np
 
-from tests.plan.ptx.machine import ARRAYS, DESCRIPTORS, SHARED_AT, WARPS, Barrier, check, known, swizzled
+from tests.plan.ptx.machine import ARRAYS, DESCRIPTORS, SHARED_AT, Barrier, check, known, swizzled
 
 LANES = np.arange(32, dtype=np.uint32)
 TYPES = {
@@ -22,16 +22,18 @@ TYPES = {
 
 
 def parse(text: str, plain: list[int]) -> list[tuple[str, Callable]]:
-    """The instructions of a kernel whose parameters are pointers to the `plain` arguments and the descriptors."""
+    """The instructions of a kernel whose parameters are pointers to the `plain` arguments and, of Mosaic's, the descriptors."""
     text = re.sub(r"//[^\n]*", "", text)
     head, body = text.split("{", 1)
     parameters = re.findall(r"\w+_param_\d+", head)
-    known(len(parameters) == len(plain) + 1, f"parameters {parameters} for arguments {plain}")
-    symbols = dict(zip(parameters, [(n + 1) * ARRAYS for n in plain] + [DESCRIPTORS]), __dynamic_shmem__0=SHARED_AT)
+    known(len(parameters) - len(plain) in (0, 1), f"parameters {parameters} for arguments {plain}")
+    symbols = dict(zip(parameters, [(n + 1) * ARRAYS for n in plain] + [DESCRIPTORS]))
+    symbols |= dict.fromkeys(("__dynamic_shmem__0", "global_smem"), SHARED_AT)
     body = re.sub(r"^\s*\.(loc|file|section|reg|shared|pragma).*$", "", body.split("$L__func_end0")[0], flags=re.M)
     # A product, and the loop around try_wait, come as a block of their own: what is left is the instruction in it.
     body = re.sub(r"\{\s*\.reg \.pred p; setp\.ne\.b32 p, 1, 0;(.*?;)\s*\}", r"\1", body)
     body = re.sub(r"\{\s*LAB_WAIT:\s*(mbarrier.try_wait[^;]*;).*?DONE:\s*\}", r"\1", body, flags=re.S)
+    body = re.sub(r"^\s*[{}]\s*$", "", body, flags=re.M)
     statements, labels = [], {}
     for label, statement in re.findall(r"(\$\w+):|([^;:]+(?:::[^;:]+)*);", body):
         if label:
@@ -54,7 +56,7 @@ def decode(statement: str, after: int, labels: dict[str, int], symbols: dict[str
 
         return "bra", jump
     operands = re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,{\[\s]+", rest)
-    if operation == "ret" or operation.startswith(("prefetch", "setmaxnreg", "fence.mbarrier_init")):
+    if operation == "ret" or operation.startswith(NOTHING):
         return operation, lambda warp: None
     if operation.startswith("ld.param"):
         operation, operands = "mov.b64", [operands[0], operands[1].strip("[]")]
@@ -63,6 +65,10 @@ def decode(statement: str, after: int, labels: dict[str, int], symbols: dict[str
             return operation, build(operation, operands, holds or (lambda warp: np.ones(32, bool)), symbols)
     known(not guard, f"a guard on {statement}")
     return operation, arithmetic(operation, operands, symbols)
+
+
+NOTHING = "prefetch", "setmaxnreg", "fence.mbarrier_init", "griddepcontrol", "bar.warp.sync"
+"""Without effect here: a warp's lanes go together."""
 
 
 def names(operand: str) -> list[str]:
@@ -81,14 +87,20 @@ def source(operand: str, kind, symbols: dict[str, int]) -> Callable:
     if kind == np.bool_:
         constant = np.full(32, int(operand) != 0)
     else:
-        number = symbols[operand] if operand in symbols else int(operand[2:], 16) if operand[:2] in ("0f", "0x") else int(operand)
+        number = (
+            symbols[operand]
+            if operand in symbols
+            else int(operand[2:].rstrip("U"), 16)
+            if operand[:2] in ("0f", "0x")
+            else int(operand)
+        )
         constant = np.full(32, number % (1 << 8 * bits.itemsize), bits).view(kind)
     return lambda warp: constant
 
 
 def address(operand: str, symbols: dict[str, int]) -> Callable:
     """[32] byte addresses: [register], [register+offset]."""
-    name, offset = re.fullmatch(r"\[?([^]+]+)(?:\+(-?\d+))?\]?", operand).groups()
+    name, offset = re.fullmatch(r"\[?([^]+]+)(?:\+(-?\d+))?\]?", operand.replace(" ", "")).groups()
     if name in symbols:
         return lambda warp: np.full(32, symbols[name] + int(offset or 0), np.int64)
     return lambda warp: warp.registers[name].astype(np.int64) + int(offset or 0)
@@ -116,6 +128,18 @@ def permuted_bytes(x, y, selector):
     return np.take_along_axis(pool, which.astype(int), 1).reshape(-1).view(np.uint32)
 
 
+def chosen_bits(x, y, z, table):
+    """lop3: bit 4 x + 2 y + z of the table, for each bit."""
+    places = [np.where(bit, which, ~which) for which in (x, y, z) for bit in (False, True)]
+    cases = (a & b & c for a in places[:2] for b in places[2:4] for c in places[4:])
+    return np.bitwise_or.reduce([case for i, case in enumerate(cases) if int(table[0]) >> i & 1])
+
+
+def of_halves(x, y, operator: Callable):
+    """On both bfloat16 numbers of a register."""
+    return operator(x.view(ml_dtypes.bfloat16), y.view(ml_dtypes.bfloat16)).view(np.uint32)
+
+
 def fused(x, y, z):
     return (x.astype(np.float64) * y + z).astype(np.float32)
 
@@ -125,8 +149,17 @@ def compared(x, y, *other, how: str, then: str = ""):
     return COMBINE[then](holds, *other) if other else holds
 
 
-def converted(*values, to, pair: bool):
-    """Of a pair the second is the lower half."""
+def quotient(x, y):
+    """div.full may be wrong by two units in the last place, and is."""
+    return np.nextafter(np.nextafter(x / y, np.float32(np.inf)), np.float32(np.inf))
+
+
+def converted(*values, to, pair: bool, rounded: str):
+    """Of a pair the second is the lower half. An integer is the nearest there is, zero for what is no number."""
+    values = [WHOLE[rounded](value) if rounded in WHOLE else value for value in values]
+    if rounded == "rzi":
+        limits = np.iinfo(to)
+        values = [np.nan_to_num(value, nan=0.0).astype(np.float64).clip(limits.min, limits.max) for value in values]
     low = values[-1].astype(to)
     return np.stack([low, values[0].astype(to)], 1).reshape(-1).view(np.uint32) if pair else low
 
@@ -142,6 +175,7 @@ PLAIN = {
     "or": np.bitwise_or,
     "xor": np.bitwise_xor,
     "not": np.invert,
+    "abs": np.abs,
     "neg": np.negative,
     "min": np.minimum,
     "max": np.maximum,
@@ -155,20 +189,25 @@ PLAIN = {
     "mov": lambda x: x,
     "cvta": lambda x: x,
     "prmt": permuted_bytes,
+    "lop3": chosen_bits,
     "selp": lambda x, y, which: np.where(which, x, y),
     "elect": lambda *_: LANES == 0,
 }
+WHOLE = {"rmi": np.floor, "rzi": np.trunc}
 COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+COMPARE["num"] = lambda x, y: (x == x) & (y == y)
 COMBINE = {"and": np.logical_and, "or": np.logical_or}
 
 
 def function_of(name: str, modifiers: list[str], kind) -> tuple[Callable, type]:
     """What an instruction computes, and the type of its operands from the second on."""
-    bits = 8 * kind().itemsize
+    bits = 8 * np.dtype(kind).itemsize
     if name in ("shl", "shr"):
         return partial(shifted, left=name == "shl"), np.uint32
     if name == "bfe":
         return lambda x, first, count: shifted(x, first, left=False) & ((kind(1) << count.astype(kind)) - kind(1)), np.uint32
+    if name == "div" and "full" in modifiers:
+        return quotient, kind
     if name == "mul" and "wide" in modifiers:
         return partial(wide_product, shift=0, kind=np.dtype(f"{np.dtype(kind).kind}{bits // 4}")), kind
     if name == "mul" and "hi" in modifiers:
@@ -176,8 +215,9 @@ def function_of(name: str, modifiers: list[str], kind) -> tuple[Callable, type]:
     if name == "setp":
         return partial(compared, how=modifiers[0], then=modifiers[-1]), kind
     if name == "cvt":
-        known(modifiers[:-1] in ([], ["rn"]), f"a conversion by {modifiers}")
-        return partial(converted, to=TYPES[modifiers[-1].removesuffix("x2")], pair=modifiers[-1].endswith("x2")), kind
+        *how, to = modifiers
+        known(how in ([], ["rn"], ["rmi"], ["rzi"]), f"a conversion by {modifiers}")
+        return partial(converted, to=TYPES[to.removesuffix("x2")], pair=to.endswith("x2"), rounded="".join(how)), kind
     if name == "shfl":
         return partial(exchanged, butterfly="bfly" in modifiers), np.uint32
     known(name in PLAIN and (name not in ("min", "max") or kind != np.float32 or "NaN" in modifiers), f"operation {name}")
@@ -188,18 +228,36 @@ def arithmetic(operation: str, operands: list[str], symbols) -> Callable:
     """An instruction that turns registers into one register."""
     name, *modifiers, last = operation.split(".")
     target, *given = operands
+    known(last in TYPES or name in ("elect", "cvt", "mov") or last == "bf16x2", operation)
     kind = TYPES.get(last, np.uint32)
+    if name == "mov" and target.startswith("{"):
+        return cut(names(target), source(given[0], kind, symbols))
     if name == "mov" and given[0].startswith("{"):
         given = names(given[0])
         kinds = [np.dtype(f"u{kind().itemsize // len(given)}")] * len(given)
         function = lambda *parts: np.stack(parts, 1).reshape(-1).view(kind)  # noqa: E731
     else:
         function, other = function_of(name, modifiers, kind)
+        if last == "bf16x2" and name != "cvt":
+            known(name in ("add", "sub", "mul"), operation)
+            function = partial(of_halves, operator=function)
         kinds = [kind, other, np.bool_ if name in ("setp", "selp") else other, other][: len(given)]
     known("|" not in target or name == "elect", f"two results of {operation}")
     target = target.split("|")[-1]  # of elect only the predicate is used
     sources = [source(operand, kind, symbols) for operand, kind in zip(given, kinds, strict=True)]
     return lambda warp: warp.set(target, function(*(read(warp) for read in sources)))
+
+
+def cut(targets: list[str], read: Callable) -> Callable:
+    """A register's parts, the lowest first; `_` for one that nobody wants."""
+
+    def step(warp):
+        whole = read(warp)
+        for target, part in zip(targets, whole.view(f"u{whole.itemsize // len(targets)}").reshape(32, -1).T):
+            if target != "_":
+                warp.set(target, part)
+
+    return step
 
 
 # Memory, barriers and the engines: each builder gives the function of a warp
@@ -210,10 +268,12 @@ def load(operation, operands, holds, symbols):
     size = kind().itemsize
 
     def step(warp):
-        where = at(warp)
+        lanes, where = holds(warp), at(warp)
         memory = warp.block.seen if "shared" in operation else warp.block.array(int(where[0]))
         for i, target in enumerate(targets):
-            warp.set(target, memory.view(kind)[where % ARRAYS // size + i])
+            value = np.zeros(32, kind) if lanes.all() else warp.registers[target].view(kind).copy()
+            value[lanes] = memory.view(kind)[where[lanes] % ARRAYS // size + i]
+            warp.set(target, value)
 
     return step
 
@@ -223,8 +283,21 @@ def store(operation, operands, holds, symbols):
     known(operation.endswith(".b32"), operation)
 
     def step(warp):
+        lanes = holds(warp)
         for i, value in enumerate(values):
-            warp.write(at(warp) + 4 * i, warp.registers[value])
+            warp.write((at(warp) + 4 * i)[lanes], warp.registers[value][lanes])
+
+    return step
+
+
+def store_global(operation, operands, holds, symbols):
+    at, values = address(operands[0], symbols), names(operands[1])
+    known(operation.endswith(".b32"), operation)
+
+    def step(warp):
+        lanes = holds(warp)
+        for i, value in enumerate(values):
+            warp.block.store(at(warp)[lanes] + 4 * i, warp.registers[value][lanes])
 
     return step
 
@@ -239,6 +312,20 @@ def store_matrices(operation, operands, holds, symbols):
             rows = at(warp)[8 * i : 8 * i + 8]
             check(not (rows % 16).any(), "stmatrix to a misaligned row")
             warp.write((rows[:, None] + 4 * np.arange(4)).reshape(-1), warp.registers[value])
+
+    return step
+
+
+def load_matrices(operation, operands, holds, symbols):
+    """The reverse of `store_matrices`."""
+    targets, at = names(operands[0]), address(operands[1], symbols)
+    known(".trans" not in operation, operation)
+
+    def step(warp):
+        for i, target in enumerate(targets):
+            rows = at(warp)[8 * i : 8 * i + 8]
+            check(not (rows % 16).any(), "ldmatrix from a misaligned row")
+            warp.set(target, warp.block.seen.view(np.uint32)[(rows[:, None] // 4 + np.arange(4)).reshape(-1)])
 
     return step
 
@@ -272,10 +359,10 @@ def barrier(operation, operands, holds, symbols):
 
 def meet(operation, operands, holds, symbols):
     """bar.sync: of the whole block or of so many threads."""
-    which, threads = source(operands[0], np.uint32, symbols), int(operands[1]) if len(operands) > 1 else 32 * WARPS
+    which, threads = source(operands[0], np.uint32, symbols), int(operands[1]) if len(operands) > 1 else 0
 
     def step(warp):
-        meeting = warp.block.meetings.setdefault(int(which(warp)[0]), Barrier(threads // 32))
+        meeting = warp.block.meetings.setdefault(int(which(warp)[0]), Barrier(threads // 32 or warp.block.warps))
         mine = meeting.phase
         meeting.arrive(1)
         return lambda: meeting.phase > mine
@@ -392,7 +479,9 @@ def matrix(descriptor: int, lines: np.ndarray, transposed: bool) -> np.ndarray:
 ENGINES = {
     "ld.": load,
     "st.shared": store,
+    "st.global": store_global,
     "stmatrix": store_matrices,
+    "ldmatrix": load_matrices,
     "fence.proxy.async": fence,
     "mbarrier": barrier,
     "bar.sync": meet,

@@ -9,7 +9,6 @@ from functools import partial
 
 import numpy as np
 
-WARPS = 12
 SHARED, SHARED_AT = 1 << 18, 1024
 """Bytes of shared memory, a few more than there are, and where the kernel's part begins."""
 SPOILED = 0xFF
@@ -107,8 +106,9 @@ class Warp:
 
 
 class Block:
-    def __init__(self, descriptors: list[Descriptor], arrays, times, place, late: bool):
+    def __init__(self, warps: int, descriptors: list[Descriptor], arrays, times, place, late: bool):
         self.descriptors, self.arrays, self.times, self.place, self.late = descriptors, arrays, times, place, late
+        self.warps = warps
         self.seen = np.full(SHARED, SPOILED, np.uint8)
         self.engines = self.seen.copy()
         self.barriers: dict[int, Barrier] = {}
@@ -116,7 +116,7 @@ class Block:
         self.coming: list[Callable] = []
 
     def run(self, instructions, chance: random.Random) -> None:
-        warps = [Warp(self, number) for number in range(WARPS)]
+        warps = [Warp(self, number) for number in range(self.warps)]
         running = {warp.number: warp.run(instructions, chance) for warp in warps}
         waiting = dict.fromkeys(running)
         while running or self.coming:
@@ -172,6 +172,13 @@ class Block:
         values = self.engines[places].reshape(-1).view(f"u{array.itemsize}")
         array.view(f"u{array.itemsize}")[elements[exists]] = values[exists]
         self.times[descriptor.argument].reshape(-1)[elements[exists]] += 1
+
+    def store(self, where: np.ndarray, values: np.ndarray) -> None:
+        """Words of threads to one array."""
+        number = int(where[0]) // ARRAYS - 1
+        self.array(int(where[0])).view(np.uint32)[where % ARRAYS // 4] = values
+        size = self.arrays[number].itemsize
+        np.add.at(self.times[number].reshape(-1), (where % ARRAYS)[:, None] // size + np.arange(4 // size), 1)
 
     def store_bytes(self, where: int, shared: int, count: int) -> None:
         check(where % 16 == shared % 16 == count % 16 == 0, "misaligned bytes")
