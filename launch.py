@@ -80,10 +80,10 @@ class Generate:
     """RUN[@STEP][:bf16|int4|BASELINE] or an exported DIR[:bf16|int4]."""
     tools: tuple[str, ...] = ()
     """calculator, key_value, MODULE:FUNCTION, or FILE.py for all its public functions."""
-    task: str = "chain"
-    """Built-in task that asks when there is no prompt."""
-    length: int = 5
-    """Steps of that task's problem."""
+    task: str = ""
+    """Built-in task that asks when there is no prompt: chain, if you name none."""
+    length: int = 0
+    """Steps of that task's problem; 0 for 5."""
     raw: bool = False
     """Continue the text as it stands, without chat frame (for models trained on plain text)."""
     max_new_tokens: int = 256

@@ -9,6 +9,7 @@ file.array_record         a record is a 1-D integer array, optionally followed b
 from __future__ import annotations
 
 import io
+import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,8 @@ import numpy as np
 from configs.schema import ConfigError
 from data.messages import RowError
 
+DAMAGED = (ValueError, TypeError, OSError, EOFError, SyntaxError, OverflowError, MemoryError, tokenize.TokenError)
+"""What numpy raises for a header that is none, or that tells of an array which is not there."""
 MADE_BY = b"abruzzi tokenizer "
 """What the first record of an index begins with; the rest of it is the fingerprint of the tokenizer."""
 AT_ONCE = 1 << 10
@@ -44,7 +47,7 @@ class Mapped:
 
     def __init__(self, path: Path):
         self.path = path
-        self.array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        self.array = np.asarray(np.lib.format.open_memmap(path, mode="r"))
         self._flat = self.array.reshape(-1)
 
     def __reduce__(self) -> tuple:
@@ -96,7 +99,7 @@ def read_npy(path: Path, vocab_size: int, bos_id: int) -> Part:
     outside the vocabulary."""
     try:
         ids = Mapped(path)
-    except (ValueError, OSError, EOFError) as error:
+    except DAMAGED as error:
         raise Unreadable(f"is not a readable .npy array: {error}") from None
     array = ids.array
     if reason := not_ids(array):
@@ -147,11 +150,15 @@ def record_row(record: bytes, where: str, vocab_size: int) -> TokenRow:
     """The document of a record. RowError if it cannot be used."""
     stream = io.BytesIO(record)
     try:
-        ids = np.load(stream, allow_pickle=False)
-        weights = np.load(stream, allow_pickle=False).astype(np.float32) if stream.tell() < len(record) else None
-    except (ValueError, EOFError) as error:
+        ids = np.lib.format.read_array(stream, allow_pickle=False)
+        weights = np.lib.format.read_array(stream, allow_pickle=False) if stream.tell() < len(record) else None
+    except DAMAGED as error:
         raise RowError(f"is not an array as numpy.save writes it: {error}") from None
-    return checked_row(ids, weights, where, vocab_size)
+    if stream.tell() < len(record):
+        raise RowError(f"has {len(record) - stream.tell()} bytes behind its ids and weights")
+    if weights is not None and weights.dtype.kind not in "buif":
+        raise RowError(f"has weights of {weights.dtype}, which are no numbers to weigh with")
+    return checked_row(ids, None if weights is None else weights.astype(np.float32), where, vocab_size)
 
 
 def write_array_record(path: Path, rows: Iterable[TokenRow], fingerprint: str | None = None) -> int:

@@ -110,7 +110,10 @@ def convert(source: Path, target: Path) -> tuple[int, list[int]]:
         rows.append({"messages": made.messages, "tools": made.tools})
         if not states_answer(made):
             doubtful.append(line)
-    target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    if not rows:
+        raise ConfigError(f"{source} holds no rows")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    target.write_bytes(text.encode("utf-8", "replace"))  # half a surrogate pair, which JSON can write, is no text
     return len(rows), doubtful
 
 

@@ -63,6 +63,8 @@ def conversation(row: dict[str, Any]) -> Conversation:
     reader = _Reader()
     if row.get("system") and not _is_system(given[0]):
         reader.add({"role": "system", "content": row["system"]})
+    elif row.get("system") and row["system"] != _given(given[0]):
+        reader.remarks.append("has a system text beside its messages, which begin with another one: that one is trained")
     for reader.number, message in enumerate(given, start=1):
         try:
             reader.add(message)
@@ -191,6 +193,8 @@ class _Reader:
     def _assistant(self, body: Message, content: str, joins: bool) -> None:
         thoughts, content = _thoughts(body, content)
         more: dict[str, Any] = {"reasoning_content": thoughts} if thoughts else {}
+        if body.get("tool_calls") and body.get("function_call"):
+            raise RowError("has tool_calls and a function_call: which of them was made?")
         given = body.get("tool_calls") or _legacy_call(body)
         if not isinstance(given, list):
             raise RowError(f"tool_calls is {type(given).__name__}, not a list")
@@ -299,12 +303,21 @@ def _tagged(message: Message, tag: re.Pattern) -> list[str]:
 
 
 def _calls_from_tags(message: Message) -> Message:
-    """A ShareGPT turn with its tagged calls as tool_calls."""
+    """A ShareGPT turn with its tagged calls as tool_calls. What a thought says of calls is thought, not called."""
+    value = message.get("value") if "from" in message else None
+    if not isinstance(value, str):
+        return message
+    thought, closed, said = value.partition(THINK_END) if value.lstrip().startswith(THINK) else ("", "", value)
     try:
-        calls = [{"function": _read_json(text)} for text in _tagged(message, CALL_TAG)]
+        calls = [{"function": _read_json(text)} for text in CALL_TAG.findall(said)]
     except ValueError:
         raise RowError("a <tool_call> does not hold JSON") from None
-    return message | {"value": CALL_TAG.sub("", message["value"]).strip(), "tool_calls": calls} if calls else message
+    rest = CALL_TAG.sub("", said)
+    if "<tool_call>" in rest or "</tool_call>" in rest:
+        raise RowError("has a <tool_call> without its other end: the call would be trained as the answer")
+    if calls and message.get("tool_calls"):
+        raise RowError("has calls in tags and in tool_calls: which of them were made?")
+    return message | {"value": thought + closed + rest.strip(), "tool_calls": calls} if calls else message
 
 
 def _read_json(text: str) -> Any:
@@ -327,9 +340,13 @@ def _legacy_call(body: Message) -> list[dict]:
 def _thoughts(body: Message, content: str) -> tuple[str, str]:
     """(thoughts, content) of an assistant message; thoughts may also stand in tags at the start of the content, there alone
     or a second time."""
-    given = next((body[name] for name in THOUGHT_FIELDS if body.get(name)), "")
-    if not isinstance(given, str):
-        raise RowError(f"thoughts are {type(given).__name__}, not text")
+    fields = [body[name] for name in THOUGHT_FIELDS if body.get(name)]
+    if wrong := [field for field in fields if not isinstance(field, str)]:
+        raise RowError(f"thoughts are {type(wrong[0]).__name__}, not text")
+    fields = [field for field in fields if field.strip()]
+    if len({field.strip() for field in fields}) > 1:
+        raise RowError(f"has different thoughts in {' and '.join(name for name in THOUGHT_FIELDS if body.get(name))}")
+    given = fields[0] if fields else ""
     if not content.lstrip().startswith(THINK):
         before, closed, _ = content.partition(THINK_END)
         if closed and THINK not in before:

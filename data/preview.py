@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
@@ -18,6 +19,14 @@ from data.tokenizer import Tokenizer
 TRAINED, CONTEXT = "bold green", "dim"
 SPECIAL = {True: "bold magenta", False: "magenta dim"}
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""All but tab and line feed; a terminal obeys them."""
+
+
+def visible(text: str) -> str:
+    """Control characters as escapes."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
 
 def pieces(batch: Batch, row: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(ids, weights) of each document piece of a row; the first token of a piece is never predicted."""
@@ -28,12 +37,13 @@ def pieces(batch: Batch, row: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def coloured(ids: np.ndarray, weights: np.ndarray, tokenizer: Tokenizer) -> Text:
-    """A document: trained text green, context dim, special tokens magenta, weights other than 0 and 1 written out."""
+    """A document: trained text green, context dim, special tokens magenta, weights other than 0 and 1 written out, control
+    characters as escapes."""
     text = Text()
     kinds = [(int(i) in tokenizer.names, float(w)) for i, w in zip(ids, weights)]
     for (special, weight), run in groupby(zip(kinds, ids), key=lambda pair: pair[0]):
         style = SPECIAL[weight > 0] if special else TRAINED if weight > 0 else CONTEXT
-        text.append(tokenizer.decode([i for _, i in run]), style)
+        text.append(visible(tokenizer.decode([i for _, i in run])), style)
         if weight not in (0.0, 1.0):
             text.append(f"\u00d7{weight:g}", "yellow")
     return text

@@ -104,7 +104,11 @@ def files_of(given: str) -> list[tuple[Path, str]]:
         raise ConfigError(f"data.paths: no file or folder {root}")
     if _is_run(root):
         raise ConfigError(f"data.paths: {root} is a run directory, which holds what training wrote; name the data in it")
-    for folder, names, files in os.walk(root):
+
+    def unlisted(error: OSError) -> None:
+        found.append((Path(error.filename), f"cannot be listed: {error.strerror}"))
+
+    for folder, names, files in os.walk(root, onerror=unlisted):
         below = [Path(folder, name) for name in names if not name.startswith(".")]
         reasons = {path: LINK if path.is_symlink() else RUN if _is_run(path) else "" for path in below}
         names[:] = [path.name for path in below if not reasons[path]]
@@ -122,7 +126,10 @@ RUN = "is a run directory"
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and ((folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file())
+    """False for a folder that cannot be looked into."""
+    return os.path.isfile(folder / "config.json") and (
+        os.path.isdir(folder / "checkpoints") or os.path.isfile(folder / "metrics.jsonl")
+    )
 
 
 def read_file(path: Path, cfg: DataConfig, tokenizer: Tokenizer, account: Account) -> Contents:
@@ -213,6 +220,8 @@ def json_object(line: str) -> dict[str, Any]:
         raise RowError(f"is not JSON: {error.msg} at column {error.colno}") from None
     except ValueError:  # Python reads no longer integers
         raise RowError(f"holds a number of more than {sys.get_int_max_str_digits():,} digits") from None
+    except RecursionError:
+        raise RowError("is nested too deeply") from None
     if not isinstance(row, dict):
         raise RowError(f"is not a JSON object but {type(row).__name__}")
     return row

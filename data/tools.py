@@ -52,7 +52,9 @@ def tool(function: Callable[..., object], name: str | None = None) -> Tool:
     except Exception as error:  # noqa: BLE001  annotations are the user's code, and functions of C may have none
         raise ConfigError(f"tool {name}: {error}; give an annotated Python function") from None
     for argument in signature.parameters.values():
-        kind = JSON_TYPES.get(argument.annotation)
+        if argument.kind not in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY):
+            raise ConfigError(f"tool {name}: {argument} cannot be given by name, and a model gives every argument so")
+        kind = next((word for known, word in JSON_TYPES.items() if known is argument.annotation), None)
         if kind is None:
             raise ConfigError(f"tool {name}: annotate {argument.name} with one of {', '.join(t.__name__ for t in JSON_TYPES)}")
         properties[argument.name] = {"type": kind}

@@ -46,14 +46,18 @@ class Limits:
 def generate(
     source: str, text: str, *, raw: bool, task: str, length: int, tools: tuple[str, ...], limits: Limits, sampling: Sampling
 ) -> int:
-    """Print the reply to `text`, or, without one, to a held-out problem of a built-in task; `raw` goes on with the text
-    as it stands."""
+    """Print the reply to `text`, or, without one, to a held-out problem of a built-in task (a chain of 5 steps); `raw` goes on
+    with the text as it stands."""
     require(not (tools and not text), "--tools are for a prompt of your own; a built-in task brings its tools along")
+    require(not (text and (task or length)), "--task and --length choose a problem to ask; leave them out beside a prompt")
+    framed = {"--tools": tools, "--think-budget": limits.thinking is not None, "--context": limits.context is not None}
+    unused = [flag for flag, given in framed.items() if given]
+    require(not (raw and unused), f"--raw goes on with a text and has no conversation for {', '.join(unused)}")
     text = text.encode("utf-8", "replace").decode()  # a shell hands over bytes that are no UTF-8 as lone surrogates
-    problem, offered = None, [] if raw else tools_by_name(tools)
+    problem, offered = None, tools_by_name(tools)
     if not text:
         require(not raw, "--raw continues a text: give one as the prompt")
-        problem = make_problem(task, seed=0, index=random.randrange(1 << 30), length=length)
+        problem = make_problem(task or "chain", seed=0, index=random.randrange(1 << 30), length=length or 5)
     weights = load_weights(source)
     decoder = weights.decoder(1, sampling)
     if raw:

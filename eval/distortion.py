@@ -18,7 +18,6 @@ from train.baselines import BASELINES, BLOCK, baseline, calibration_of, served_p
 from train.console import Bar, console
 from train.expert_inputs import expert_inputs
 from train.held_out import Evaluator, held_out_rows, require_same_ids
-from train.metrics import finite
 from train.run_data import data_of
 from train.session import Session, load_params, open_to_look, parse_source
 from train.weights import Weights, load_arms
@@ -57,7 +56,7 @@ def distortion_report(source: str, others: tuple[str, ...] = (), calibration_bat
             rows[name] = report.row(params, effective) | {"notes": notes}
             bar.advance(1)
     path = Path(run.path) / "distortion.json"  # an expert nobody visited and a position no text reaches have no error: nan
-    write_result(path, {"step": step, "jax": jax.__version__, "arms": finite(rows)})
+    write_result(path, {"step": step, "jax": jax.__version__, "arms": rows})
     console.print(_table(rows))
     for name, row in rows.items():
         for note in row["notes"]:

@@ -15,9 +15,9 @@ from rich.text import Text
 from configs.schema import ConfigError, RunConfig
 from data.pipeline import Data
 from data.render import KimiRenderer
-from data.tasks import TASKS, Problem, make_problem
+from data.tasks import Problem, make_problem
 from eval.divergence import kl_by_octave
-from eval.play import OutOfTime, Played, Settings, play
+from eval.play import OutOfTime, Played, Settings, play, playable
 from eval.results import write_result
 from eval.statistics import MEASURES, bounds, divergence, interval, success
 from train.compat import compile_seconds
@@ -64,7 +64,7 @@ def horizon(
     """
     if cfg.data.paths:
         raise ConfigError("--suite horizon plays built-in tasks: name a run that was trained on one (data.task)")
-    lengths = _playable(lengths, cfg.data.task)
+    lengths = playable(lengths, LENGTHS, cfg.data.task)
     settings = Settings.of(cfg)
     arms = [Arm(name, weights, {}) for name, weights in loaded]
     left_out = _play_all(arms, cfg, settings, lengths, asked, minutes)
@@ -85,14 +85,6 @@ def horizon(
     if left_out:
         console.print(f"left out for want of time: n = {', '.join(map(str, left_out))}; see --minutes")
     console.print(f"wrote {run.path / 'horizon.json'}; `launch.py report {run.path}` draws it", markup=False)
-
-
-def _playable(asked: tuple[int, ...], task: str) -> tuple[int, ...]:
-    longest = TASKS[task][1]
-    wrong = next((n for n in asked if not 1 <= n <= longest), None)
-    if wrong is not None:
-        raise ConfigError(f"--lengths {wrong}: the {task} task has chains of 1 to {longest} steps")
-    return tuple(sorted(set(asked))) or tuple(n for n in LENGTHS if n <= longest)
 
 
 def _play_all(

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from configs.schema import RunConfig
+from configs.schema import RunConfig, require
 from data.episodes import Episode, run_episodes
 from data.problem import Problem, call_arguments, check
 from data.render import KimiRenderer, Mode
+from data.tasks import TASKS
 from data.tools import arguments_error
 from train.weights import Weights
 
@@ -70,6 +71,15 @@ class Played:
         return self.thinking + self.answer + self.tool
 
 
+def playable(asked: tuple[int, ...], usual: tuple[int, ...], task: str) -> tuple[int, ...]:
+    """The lengths to play, each once: those asked for, or as many of the usual ones as the task has. ConfigError for one that
+    it does not have."""
+    longest = TASKS[task][1]
+    wrong = next((n for n in asked if not 1 <= n <= longest), None)
+    require(wrong is None, f"--lengths {wrong}: the {task} task has chains of 1 to {longest} steps")
+    return tuple(sorted(set(asked) or {n for n in usual if n <= longest}))
+
+
 def play(
     weights: Weights,
     renderer: KimiRenderer,
@@ -122,7 +132,7 @@ def played(problem: Problem, episode: Episode, ids: list[int]) -> Played:
     valid = sum(f["name"] in known and arguments_error(known[f["name"]], json.loads(f["arguments"])) is None for f in made)
     unreadable = sum(failure != NOT_FINISHED for failure in episode.failures)
     bill = episode.bill
-    overthought = not solved and len(right) == len(problem.steps) and right[-1]
+    overthought = episode.stopped == "done" and not solved and len(right) == len(problem.steps) and right[-1]
     return Played(
         solved,
         right.index(False) if False in right else len(right),

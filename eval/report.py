@@ -58,7 +58,8 @@ def write_report(path: Path) -> int:
 
 def _last_evals(run: RunDir) -> list[dict[str, Any]]:
     """The newest line of every arm, in the order in which the arms first came."""
-    return list({row["arm"]: row for row in read_rows(run.path / "evals.jsonl") if "arm" in row}.values())
+    rows = [row for row in read_rows(run.path / "evals.jsonl") if "arm" in row]
+    return list({row["arm"]: row | {"held_out_loss": number(row.get("held_out_loss", "nan"))} for row in rows}.values())
 
 
 def _axes(xlabel: str, ylabel: str, title: str):

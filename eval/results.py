@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from train.metrics import finite
+
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(result) + "\n")
+    temporary.write_text(json.dumps(finite(result)) + "\n")
     os.replace(temporary, path)
 
 
@@ -24,7 +26,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
 def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """One line each, behind the lines that are there; a line that a kill cut in half stays alone."""
     there = path.read_bytes() if path.exists() else b""
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    lines = "".join(json.dumps(finite(row)) + "\n" for row in rows)
     with open(path, "a") as file:
         file.write(lines if there.endswith(b"\n") or not there else "\n" + lines)
 

@@ -9,11 +9,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from configs.schema import ConfigError, DataConfig
+from configs.schema import DataConfig, require
 from data.render import KimiRenderer
 from data.tasks import make_problem
 from eval.horizon import horizon
-from eval.play import Settings, play
+from eval.play import Settings, play, playable
 from eval.results import append_rows
 from train.console import Bar, console
 from train.held_out import Evaluator, require_same_ids
@@ -34,9 +34,14 @@ def evaluate_arms(
     answers; suite horizon is eval/horizon.py."""
     run = RunDir(run_path)
     cfg = run.load_config()
+    require(problems >= 1, f"--problems must be at least 1, not {problems}")
+    require(minutes >= 0, f"--minutes must be at least 0, not {minutes:g}")
+    require(
+        not (lengths and cfg.data.paths), f"--lengths are of a built-in task's problems, and {run_path} was trained on data.paths"
+    )
+    lo, hi = cfg.data.task_length
+    around = () if cfg.data.paths else playable(lengths, (lo, (lo + hi) // 2, hi, hi + hi // 2, 2 * hi), cfg.data.task)
     session = open_to_look(run)
-    if problems < 1:
-        raise ConfigError(f"--problems must be at least 1, not {problems}")
     data = data_of(session, run)
     loaded = load_arms(arms or (f"bf16={run_path}:bf16", f"int4={run_path}:int4"))
     for _, weights in loaded:
@@ -44,18 +49,16 @@ def evaluate_arms(
     if suite == "horizon":
         horizon(run, cfg, data, loaded, lengths, problems, minutes)
         return 0
-    lo, hi = cfg.data.task_length
-    lengths = lengths or tuple(sorted({lo, (lo + hi) // 2, hi, hi + hi // 2, 2 * hi}))
     evaluator = Evaluator(session, data)
     settings = Settings.of(cfg)
     rows = []
     for name, weights in loaded:
         row = {"arm": name, "weights": weights.name, **evaluator.of_served(weights)}
         if not cfg.data.paths:
-            row |= task_results(weights, cfg.data, settings, lengths, problems, name)
+            row |= task_results(weights, cfg.data, settings, around, problems, name)
         rows.append(row)
     append_rows(run.path / "evals.jsonl", rows)
-    console.print(_table(rows, lengths if not cfg.data.paths else ()))
+    console.print(_table(rows, around))
     return 0
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 from rich.console import Console
 from rich.segment import Segment, Segments
 
 from data import tokenizer as tok
+from data.preview import visible
 from data.render import Message
 from data.tokenizer import Tokenizer
 
@@ -26,15 +25,12 @@ CROWDED, WINDOW, UNFINISHED = 64, 16, 3
 """So many tokens without a sound end are no character: all but the last few broken characters are shown, and so many tokens
 stay, more than a character has bytes."""
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""All but tab and line feed; a terminal obeys them."""
-
 
 def say(console: Console, text: str, style: str | None = None) -> None:
     """Print a text that is not ours exactly, control characters as escapes where a terminal would obey them. (As a string it
     would lose some of them to rich, which also widens tabs and puts emojis in.)"""
     if console.is_terminal:
-        text = CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+        text = visible(text)
     console.print(Segments([Segment(text)]), style=style, soft_wrap=True)
 
 

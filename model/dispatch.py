@@ -26,6 +26,11 @@ class Dispatch:
     block: int = field(metadata={"static": True})
     platform: str = field(default="cpu", metadata={"static": True})
 
+    @property
+    def in_order(self) -> bool:
+        """Whether pairs lie in their order, each in a block of its own, so that nothing need be looked up."""
+        return self.block == 1
+
 
 def plan(experts_NK: Int[Array, "N K"], num_experts: int, block: int, platform: str = "cpu") -> Dispatch:
     """Slots for the chosen experts; a pair with expert E has none. M is the worst case over all routings:
@@ -62,12 +67,12 @@ def _where_they_are(experts_NK: Int[Array, "N K"], num_experts: int, platform: s
 
 
 def _works(to: Dispatch) -> Bool[Array, "N K"]:
-    """Pairs that somebody works on. Those of blocks of one row lie in their order, so that nothing need be looked up."""
+    """Pairs that somebody works on."""
     return to.slot_of < len(to.token_of)
 
 
 def _copy_to_slots(x_ND, to: Dispatch):
-    if to.block == 1:
+    if to.in_order:
         return jnp.where(_works(to)[..., None], x_ND[:, None], 0).reshape(-1, x_ND.shape[1])
     if to.platform == "hopper":
         from model.kernels import gather_gpu  # Pallas takes longer to import than a CPU has use for
@@ -78,7 +83,7 @@ def _copy_to_slots(x_ND, to: Dispatch):
 
 
 def _sum_from_slots(y_MD, to: Dispatch):
-    if to.block == 1:
+    if to.in_order:
         found = jnp.where(_works(to)[..., None], y_MD.reshape(*to.slot_of.shape, -1), 0)
     else:
         found = jnp.take(y_MD, to.slot_of, axis=0, mode="fill", fill_value=0)
@@ -104,6 +109,6 @@ from_slots.defvjp(lambda y, to: (_sum_from_slots(y, to), to), lambda to, g: (_co
 
 def gates_to_slots(gates_NK: Float[Array, "N K"], to: Dispatch) -> Float[Array, "M"]:
     """Gate weight of every slot, 0 for padding."""
-    if to.block == 1:
+    if to.in_order:
         return jnp.where(_works(to), gates_NK, 0).reshape(-1)
     return jnp.zeros(len(to.token_of), gates_NK.dtype).at[to.slot_of].set(gates_NK, unique_indices=True)

@@ -68,12 +68,17 @@ class Budget(NamedTuple):
 UNLIMITED = Budget()
 
 OUTSIDE = -1
-"""What `spend` counts while a row is not in its thoughts."""
+"""What `spend` counts before a row has thought: tokens of thought are counted up while it thinks, and are kept as OUTSIDE minus
+their number while it does not."""
 
 
 def spend(budget: Budget, thought_B: Int[Array, "B"], token_B: Int[Array, "B"]) -> tuple[Array, Array]:
-    """The token under the budget, and how many tokens of thought it is in (`begin` itself is the zeroth)."""
-    token_B = jnp.where((thought_B >= budget.tokens) & (token_B != budget.calls), budget.end, token_B)
-    inside = jnp.where(thought_B == OUTSIDE, OUTSIDE, thought_B + 1)
-    left = (token_B == budget.end) | (token_B == budget.calls)
-    return token_B, jnp.where(left, OUTSIDE, jnp.where(token_B == budget.begin, 0, inside))
+    """The token under the budget, and the count behind it; `begin` and `end` are not counted, and a second thought goes on where
+    the first one's count ended."""
+    inside_B, spent_B = thought_B >= 0, jnp.where(thought_B >= 0, thought_B, OUTSIDE - thought_B)
+    token_B = jnp.where(inside_B & (spent_B >= budget.tokens) & (token_B != budget.calls), budget.end, token_B)
+    left_B = (token_B == budget.end) | (token_B == budget.calls)
+    begun_B = token_B == budget.begin
+    thinks_B = (inside_B | begun_B) & ~left_B
+    spent_B += inside_B & ~left_B & ~begun_B
+    return token_B, jnp.where(thinks_B, spent_B, OUTSIDE - spent_B)

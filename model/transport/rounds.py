@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ class Window:
     pair_of: Int[Array, "M"]
     taken: Bool[Array, "M"]
     platform: str = field(metadata={"static": True})
+    in_order: ClassVar[bool] = False
 
     def fill(self, values_NK: Array, otherwise) -> Array:
         """The pairs' values in their slots."""

@@ -1,12 +1,14 @@
 """Pre-tokenised files."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 
 from configs.schema import ConfigError, DataConfig, RunConfig, TrainConfig
-from data.arrays import TokenRow, write_array_record
+from data.arrays import TokenRow, record_row, write_array_record
+from data.messages import RowError
 from data.pipeline import open_data, write_index
 from data.tokenizer import load_tokenizer
 
@@ -174,6 +176,60 @@ def test_nothing_to_predict(tmp_path):
     with pytest.raises(ConfigError, match=r"none.jsonl: every row .* nothing to predict"):
         write_index(config("none"), tokenizer, tmp_path / "none.array_record")
     assert not (tmp_path / "none.array_record").exists()
+
+
+def damaged_headers():
+    """As numpy.save writes an array, and damaged: a header that is no Python, one that tells of an array larger than any memory,
+    an archive, an object."""
+    whole = io.BytesIO()
+    np.save(whole, np.arange(1, 9))
+    whole, archive, objects = whole.getvalue(), io.BytesIO(), io.BytesIO()
+    np.savez(archive, np.arange(8))
+    np.save(objects, np.array([{}]), allow_pickle=True)
+    return [
+        whole.replace(b"{'descr'", b"{{{descr"),
+        whole.replace(b"(8,)", b"(8,,"),
+        whole.replace(b"(8,), ", b"(1" + b"0" * 30 + b",), ")[: len(whole)],
+        whole.replace(b"'<i8'", b"'<z8'"),
+        whole.replace(b"'<i8'", b"(1, 2)"),
+        archive.getvalue(),
+        objects.getvalue(),
+        b"PK\3\4 and no archive",
+        whole[:-1],
+        b"",
+    ]
+
+
+@pytest.mark.parametrize("content", damaged_headers())
+def test_damaged_arrays_are_one_sentence(tmp_path, content):
+    """Alone, in a folder, where they are passed over, and as a record."""
+    (tmp_path / "a.npy").write_bytes(content)
+    (tmp_path / "b.txt").write_text("text")
+    with pytest.raises(ConfigError, match="a.npy is "):
+        open_path(tmp_path / "a.npy")
+    assert open_path(tmp_path).describe()["documents"] == 1
+    with pytest.raises(RowError, match="is not an array as numpy.save writes it"):
+        record_row(content, "here", 320)
+
+
+def saved(*arrays, more=b""):
+    stream = io.BytesIO()
+    for array in arrays:
+        np.save(stream, array)
+    return stream.getvalue() + more
+
+
+@pytest.mark.parametrize(
+    "record, words",
+    [
+        (saved(np.array([1, 2]), np.array(["1", "2"])), "weights of <U1, which are no numbers"),
+        (saved(np.array([1, 2]), np.array([1j, 1])), "weights of complex128"),
+        (saved(np.array([1, 2]), np.array([1.0, 1]), np.array([3])), "bytes behind its ids and weights"),
+    ],
+)
+def test_what_a_record_does_not_hold(record, words):
+    with pytest.raises(RowError, match=words):
+        record_row(record, "here", 320)
 
 
 def test_files_that_are_none(tmp_path):

@@ -151,6 +151,9 @@ def test_hermes_tags_in_sharegpt():
         conversation({"conversations": [{"from": "gpt", "value": "<tool_call>add(1)</tool_call>"}]})
     text = conversation(openai({"role": "assistant", "content": tag % "add"})).messages[1]
     assert text == {"role": "assistant", "content": tag % "add"}
+    thought = f"a call is written {tag % 'add'}"
+    quoted = {"conversations": [{"from": "gpt", "value": f"<think>{thought}</think>No."}]}
+    assert conversation(quoted).messages == [{"role": "assistant", "content": "No.", "reasoning_content": thought}]
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,19 @@ USER_CALLS = {"role": "user", "content": None, "tool_calls": [booking(flat=True,
             {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a b"}}]}]},
             "'a b' of a called function holds",
         ),
+        ({"conversations": [{"from": "gpt", "value": '<tool_call>{"name": "f"}'}]}, "a <tool_call> without its other end"),
+        (
+            {"conversations": [{"from": "gpt", "value": '<tool_call>{"name": "f"}</tool_call>', "tool_calls": [{"name": "g"}]}]},
+            "has calls in tags and in tool_calls",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}], "function_call": {"name": "g"}}]},
+            "has tool_calls and a function_call",
+        ),
+        (
+            {"messages": [EXPECTED[-1] | {"reasoning_content": "a", "thinking": "b"}]},
+            "different thoughts in reasoning_content and thinking",
+        ),
     ],
 )
 def test_refused_by_name(row, words):
@@ -198,8 +211,14 @@ def test_refused_by_name(row, words):
     [
         (SHAPES["BFCL"] | {"tools": [{"name": "other"}]}, "calls cancel_booking without declaring it"),
         ({"messages": [EXPECTED[0], {"role": "assistant", "content": None}]}, "message 2 says nothing"),
+        ({"system": "s", "messages": [{"role": "system", "content": "t"}, EXPECTED[-1]]}, "begin with another one"),
     ],
 )
 def test_remarked_upon(row, words):
     (remark,) = conversation(row).remarks
     assert words in remark
+
+
+def test_an_empty_thought_hides_none():
+    (message,) = conversation({"messages": [EXPECTED[-1] | {"reasoning_content": " \n", "reasoning": "hm"}]}).messages
+    assert message["reasoning_content"] == "hm"

@@ -67,10 +67,19 @@ def test_the_converter_at_the_command_line(tmp_path, monkeypatch, capsys):
     run(source, target)
     assert "1 conversations" in capsys.readouterr().out
     assert json.loads(target.read_text(encoding="utf-8"))["messages"][0]["content"] == "How\u2028many?"
-    for text, words in (("\n{", "rows.jsonl line 2 is not JSON"), ("[1]", "line 1 is not a JSON object but list")):
+    for text, words in (
+        ("\n{", "rows.jsonl line 2 is not JSON"),
+        ("[1]", "line 1 is not a JSON object but list"),
+        ("[" * 10**5, "line 1 is nested too deeply"),
+        ("\n", "rows.jsonl holds no rows"),
+    ):
         source.write_text(text)
         with pytest.raises(SystemExit, match=f"^error: .*{words}"):
             run(source, tmp_path / "new.jsonl")
+    assert not (tmp_path / "new.jsonl").exists()
+    source.write_text(json.dumps(ROW).replace("How", "\\ud800How"))
+    run(source, tmp_path / "half.jsonl")
+    assert json.loads((tmp_path / "half.jsonl").read_bytes())["messages"][0]["content"].startswith("?How")
     source.write_bytes(b"\ncaf\xe9")
     with pytest.raises(SystemExit, match="^error: .*rows.jsonl line 2 is not UTF-8 text .byte 3"):
         run(source, tmp_path / "new.jsonl")

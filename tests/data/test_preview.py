@@ -3,6 +3,7 @@
 import io
 import json
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -49,6 +50,12 @@ def test_trained_text_is_coloured(tmp_path):
                 if "drei" in text.plain:
                     return
     pytest.fail("the conversation was never shown")
+
+
+def test_what_a_terminal_would_obey_is_written_out():
+    tokenizer = load_tokenizer("bytes")
+    ids = np.array(tokenizer.encode("a\x1b[2J\tb\n\x07"))
+    assert coloured(ids, np.ones(len(ids)), tokenizer).plain == "a\\x1b[2J\tb\n\\x07"
 
 
 @pytest.mark.parametrize("kind", ["task", "chat", "mixture"])

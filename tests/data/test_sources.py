@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from functools import partial
 
 import pytest
@@ -159,6 +160,22 @@ def test_links_are_read_or_named(tmp_path):
         "gone is a link to nothing",
     ]
     assert read(str(data / "folder"), 0.0) == (["22222"], []), "what is named is read"
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    """Who runs the tests may be allowed everything, so the refusal is the system's only in name."""
+    write(tmp_path, "a.txt", "11111")
+    write(tmp_path, "secret/b.txt", "22222")
+    real = os.scandir
+
+    def refused(path):
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert read(str(tmp_path), 0.0, account := Account()) == (["11111"], [])
+    assert account.rejected == [f"{tmp_path}/secret cannot be listed: Permission denied"]
 
 
 def test_an_empty_path_is_not_the_working_directory():

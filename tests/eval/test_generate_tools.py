@@ -205,7 +205,7 @@ def test_a_text_is_gone_on_with_as_it_stands(monkeypatch):
         decoder=lambda rows, sampling: SimpleNamespace(stream=lambda prompt, limit, stats: iter(TOKENIZER.encode("\t:ok:"))),
     )
     monkeypatch.setattr(chat, "load_weights", lambda source: weights)
-    chat.generate("W", ":smile:\tx", raw=True, task="", length=1, tools=(), limits=chat.Limits(), sampling=None)
+    chat.generate("W", ":smile:\tx", raw=True, task="", length=0, tools=(), limits=chat.Limits(), sampling=None)
     assert out.getvalue().startswith(":smile:\tx\t:ok:\n")
 
 
@@ -254,6 +254,13 @@ def test_what_cannot_be_asked():
     for text, change, words in (
         ("", {"tools": ("calculator",)}, "a prompt of your own"),
         ("", {"raw": True}, "give one"),
+        ("q", {}, "--task and --length choose a problem"),
+        ("q", {"task": "", "length": 0, "raw": True, "tools": ("nonsense",)}, "no conversation for --tools"),
+        (
+            "q",
+            {"task": "", "length": 0, "raw": True, "limits": chat.Limits(thinking=3, context=999)},
+            "--think-budget, --context",
+        ),
         ("", {"length": 10**6}, "1 to 676 steps"),
         ("", {"task": "chase"}, "does not exist"),
     ):

@@ -38,6 +38,13 @@ def run(tmp_path):
     return run
 
 
+def test_an_evaluation_without_a_number_is_drawn(run, tmp_path):
+    append_rows(tmp_path / "evals.jsonl", [evaluated("one", {"1": 0.5}, step=3) | {"held_out_loss": math.nan}])
+    assert json.loads((tmp_path / "evals.jsonl").read_text(), parse_constant=pytest.fail)["held_out_loss"] == "nan"
+    assert write_report(tmp_path) == 0
+    assert "| one | nan |" in (tmp_path / "report.md").read_text()
+
+
 def test_a_run_that_diverged_gets_its_page(run, tmp_path):
     """metrics.jsonl has text where JSON has no number."""
     assert write_report(tmp_path) == 0

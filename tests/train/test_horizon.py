@@ -41,6 +41,19 @@ def test_what_a_suite_cannot_play_is_one_sentence(trained, capsys, arguments, wo
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--lengths", "5000"], "--lengths 5000: the chain task has chains of 1 to 676"),
+        (["--minutes", "nan"], "at least 0, not nan"),
+    ],
+)
+def test_what_no_evaluation_can_play_is_said_before_it_begins(trained, capsys, monkeypatch, arguments, words):
+    monkeypatch.setattr("eval.run.load_arms", None)
+    assert launch.main(["eval", "--run", str(trained.path), *arguments]) == EXIT_USAGE
+    assert words in capsys.readouterr().err
+
+
 def test_generate_plays_a_task_with_its_tools(trained, capsys):
     """Twenty steps teach nothing: what is tested is that the loop ends and the bill is printed."""
     arguments = ["generate", "--weights", str(trained.path), "--max-new-tokens", "24"]
