@@ -26,7 +26,8 @@ and to infinity with ten steps."""
 GENTLE = 12.0
 """A set whose first two slopes at zero multiply to at most this (keller: 11.9) takes three steps before its first restart,
 any other two: rounding noise in R grows by the square of each slope. With three, quintic (16.1) and polar_express (33)
-explode in bfloat16."""
+explode in bfloat16. In 16 bits the third step of such a set stands alone: with the fourth it leaves polar_express' band by a
+quarter where half of the values are a twentieth of the others."""
 
 GUARD = "guard"
 """Scope of the way out that a healthy run never takes: train/plan/census.py counts the other branch."""
@@ -72,10 +73,13 @@ def gram_flops(m: int, n: int, segments: tuple[int, ...], product: str = "full")
 
 def segments_for(coeffs: Coefficients, dtype: str) -> tuple[int, ...]:
     """Where to restart in a number format."""
-    steps, length = len(coeffs), STEPS_PER_RESTART[dtype]
-    first = 3 if math.prod(a for a, _, _ in coeffs[:2]) <= GENTLE else 2
-    rest = max(steps - first, 0)
-    return tuple(s for s in (min(steps, first), *([length] * (rest // length)), rest % length) if s)
+    gentle = math.prod(a for a, _, _ in coeffs[:2]) <= GENTLE
+    begin = [3] if gentle else [2] if dtype == "float32" else [2, 1]
+    longest, left, segments = [*begin, *[STEPS_PER_RESTART[dtype]] * len(coeffs)], len(coeffs), []
+    while left:
+        segments.append(min(longest[len(segments)], left))
+        left -= segments[-1]
+    return tuple(segments)
 
 
 def guarded(

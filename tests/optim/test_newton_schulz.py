@@ -28,7 +28,7 @@ def with_spectrum(values, m, n, seed=0):
 
 def spectra(m=48, n=64):
     """Matrices that other implementations trip over, as one float32 batch [9, m, n]. The plateaus (half at
-    3 %, three quarters at 0.1 %) are what drives the Gram form out of its band first."""
+    3 %, three quarters at 0.1 %) are what drives the Gram form out of its band first; `plateaus` has more of them."""
     square = np.zeros((m, n))
     square[:, :m] = np.random.default_rng(1).normal(size=(m, m))
     k = np.arange(1.0, m + 1)
@@ -102,9 +102,21 @@ def test_wrong_counts_are_refused():
         coefficients("kelle", 5)
 
 
+def plateaus(m=160, n=336):
+    """Some values at 1 and the rest at another height, in matrices wide enough for the Gram form to pay: [63, m, n]."""
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.normal(size=(k, m)))[0] for k in (m, n))
+    made = (np.where(np.arange(m) < high, 1, 10**low) for high in (1, 4, 14, 40, 75, 120, 150) for low in LOWS)
+    return jnp.asarray(np.stack([(u * values) @ v.T for values in made]), jnp.float32)
+
+
+LOWS = (0, -0.2, -0.43, -0.7, -1, -1.31, -1.7, -2.2, -3)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name,steps", SETS)
-def test_gram_keeps_the_band(name, steps, dtype):
+@pytest.mark.parametrize("spectra", [spectra, plateaus])
+def test_gram_keeps_the_band(spectra, name, steps, dtype):
     """With the restarts of each format no spectrum leaves the band of the plain iteration in the same format."""
     coeffs = coefficients(name, steps)
     segments = segments_for(coeffs, dtype)
