@@ -112,8 +112,11 @@ class ModelConfig:
         )
         for name in positive.split():
             require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ["routed_scaling_factor", "rms_norm_eps", "yarn_beta_fast", "yarn_beta_slow"]:
+        for name in ["routed_scaling_factor", "rms_norm_eps", "yarn_beta_fast", "yarn_beta_slow", "initializer_range"]:
             require(getattr(self, name) > 0, f"model.{name} must be positive, not {getattr(self, name)}")
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            require(not isinstance(value, float) or math.isfinite(value), f"model.{each.name} must be finite, not {value}")
         require(
             self.q_lora_rank is None or self.q_lora_rank >= 1,
             f"model.q_lora_rank must be at least 1, or None for no latent, not {self.q_lora_rank}",
@@ -409,6 +412,11 @@ class RunConfig:
         require(
             self.data.system is None or not any("\ud800" <= character <= "\udfff" for character in self.data.system),
             "data.system holds half a character, which no file can: what a shell hands over has to be UTF-8",
+        )
+        require(
+            self.model.num_experts_per_tok > 1 or not self.model.norm_topk_prob or self.train.balance_loss > 0,
+            "model.num_experts_per_tok=1 with model.norm_topk_prob leaves the router without a gradient, because the gate of a "
+            "token's only expert is 1 whatever it says: set model.norm_topk_prob to False, or train.balance_loss above 0",
         )
         if self.quant.grid != "none":
             for name in ("hidden_size", "moe_intermediate_size"):

@@ -51,7 +51,8 @@ parts and gathered at its use. Axes not named here are never split. Earlier entr
 everywhere: gathering one would take longer than reading it."""
 
 GROUP = 32
-"""Weights with one scale on the grid that engines read. Inputs of matrices on the grid are stored in multiples of it."""
+"""Weights with one scale on the grid that engines read. Inputs of matrices on the grid are stored in multiples of it; parts that
+cut the groups of another quant.group_size are refused where the grid is laid over them."""
 
 REPLICATED_LIMIT = 1 << 22
 """Elements above which a part of an array that could be split further is an error."""

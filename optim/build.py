@@ -65,7 +65,8 @@ def build_optimizer(
     update(grads, state, params, *, max_logits, expert_counts, finite=True) -> (updates, state)
         grads          any float dtype; those of router biases are ignored and may be missing
         max_logits     float32 [num_hidden_layers, H], the step's maximum; None only without QK-Clip
-        expert_counts  [num_moe_layers, E], tokens of the whole global batch; None only without router biases
+        expert_counts  [num_moe_layers, E], tokens of the whole global batch; None only without router biases, and then
+                       experts that no token reached are not left in their place
         finite         scalar; where it is false the updates are zero and the state is the old one
         updates        float32, to be added to the weights (optim/apply.py)
 
@@ -85,6 +86,7 @@ def build_optimizer(
         muon.scale_by_momentum(cfg.momentum, cfg.nesterov, jnp.dtype(cfg.momentum_dtype)),
         muon.orthogonalize(plan, carrier, mesh=mesh, shardings=shardings),
         muon.scale_by_matrix_shape(specs, cfg.matrix_scale, cfg.split_kv_a),
+        muon.leave_idle_experts(specs),
         add_decayed_weights(specs, cfg.weight_decay),
         scale_by_rate(rate),
     )
@@ -124,7 +126,7 @@ def build_optimizer(
             small = clip_to(small, cfg.clip_norm)
 
         updates, muon_state = matrices.update(
-            pick(grads, "muon"), state.muon, pick(params, "muon"), step=state.step, finite=finite
+            pick(grads, "muon"), state.muon, pick(params, "muon"), step=state.step, finite=finite, expert_counts=expert_counts
         )
         adam_updates, adam_state = vectors.update(small, state.adamw, pick(params, "adamw"), step=state.step)
         updates = updates | adam_updates

@@ -19,10 +19,10 @@ import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array
+from jaxtyping import Array, Num
 
 from configs.param_spec import ParamSpec, Specs
-from optim.matrices import MatrixLayout
+from optim.matrices import MatrixLayout, is_expert
 from optim.orthogonalize import orthogonalize_tree
 from optim.plan import Group
 
@@ -106,3 +106,22 @@ def scale_by_matrix_shape(specs: Specs, rule: str, split_kv_a: bool = True) -> o
         return scaled, state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def leave_idle_experts(specs: Specs) -> optax.GradientTransformationExtraArgs:
+    """No direction for an expert that no token of the step's batch reached. Its gradient is zero, and what is left of its
+    momentum says little, but has the size of any other once it is orthogonal: it would go on in its old direction for some
+    1,500 steps, until float32 has no smaller number. Momentum and weight decay go on."""
+
+    def update(updates, state, params=None, *, expert_counts: Num[Array, "L E"] | None = None, **_):
+        experts = [path for path in updates if is_expert(specs[path])] if expert_counts is not None else []
+        owners = sorted({layer for path in experts for layer in specs[path].layers})
+        busy = {}
+        for path in experts:
+            spec, rows = specs[path], [owners.index(layer) for layer in specs[path].layers]
+            of_layers = expert_counts if len(rows) == len(owners) else expert_counts[jnp.array(rows)]
+            shape = [n if axis in ("layers", "experts") else 1 for n, axis in zip(spec.shape, spec.axes)]
+            busy[path] = (of_layers > 0).reshape(shape)
+        return updates | {path: jnp.where(busy[path], updates[path], 0.0) for path in experts}, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -28,7 +28,7 @@ class Recorder:
     ):
         self.session = session
         self.first_step, self.started, self.compiling = first_step, started, compiling
-        self.history = history
+        self.history, self.skipped = history, 0
         self.file = MetricsFile(run.metrics) if processes.first() else None
         cfg = self.session.cfg
         peak = peak_flops(jax.devices()[0].device_kind)
@@ -109,6 +109,12 @@ class Recorder:
             f"{float(np.max(row['load_max_over_mean'])):.2f}  max logit {float(row['max_logit']):.1f}  "
             f"grid error {float(row['grid_error']):.3f}{first}"
         )
+        if int(row["skipped_steps"]) > self.skipped:
+            self.skipped = int(row["skipped_steps"])
+            console.print(
+                f"note: {self.skipped} step(s) of this run changed nothing, because their loss or gradient was not finite",
+                style="yellow",
+            )
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """Write and print a held-out loss."""

@@ -193,10 +193,10 @@ def accumulated(
     def add(carry, numbered_rows):
         index, rows = numbered_rows
         nll, grads, measured = carry
-        own_key = None if key is None else jax.random.fold_in(key, index)
+        of_rest, of_stacks = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, index))
         rest, sums = _split(params, in_place)[0], _split(grads, in_place)[1]
-        (_, (more_nll, aux)), (more, sums) = jax.value_and_grad(of_sums, (0, 1), has_aux=True)(rest, sums, rows, own_key)
-        grads = apply_updates(_split(grads, in_place)[0], more, own_key) | sums
+        (_, (more_nll, aux)), (more, sums) = jax.value_and_grad(of_sums, (0, 1), has_aux=True)(rest, sums, rows, of_stacks)
+        grads = apply_updates(_split(grads, in_place)[0], more, of_rest) | sums
         return (nll + more_nll, grads, combine(measured, aux)), None
 
     first = jax.tree.map(lambda x: x[0], micro)

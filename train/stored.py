@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore
 
+from configs.schema import ConfigError
+
 WORDS = 1 << 22
 """Whose fingerprint is taken at a time."""
 
@@ -35,6 +37,7 @@ class StoredParams:
     """A WeightSource (quant/source.py) over the directory of one checkpoint; `shapes` are those of the parameters."""
 
     def __init__(self, directory: Path, shapes: Mapping[str, tuple[int, ...]]):
+        self._directory = directory
         self._stores = {path: self._open(directory, path, shape) for path, shape in shapes.items()}
         self._kept: dict[str, tuple[tuple[slice, ...], np.ndarray]] = {}
 
@@ -42,13 +45,26 @@ class StoredParams:
     def _open(directory: Path, path: str, shape: tuple[int, ...]) -> tensorstore.TensorStore:
         files = {"driver": "file", "path": f"{directory / 'state'}/"}
         kvstore = {"driver": "ocdbt", "base": files, "path": f"params/{path}/"}
-        store = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True).result()
+        # What is missing would be read as zeros, and training deletes checkpoints that grow old.
+        spec = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
+        store = tensorstore.open(spec, open=True, read=True).result()
         if tuple(store.shape) != tuple(shape):
             raise ValueError(f"{path} has shape {tuple(store.shape)} there, not {tuple(shape)}")
         return store
 
     def read(self, path: str, index: tuple[int, ...]) -> np.ndarray:
-        """`array[index]`. The piece around it is kept until another one of the same array is needed, if it holds more."""
+        """`array[index]`. The piece around it is kept until another one of the same array is needed, if it holds more.
+        ConfigError for a checkpoint that went away since it was opened."""
+        try:
+            return self._read(path, index)
+        except (ValueError, OSError) as error:
+            reason = str(error).partition(" [")[0][:80]
+            raise ConfigError(
+                f"{self._directory} went away or was damaged while it was read ({reason}); a run that is being trained keeps "
+                "its newest train.keep checkpoints: take one that stays, as RUN@STEP"
+            ) from error
+
+    def _read(self, path: str, index: tuple[int, ...]) -> np.ndarray:
         store, cut = self._stores[path], self._chunk(path)
         around = tuple(slice(i // n * n, min(i // n * n + n, size)) for i, n, size in zip(index, cut, store.shape))
         if all(s.stop - s.start == 1 for s in around):

@@ -29,6 +29,16 @@ def test_what_is_done_between_steps_is_the_time_of_neither(tmp_path, monkeypatch
     assert len(seconds) == 4 and all(0.08 < s < 0.25 for s in seconds), seconds
 
 
+def test_skipped_steps_are_named_when_there_are_more(tmp_path, capsys):
+    recorder = Recorder(open_session(small()), RunDir(tmp_path), 1, time.monotonic(), lambda: 0.0)
+    row = dict(loss=1.0, tokens_per_second=1.0, load_max_over_mean=[1.0], max_logit=1.0, grid_error=0.0)
+    for step, skipped in enumerate((0, 2, 2, 3), start=1):
+        recorder._print(step, row | {"skipped_steps": skipped})
+    recorder.close()
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    assert [note[:17] for note in notes] == ["note: 2 step(s) o", "note: 3 step(s) o"]
+
+
 def test_what_a_checkpoint_holds_is_on_record_before_it_is_saved(tmp_path, monkeypatch, capsys):
     """Whatever happens in the save. The run ends before its grid begins, and says so."""
     run, save, on_record = RunDir(tmp_path / "run"), Checkpoints.save, []

@@ -103,8 +103,8 @@ def test_sums_are_added_to_in_place():
     assert jax.__version_info__ < (0, 11) or memory.temp_size_in_bytes < 5.5 * stacked
 
 
-def test_maximum_logits_are_maxima_and_counts_are_sums(single):
-    """Four microbatches: never averaged, never summed, never mixed between layers."""
+def test_every_token_is_counted_in_every_layer(single):
+    """And the largest logits are of every layer's heads; what microbatches make of both, `accumulate 4` above asks."""
     cfg = small()
     _, _, aux = single
     assert aux.attention.max_logit.shape == (cfg.model.num_hidden_layers, cfg.model.num_attention_heads)

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 import tensorstore
 
+import train.export
+from configs.schema import ConfigError
 from model.decode.served_params import serve
 from quant.evidence import FILE, Probe
 from quant.export import export_model
@@ -84,6 +87,38 @@ def test_pieces_of_experts_are_read_alone(tmp_path):
         np.testing.assert_array_equal(source.read(path, index), arrays[path][index])
     for path, x in arrays.items():
         assert source.fingerprint(path, fingerprint) == int(fingerprint(jax.numpy.asarray(x)))
+
+
+@pytest.mark.parametrize("gone", ["*", "d/*"])
+def test_a_checkpoint_that_goes_away_is_not_read_as_zeros(tmp_path, gone):
+    """Training deletes old checkpoints, whole or file by file, while an export reads one."""
+    arrays = {"moe.experts": np.ones((2, 3, 512, 513), np.float32), "norm": np.zeros(16, np.float32)}
+    checkpoints = Checkpoints(tmp_path / "run")
+    checkpoints.save(1, {"params": jax.device_put(arrays)})
+    checkpoints.close()
+    source = checkpoints.stored({path: x.shape for path, x in arrays.items()}).state
+    np.testing.assert_array_equal(source.read("norm", ()), 0)
+    for path in (tmp_path / "run" / "1" / "state").rglob(gone):
+        if path.is_file():
+            path.unlink()
+    with pytest.raises(ConfigError, match=r"run/1 went away or was damaged while it was read .*RUN@STEP"):
+        source.read("moe.experts", (1, 2))
+
+
+def test_an_export_of_a_checkpoint_that_goes_away_is_refused(trained, tmp_path, monkeypatch):
+    """And leaves nothing that looks like one."""
+    run, stored = tmp_path / "run", train.export._stored
+    shutil.copytree(trained.path, run)
+
+    def then_deleted(*arguments):
+        found = stored(*arguments)
+        shutil.rmtree(run / "checkpoints" / str(found.step))
+        return found
+
+    monkeypatch.setattr(train.export, "_stored", then_deleted)
+    with pytest.raises(ConfigError, match="went away or was damaged while it was read"):
+        export_run(str(run), tmp_path / "out", "int4")
+    assert not (tmp_path / "out").exists()
 
 
 def test_damage_is_found_before_anything_is_written(tmp_path):

@@ -26,6 +26,7 @@ WRONG = {
     "odd width": (["train", "--model.hidden-size", "100"], "model.hidden_size=100 is not divisible by"),
     "odd width in a plan": (["plan", "--model.hidden-size", "100"], "model.hidden_size=100 is not divisible by"),
     "rows without end": (["data", "--train.seq-len", "8192"], "more than model.max_position_embeddings=4096"),
+    "one expert": (["train", "--model.num-experts-per-tok", "1"], "leaves the router without a gradient"),
     "odd step": (["export", "runs/x@last"], "should be a run directory, RUN@STEP"),
     "odd digit": (["export", "runs/x@²"], "should be a run directory, RUN@STEP"),
 }
@@ -50,6 +51,8 @@ def test_a_wrong_command_is_one_sentence_and_changes_nothing(case, capsys, tmp_p
         (["--preset"], "Missing value for argument '--preset'"),
         (["--train.steps", "many"], "many"),
         (["--profile.steps", "5:3"], "FIRST:LAST"),
+        (["--model.initializer-range", "nan"], "model.initializer_range must be positive, not nan"),
+        (["--model.yarn-factor", "inf"], "model.yarn_factor must be finite, not inf"),
     ],
 )
 def test_a_wrong_field_names_the_right_one(arguments, sentence, capsys, tmp_path):
