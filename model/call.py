@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from model.in_stack import InStack
 from model.shards import ONE_DEVICE, Shards
 from quant.coverage import group_axis
 from quant.packed_gather import gather_on_grid
@@ -49,14 +50,14 @@ class Call:
     transport: str = field(default="auto", metadata={"static": True})
     settled: bool = field(default=False, metadata={"static": True})
 
-    def weight(self, param: nnx.Param, joined: bool = False) -> Array | Int4Weight:
+    def weight(self, param: nnx.Param, joined: bool = False) -> Array | Int4Weight | InStack:
         """A parameter as the forward pass sees it: on its served grid, in the compute dtype, gathered in that dtype, or
         packed, from the devices that store its parts. Heads, hidden widths and experts that this device works on stay
         parts. Weights that are held at four bits stay so: the product unpacks what it uses.
 
         `joined`: the last two axes as one, as products take gate and up."""
-        stored, spec = param[...], param.spec
-        if isinstance(stored, Int4Weight):
+        stored, spec = param.get_value(), param.spec
+        if isinstance(stored, Int4Weight | InStack):
             return stored.reshape(*stored.shape[:-2], -1) if joined else stored
         gather = partial(self.shards.gather, spec=spec, joined=joined)
         if self.settled and spec.on_grid and self.shards.gathers(spec):

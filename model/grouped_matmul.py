@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from model.in_stack import InStack
 from model.project import outer_sum
 from quant.resident import Int4Weight
 
@@ -41,7 +42,13 @@ def _blocks(x, block_expert):
 
 def _unpacked(w, dtype):
     """Weights as they are, or those of an Int4Weight: of the experts in use, after they were picked."""
+    w = w.cut() if isinstance(w, InStack) else w
     return w.astype(dtype) if isinstance(w, Int4Weight) else w
+
+
+def _to_pick_from(w, block_expert):
+    """Arrays of experts, and which of them are meant."""
+    return w.among_all(block_expert) if isinstance(w, InStack) else (w, block_expert)
 
 
 def _reference_rows(x, w, block_expert, transposed):
@@ -58,6 +65,7 @@ def _reference_weights(x, y, block_expert, num_experts, dtype):
 
 def _batched_rows(x, w, block_expert, transposed):
     product = "nbi,noi->nbo" if transposed else "nbi,nio->nbo"
+    w, block_expert = _to_pick_from(w, block_expert)
     out = jnp.einsum(product, _blocks(x, block_expert), _unpacked(w[block_expert], x.dtype), preferred_element_type=jnp.float32)
     return out.astype(x.dtype).reshape(len(x), -1)
 
@@ -76,6 +84,7 @@ def _turns(block_expert, num_experts):
 
 
 def _scanned_rows(x, w, block_expert, transposed):
+    w, block_expert = _to_pick_from(w, block_expert)
     product = "nbi,noi->nbo" if transposed else "nbi,nio->nbo"
     xs, stored = _blocks(x, block_expert), _STORED.get(x.dtype.name, x.dtype)
     at_once, turns, first = _turns(block_expert, len(w))
@@ -123,10 +132,10 @@ def _hopper_rows(x, w, block_expert, transposed):
     block = len(x) // len(block_expert)
     if block == 1 and not transposed and grouped_matmul_row.takes(x.dtype, w):
         return grouped_matmul_row.rows(x, w, block_expert)
-    if grouped_matmul_gpu.takes(x.dtype, block, *w.shape[1:]):
-        return grouped_matmul_gpu.rows(x, _unpacked(w, x.dtype), block_expert, transposed)
     if not transposed and grouped_matmul_decode.takes(x.dtype, block, w):
         return grouped_matmul_decode.rows(x, w, block_expert)
+    if grouped_matmul_gpu.takes(x.dtype, block, *w.shape[1:]):
+        return grouped_matmul_gpu.rows(x, _unpacked(w, x.dtype), block_expert, transposed)
     return _batched_rows(x, w, block_expert, transposed)
 
 
@@ -196,10 +205,10 @@ def block_rows(rows: int, num_experts: int, platform: str = "cpu") -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(
-    x: Float[Array, "M D"], w: Float[Array, "E D F"] | Int4Weight, block_expert: Int[Array, "M/b"], name: str
+    x: Float[Array, "M D"], w: Float[Array, "E D F"] | Int4Weight | InStack, block_expert: Int[Array, "M/b"], name: str
 ) -> Float[Array, "M F"]:
     """Block i of `x` times w[block_expert[i]], where that is E zeros from zeros; `block_expert` ascends, `name` is a key of
-    IMPLEMENTATIONS. An Int4Weight gives what its unpacked weights give; it has no gradient."""
+    IMPLEMENTATIONS. An Int4Weight gives what its unpacked weights give; it and an InStack have no gradient."""
     return IMPLEMENTATIONS[name].rows(x, w, block_expert, False)
 
 

@@ -162,7 +162,7 @@ class MLA(nnx.Module):
         q_nope, q_rope = self.queries(x_BSD, call)
         cache_LBTR = latent_cache.write(cache_LBTR, layer, call.positions, self.latents(x_BSD, call))
         k_up, v_up = jnp.split(call.weight(self.kv_b), [self.cfg.qk_nope_head_dim], axis=-1)
-        q = jnp.concatenate([jnp.einsum("BSHd,RHd->BSHR", q_nope, k_up), q_rope], axis=-1)
+        q = jnp.concatenate([project("BSHd,RHd->BSHR", q_nope, k_up), q_rope], axis=-1)
         context = latent_cache.attend(q, cache_LBTR, layer, call.positions, rope.softmax_scale(self.cfg), rank)
-        out = jnp.einsum("BSHR,RHv->BSHv", context, v_up)
+        out = project("BSHR,RHv->BSHv", context, v_up)
         return project("BSHv,HvD->BSD", out, call.weight(self.o)), cache_LBTR

@@ -99,13 +99,14 @@ class Transformer(nnx.Module):
         self, tokens_BS: Int[Array, "B S"], cache_LBTR: Float[Array, "L B T R+rope"], call: Call
     ) -> tuple[Float[Array, "B S D"], Array]:
         """Final normed hidden states of tokens that go on where the cache ends (their places are `call.positions`), and
-        the cache with them. The cache is a loop's carry here, so it is written in place."""
+        the cache with them. The cache is a loop's carry here, so it is written in place. Weights are as served."""
         x = call.weight(self.embed)[tokens_BS]
         for index, layer in enumerate(self.dense):
             x, cache_LBTR = layer.decode(x, cache_LBTR, index, call)
 
         def body(carry, layer_and_index):
             layer, index = layer_and_index
+            layer.feed_forward.leave_experts_in(self.moe.feed_forward, index - len(self.dense), call.dtype)
             return layer.decode(*carry, index, call), None
 
         indices = jnp.arange(len(self.dense), self.cfg.num_hidden_layers)

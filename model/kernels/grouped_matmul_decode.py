@@ -2,8 +2,8 @@
 
 Pallas' Triton backend, one program for each block of rows and tile of columns. Weights are read once for each block, whole
 or as four-bit codes with their scales (quant/resident.py), which become bf16(code * scale) in registers: the value that
-unpacking gives, bit for bit. Two codes lie in a byte, neighbours along the output, so a byte feeds two products, of the
-even and of the odd columns.
+unpacking gives, bit for bit. Four codes are loaded together, neighbours along the output, and feed four products, of every
+fourth column each. (Triton counts elements in signed 32 bits up to 4 GiB: of single bytes there would be too many.)
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from kernels.hopper import stated
+from model.in_stack import InStack
 from quant.resident import Int4Weight
 
 try:
@@ -39,29 +40,28 @@ PROGRAMS = 512
 weights most of the time, and several on a core hide that."""
 
 
-def takes(dtype, block: int, w: Array | Int4Weight) -> bool:
-    """Whether the kernel can multiply rows of `dtype` with these weights [E, I, O]. In arrays of up to 4 GiB
-    Triton counts elements in signed 32 bits; codes are bytes, so from 2 GiB on that would overflow."""
+def takes(dtype, block: int, w: Array | Int4Weight | InStack) -> bool:
+    """Whether the kernel can multiply rows of `dtype` with these weights [E, I, O]."""
     _, inputs, outputs = w.shape
-    on_grid = isinstance(w, Int4Weight)
-    return (
-        triton is not None
-        and block in BLOCKS
-        and dtype == jnp.bfloat16
-        and inputs % STEP == 0
-        and outputs % WIDTH == 0
-        and (w.axis == -2 and STEP % w.group == 0 and w.codes.size // 2 < 2**31 if on_grid else w.dtype == dtype)
-    )
+    values = w.stack if isinstance(w, InStack) else w
+    of_its_kind = values.axis == -2 and STEP % values.group == 0 if isinstance(values, Int4Weight) else values.dtype == dtype
+    fits = block in BLOCKS and inputs % STEP == 0 and outputs % WIDTH == 0
+    return triton is not None and dtype == jnp.bfloat16 and fits and of_its_kind
 
 
 def rows(
-    x: Float[Array, "M I"], w: Float[Array, "E I O"] | Int4Weight, block_expert: Int[Array, "M/b"], interpret: bool = False
+    x: Float[Array, "M I"],
+    w: Float[Array, "E I O"] | Int4Weight | InStack,
+    block_expert: Int[Array, "M/b"],
+    interpret: bool = False,
 ) -> Float[Array, "M O"]:
     """GroupedMatmul.rows, not transposed."""
+    if isinstance(w, InStack):
+        w, block_expert = w.among_all(block_expert)
     (M, I), (E, _, O), blocks = x.shape, w.shape, len(block_expert)
     if isinstance(w, Int4Weight):
-        parts, pick, cuts = 2, partial(_on_grid, group=w.group), min(-(-PROGRAMS * WIDTH // (blocks * O)), I // STEP)
-        operands = lax.bitcast_convert_type(w.codes.reshape(E, I, O // 2, 2), jnp.int8), w.scales.reshape(E, -1, O // 2, 2)
+        parts, pick, cuts = 4, partial(_on_grid, group=w.group), min(-(-PROGRAMS * WIDTH // (blocks * O)), I // STEP)
+        operands = lax.bitcast_convert_type(w.codes.reshape(E, I, O // 4, 4), jnp.int16), w.scales.reshape(E, -1, O // 4, 4)
     else:
         parts, pick, cuts, operands = 1, _whole, 1, (w,)
     block, steps = M // blocks, I // STEP
@@ -113,16 +113,16 @@ def _whole(w, expert, step, tile) -> tuple[Array]:
     return (triton.load(w.at[expert, pl.ds(step * STEP, STEP), pl.ds(tile * WIDTH, WIDTH)]),)
 
 
-def _on_grid(codes, scales, expert, step, tile, *, group: int) -> tuple[Array, Array]:
-    """Weights of the even and of the odd columns of a tile."""
-    groups, half = STEP // group, WIDTH // 2
-    both = triton.load(codes.at[expert, pl.ds(step * STEP, STEP), pl.ds(tile * half, half)]).astype(jnp.int16)
+def _on_grid(codes, scales, expert, step, tile, *, group: int) -> tuple[Array, ...]:
+    """Weights of every fourth column of a tile, from its first, second, third and fourth on."""
+    groups, quarter = STEP // group, WIDTH // 4
+    four = triton.load(codes.at[expert, pl.ds(step * STEP, STEP), pl.ds(tile * quarter, quarter)])
 
     def unpacked(part):
         # A code plus eight in the last bits of 128 is the bfloat16 number 136 + code.
-        bits = (lax.shift_right_logical(both, jnp.int16(4 * part)) & jnp.int16(15)) ^ jnp.int16(0x4308)
+        bits = (lax.shift_right_logical(four, jnp.int16(4 * part)) & jnp.int16(15)) ^ jnp.int16(0x4308)
         code = lax.bitcast_convert_type(bits, jnp.bfloat16) - jnp.bfloat16(136)
-        scale = triton.load(scales.at[expert, pl.ds(step * groups, groups), pl.ds(tile * half, half), np.int32(part)])
-        return (code.reshape(groups, group, half) * scale[:, None]).reshape(STEP, half)
+        scale = triton.load(scales.at[expert, pl.ds(step * groups, groups), pl.ds(tile * quarter, quarter), np.int32(part)])
+        return (code.reshape(groups, group, quarter) * scale[:, None]).reshape(STEP, quarter)
 
-    return unpacked(0), unpacked(1)
+    return tuple(unpacked(part) for part in range(4))

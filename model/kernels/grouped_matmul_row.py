@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from kernels.hopper import stated
+from model.in_stack import InStack
 from quant.resident import Int4Weight
 
 try:
@@ -34,29 +35,26 @@ PROGRAMS = 2112
 """About so many programs: sixteen warps for each of 132 cores, which is what a core needs on its way to be fed by the memory."""
 
 
-def takes(dtype, w: Array | Int4Weight) -> bool:
-    """Whether the kernel can multiply rows of `dtype` with these weights [E, I, O]. Triton counts bytes of codes in signed 32
-    bits."""
+def takes(dtype, w: Array | Int4Weight | InStack) -> bool:
+    """Whether the kernel can multiply rows of `dtype` with these weights [E, I, O]."""
     _, inputs, outputs = w.shape
-    on_grid = isinstance(w, Int4Weight)
-    return (
-        triton is not None
-        and dtype == jnp.bfloat16
-        and inputs % STEP == 0
-        and outputs % WIDTH == 0
-        and (w.axis == -2 and w.group % TALL == 0 and w.codes.size // 2 < 2**31 if on_grid else w.dtype == dtype)
-    )
+    values = w.stack if isinstance(w, InStack) else w
+    of_its_kind = values.axis == -2 and values.group % TALL == 0 if isinstance(values, Int4Weight) else values.dtype == dtype
+    fits = inputs % STEP == 0 and outputs % WIDTH == 0
+    return triton is not None and dtype == jnp.bfloat16 and fits and of_its_kind
 
 
 def rows(
-    x: Float[Array, "P I"], w: Float[Array, "E I O"] | Int4Weight, expert_of: Int[Array, "P"], interpret: bool = False
+    x: Float[Array, "P I"], w: Float[Array, "E I O"] | Int4Weight | InStack, expert_of: Int[Array, "P"], interpret: bool = False
 ) -> Float[Array, "P O"]:
     """GroupedMatmul.rows with blocks of one row, not transposed; zeros for a row of nobody, whatever it holds."""
+    if isinstance(w, InStack):
+        w, expert_of = w.among_all(expert_of)
     (P, I), (E, _, O) = x.shape, w.shape
     if isinstance(w, Int4Weight):
-        parts, step, load, add = 2, gcd(STEP, w.group), partial(_load_codes, group=w.group), partial(_add_codes, interpret)
-        codes = lax.bitcast_convert_type(w.codes.reshape(E, I, O // 2, 2), jnp.int8)
-        operands = codes, lax.bitcast_convert_type(w.scales.reshape(E, -1, O // 2, 2), jnp.int32)
+        parts, step, load, add = 4, gcd(STEP, w.group), partial(_load_codes, group=w.group), partial(_add_codes, interpret)
+        codes = lax.bitcast_convert_type(w.codes.reshape(E, I, O // 4, 4), jnp.int16)
+        operands = codes, lax.bitcast_convert_type(w.scales.reshape(E, -1, O // 4, 2, 2), jnp.int32)
     else:
         parts, step, load, add, operands = 1, STEP // 2, _load_whole, _add_whole, (w,)
     steps = I // step
@@ -117,61 +115,54 @@ def _add_whole(sums, entries, weights):
 
 
 def _load_codes(codes, scales, expert, here, columns, first, *, group: int):
-    of_group = triton.load(scales.at[expert, pl.ds(lax.div(first, group), 1), columns])
-    return [triton.load(codes.at[expert, some, columns]) for some in here], of_group
+    of_group = expert, pl.ds(lax.div(first, group), 1), columns
+    words = [triton.load(scales.at[*of_group, np.int32(half)]) for half in range(2)]
+    return [triton.load(codes.at[expert, some, columns]) for some in here], words
 
 
 def _add_codes(interpret: bool, sums, entries, codes, words):
-    """Sums of the even columns, which are the first code of a byte and the first half of a word of scales, and of the odd."""
-    halves = (lax.shift_right_logical(words, jnp.int32(16 * part)).astype(jnp.int16) for part in range(2))
+    """Sums of every fourth column from the first on, from the second on, and so on: the codes of an element, from its last
+    bits to its first. Their scales are halves of two words."""
+    halves = (lax.shift_right_logical(word, jnp.int32(16 * half)).astype(jnp.int16) for word in words for half in range(2))
     scales = [lax.bitcast_convert_type(half, jnp.bfloat16) for half in halves]
     multiply_and_add = _plainly if interpret else _by_instructions
-    for entry, both in zip(entries, codes, strict=True):
-        sums = tuple(multiply_and_add(total, scales[part], both, entry, part) for part, total in enumerate(sums))
+    for entry, four in zip(entries, codes, strict=True):
+        sums = tuple(multiply_and_add(total, scales[part], four, entry, part) for part, total in enumerate(sums))
     return sums
 
 
-def _plainly(total, scale, both, xs, part: int):
-    """total + bf16(code * scale) * x, for the first or second code of every byte. The product of two bfloat16 numbers is exact
-    in float32, so that it makes no difference whether it is rounded before it is added."""
-    bits = (lax.shift_right_logical(both.astype(jnp.int32), jnp.int32(4 * part)) & jnp.int32(15)) ^ jnp.int32(8)
+def _plainly(total, scale, four, xs, part: int):
+    """total + bf16(code * scale) * x, for one code of every element. The product of two bfloat16 numbers is exact in float32,
+    so that it makes no difference whether it is rounded before it is added."""
+    bits = (lax.shift_right_logical(four.astype(jnp.int32), jnp.int32(4 * part)) & jnp.int32(15)) ^ jnp.int32(8)
     code = (bits - 8).astype(jnp.bfloat16)
     return total + (code * scale).astype(jnp.float32) * xs
 
 
-def _by_instructions(total, scale, both, xs, part: int):
+def _by_instructions(total, scale, four, xs, part: int):
     """`_plainly` for a GPU, where what Pallas makes of it takes twice as many instructions."""
     of_all = (jnp.broadcast_to(a, total.shape) for a in (scale, xs))
     (total,) = triton.elementwise_inline_asm(
         MULTIPLY_AND_ADD.format(shift=4 * part),
-        args=[both, *of_all, total],
-        constraints="=&f,=&f,=&f,=&f,r,r,r,f,f,f,f,f,f,f,f",
-        pack=4,
+        args=[four, *of_all, total],
+        constraints="=&f,=&f,r,r,f,f,f,f",
+        pack=2,
         result_shape_dtypes=[jax.ShapeDtypeStruct(total.shape, total.dtype)],
     )
     return total
 
 
 MULTIPLY_AND_ADD = """{{
-.reg .b32 %bytes, %a, %b, %magic, %bits;
-shr.b32 %bytes, $4, {shift};
-prmt.b32 %a, %bytes, %bytes, 0x4140;
-prmt.b32 %b, %bytes, %bytes, 0x4342;
+.reg .b32 %w, %magic, %bits;
+shr.b32 %w, $2, {shift};
 mov.b32 %magic, 0x43084308;
-lop3.b32 %a, %a, 0x000f000f, %magic, 0x6a;
-lop3.b32 %b, %b, 0x000f000f, %magic, 0x6a;
-sub.bf16x2 %a, %a, %magic;
-sub.bf16x2 %b, %b, %magic;
-mul.bf16x2 %a, %a, $5;
-mul.bf16x2 %b, %b, $6;
-shl.b32 %bits, %a, 16;
-fma.rn.f32 $0, %bits, $7, $11;
-and.b32 %bits, %a, 0xffff0000;
-fma.rn.f32 $1, %bits, $8, $12;
-shl.b32 %bits, %b, 16;
-fma.rn.f32 $2, %bits, $9, $13;
-and.b32 %bits, %b, 0xffff0000;
-fma.rn.f32 $3, %bits, $10, $14;
+lop3.b32 %w, %w, 0x000f000f, %magic, 0x6a;
+sub.bf16x2 %w, %w, %magic;
+mul.bf16x2 %w, %w, $3;
+shl.b32 %bits, %w, 16;
+fma.rn.f32 $0, %bits, $4, $6;
+and.b32 %bits, %w, 0xffff0000;
+fma.rn.f32 $1, %bits, $5, $7;
 }}"""
-"""Four sums ($0 to $3, from $11 to $14) and four bytes ($4), two scales ($5, $6) each two, and the row's entries ($7 to $10).
-(bytes & 15) ^ 8 in the last bits of 128 is the bfloat16 number 136 + code; a bfloat16 number is a float32's first half."""
+"""Two sums ($0, $1, from $6, $7), two elements of four codes ($2), two scales ($3), and the row's entries ($4, $5).
+(w & 15) ^ 8 in the last bits of 128 is the bfloat16 number 136 + code; a bfloat16 number is a float32's first half."""

@@ -13,6 +13,7 @@ import pytest
 
 from kernels import hopper
 from model import dispatch, grouped_matmul
+from model.in_stack import InStack
 from model.kernels import gather_gpu, grouped_matmul_decode, grouped_matmul_gpu, grouped_matmul_row
 from quant.resident import Int4Weight, to_int4
 from tests.model.interpret_gpu import PRESENT, interpreted, sabotaged
@@ -126,12 +127,32 @@ def test_what_the_decoding_kernel_takes(block, I, O, dtype, axis, taken):
     assert grouped_matmul_decode.takes(dtype, block, w) == taken
 
 
-@pytest.mark.parametrize("experts, taken", [(128, True), (256, False)])
-def test_the_decoding_kernel_leaves_what_its_offsets_cannot_reach(experts, taken):
-    """Codes of all of DeepSeek-V3's gates and ups in a layer, 3.8 GB."""
-    codes = jax.ShapeDtypeStruct((experts, 7168, 4096), jnp.int4)
-    scales = jax.ShapeDtypeStruct((experts, 7168 // 32, 4096), jnp.bfloat16)
-    assert grouped_matmul_decode.takes(jnp.bfloat16, 16, Int4Weight(codes, scales, -2, 32)) == taken
+@pytest.mark.parametrize("kernel, block", [(grouped_matmul_decode, 16), (grouped_matmul_row, 1)])
+def test_four_codes_are_an_element(kernel, block):
+    """Triton counts elements in signed 32 bits up to 4 GiB: of all of DeepSeek-V3's gates and ups in a layer, 3.8 GB, there
+    would be too many if an element were a byte."""
+    w = Int4Weight(
+        jax.ShapeDtypeStruct((256, 7168, 4096), jnp.int4), jax.ShapeDtypeStruct((256, 224, 4096), jnp.bfloat16), -2, 32
+    )
+    x, experts = jax.ShapeDtypeStruct((4 * block, 7168), jnp.bfloat16), jax.ShapeDtypeStruct((4,), jnp.int32)
+    (call,) = (e for e in jax.make_jaxpr(kernel.rows)(x, w, experts).eqns if e.primitive.name == "pallas_call")
+    assert max(v.aval.size for v in call.invars) < 2**31 < w.codes.size // 2
+
+
+@pytest.mark.parametrize("kernel, block", [(grouped_matmul_decode, 16), (grouped_matmul_row, 1)])
+@pytest.mark.parametrize("on_grid", [False, True])
+def test_a_layer_in_its_stack(kernel, block, on_grid):
+    """The same as the layer by itself, in Triton's interpreter, and nobody's rows nobody's."""
+    I, O, expert = 128, 256, jnp.array(BLOCK_EXPERT)
+    (x,) = inputs(block, (I,))
+    stack = to_int4(jax.random.normal(jax.random.key(1), (3, E, I, O)), -2, 32)
+    stack = stack if on_grid else stack.astype(jnp.bfloat16)
+    for layer in range(3):
+        mine = InStack(stack, jnp.int32(layer))
+        assert mine.shape == (E, I, O) and len(mine) == E
+        np.testing.assert_array_equal(
+            kernel.rows(x, mine, expert, interpret=True), kernel.rows(x, mine.cut(), expert, interpret=True)
+        )
 
 
 @pytest.mark.parametrize("group", [8, 16, 32, 64, None])

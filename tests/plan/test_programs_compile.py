@@ -24,6 +24,7 @@ from quant.served import Serving
 from train import compat, held_out, probe
 from train.mesh import batch_sharding, make_mesh, param_shardings, platform
 from train.plan.census import census
+from train.plan.hlo import Program
 from train.plan.topology import topology
 from train.step import BATCH
 
@@ -66,29 +67,39 @@ def kind(machine: str) -> str:
     return platform(make_mesh(MeshConfig(data=1), topology(machine).devices()[:1]))
 
 
+def loop(machine, params, rows):
+    """The program of replies to some rows, and the cache that it is given."""
+    program = generate.Program(MODEL, "bfloat16", kind(machine), True)
+    cache = array((3, rows, 1024, MODEL.kv_lora_rank + MODEL.qk_rope_head_dim), jnp.bfloat16)
+    logits = array((rows, MODEL.vocab_size), jnp.float32)
+    given = params, logits, cache, integers(rows), integers(rows), integers(1), Sampling(), Budget()
+    return compiled(machine, generate._loop, *given, room=16, program=program), cache
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("machine", [TPU, GPU])
 def test_generating(machine, packed):
     """A prompt, and the loop of replies, whose cache is written where it lies."""
     program, params = generate.Program(MODEL, "bfloat16", kind(machine), True), weights(jnp.bfloat16, packed)
     assert compiled(machine, generate._prefill, params, integers(4, 512), integers(4), cache_len=1024, program=program)
-    cache = array((3, 4, 1024, MODEL.kv_lora_rank + MODEL.qk_rope_head_dim), jnp.bfloat16)
-    budget, sampling = Budget(), Sampling()
-    found = compiled(
-        machine,
-        generate._loop,
-        params,
-        array((4, MODEL.vocab_size), jnp.float32),
-        cache,
-        integers(4),
-        integers(4),
-        integers(1),
-        sampling,
-        budget,
-        room=16,
-        program=program,
-    )
+    found, cache = loop(machine, params, 4)
     assert found.memory_analysis().alias_size_in_bytes >= cache.size * 2
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("machine", [GPU])
+def test_what_a_token_writes(machine, packed, rows):
+    """Of a layer's experts, which kernels pick from those of all layers, there is no copy, not even of their codes. The products
+    of a single row stay products: XLA would multiply elementwise and write as much as there are weights."""
+    found, _ = loop(machine, weights(jnp.bfloat16, packed), rows)
+    whole, kinds = Program(found.as_text()), ("fusion", "fusion-done", "custom-call", "dot", "copy", "dynamic-slice")
+    named = [i for name, c in whole.computations.items() if "fused" not in name and "triton" not in name for i in c.values()]
+    written = [(s.bytes, i.name) for i in named if i.kind in kinds for s in i.shapes]
+    codes = MODEL.n_routed_experts * MODEL.hidden_size * MODEL.moe_intermediate_size // 2
+    assert len(written) > 50 and max(written)[0] < codes, max(written)
+    products = [x for x in written if "multiply" in x[1]]
+    assert max(products, default=(0,))[0] < 4 * rows * MODEL.vocab_size, max(products)
 
 
 @pytest.mark.parametrize("machine", [TPU, GPU])
