@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from model.kernels import gather_gpu, grouped_matmul_row
+from model.kernels import gather_gpu, grouped_matmul_decode, grouped_matmul_row
 from quant import grid, grid_gpu
 from quant.resident import Int4Weight
 from tests.plan import ptx
@@ -70,6 +70,36 @@ def test_experts_of_a_row(group, I, monkeypatch, tmp_path):
     assert np.abs(mine[0] - want).max() <= 1e-6 * np.abs(want).max()  # float32 sums of some 50 products
     assert not mine[1].any()
     np.testing.assert_array_equal(mine[2], w64[0, I // 2 + 5])
+
+
+@pytest.mark.parametrize("group, block", [(32, 16), (16, 32), (None, 16)])
+def test_decoding(group, block, monkeypatch, tmp_path):
+    """Blocks of a few rows: the same, where copies to shared memory come when they are waited for."""
+    I, O, expert, rng = 256, 256, np.array([1, 2, NOBODY], np.int32), np.random.default_rng(0)
+    tiles, cuts = O // grouped_matmul_decode.WIDTH, 2 if group else 1
+    monkeypatch.setattr(grouped_matmul_decode, "PROGRAMS", cuts * len(expert) * tiles)
+    if group:
+        codes, scales, w64 = on_grid(rng, I, O, group)
+        w = Int4Weight(array((E, I, O), jnp.int4), array(scales.shape, jnp.bfloat16), -2, group)
+        given = [((codes[..., ::2] & 15) | (codes[..., 1::2] & 15) << 4).astype(np.uint8), scales]
+    else:
+        given = [rng.standard_normal((E, I, O)).astype(BF16)]
+        w, w64 = array((E, I, O), jnp.bfloat16), given[0].astype(np.float64)
+    place = np.arange(block) * 37 % I
+    x = np.concatenate([rng.standard_normal((block, I)), np.eye(I)[place], np.zeros((block, I))]).astype(BF16)
+    parts = carried_out(
+        tmp_path,
+        "experts_decoding",
+        grouped_matmul_decode.rows,
+        (array(x.shape, jnp.bfloat16), w, array(expert.shape, jnp.int32)),
+        [expert, x, *given],
+        np.full((cuts, len(x), O), np.nan, np.float32 if cuts > 1 else BF16),
+        (len(expert), tiles, cuts),
+    )
+    mine, want = parts.astype(np.float64).sum(0), x[:block].astype(np.float64) @ w64[1]
+    assert np.abs(mine[:block] - want).max() <= (1e-6 if group else 4e-3) * np.abs(want).max()  # float32, or one rounding
+    np.testing.assert_array_equal(mine[block : 2 * block], w64[2, place])
+    assert not mine[2 * block :].any()
 
 
 def test_rows_to_slots(tmp_path):

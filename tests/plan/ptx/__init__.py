@@ -4,8 +4,8 @@
 after another. Where a GPU is free to choose, `run` chooses at random, and on purpose badly:
 
 - Warps take turns at random.
-- A TMA load spoils its destination at once and delivers later, in any order. A TMA store reads shared memory only when it is
-  waited for. What is past the edge of an array is read as zero and not written.
+- A TMA load spoils its destination at once and delivers later, in any order; a thread's copy (cp.async) when it is waited for. A
+  TMA store reads shared memory only when it is waited for. What is past the edge of an array is read as zero and not written.
 - Products (WGMMA) read and add where they are issued, or only where they are waited for: the caller's choice.
 - Shared memory exists twice, as threads and as the copy and matrix engines see it. What a thread writes reaches the second
   with its fence.proxy.async.

@@ -9,7 +9,7 @@ from functools import partial
 import ml_dtypes
 import numpy as np
 
-from tests.plan.ptx.machine import ARRAYS, DESCRIPTORS, SHARED_AT, Barrier, check, known, swizzled
+from tests.plan.ptx.machine import ARRAYS, DESCRIPTORS, SHARED_AT, SPOILED, Barrier, check, known, swizzled
 
 LANES = np.arange(32, dtype=np.uint32)
 TYPES = {
@@ -204,6 +204,8 @@ def function_of(name: str, modifiers: list[str], kind) -> tuple[Callable, type]:
     bits = 8 * np.dtype(kind).itemsize
     if name in ("shl", "shr"):
         return partial(shifted, left=name == "shl"), np.uint32
+    if name == "bfe" and kind == np.int32:  # the field's own sign
+        return lambda x, first, count: shifted(shifted(x, 32 - first - count, left=True), 32 - count, left=False), np.uint32
     if name == "bfe":
         return lambda x, first, count: shifted(x, first, left=False) & ((kind(1) << count.astype(kind)) - kind(1)), np.uint32
     if name == "div" and "full" in modifiers:
@@ -280,24 +282,12 @@ def load(operation, operands, holds, symbols):
 
 def store(operation, operands, holds, symbols):
     at, values = address(operands[0], symbols), names(operands[1])
-    known(operation.endswith(".b32"), operation)
+    size = TYPES[operation.split(".")[-1]]().itemsize
 
     def step(warp):
-        lanes = holds(warp)
+        lanes, write = holds(warp), warp.write if "shared" in operation else warp.block.store
         for i, value in enumerate(values):
-            warp.write((at(warp) + 4 * i)[lanes], warp.registers[value][lanes])
-
-    return step
-
-
-def store_global(operation, operands, holds, symbols):
-    at, values = address(operands[0], symbols), names(operands[1])
-    known(operation.endswith(".b32"), operation)
-
-    def step(warp):
-        lanes = holds(warp)
-        for i, value in enumerate(values):
-            warp.block.store(at(warp)[lanes] + 4 * i, warp.registers[value][lanes])
+            write(at(warp)[lanes] + size * i, warp.registers[value][lanes].astype(f"u{size}"))  # of a wider one the last bits
 
     return step
 
@@ -317,15 +307,70 @@ def store_matrices(operation, operands, holds, symbols):
 
 
 def load_matrices(operation, operands, holds, symbols):
-    """The reverse of `store_matrices`."""
+    """The reverse of `store_matrices`; transposed, a lane's two elements are of a column."""
     targets, at = names(operands[0]), address(operands[1], symbols)
-    known(".trans" not in operation, operation)
 
     def step(warp):
         for i, target in enumerate(targets):
             rows = at(warp)[8 * i : 8 * i + 8]
             check(not (rows % 16).any(), "ldmatrix from a misaligned row")
-            warp.set(target, warp.block.seen.view(np.uint32)[(rows[:, None] // 4 + np.arange(4)).reshape(-1)])
+            found = warp.block.seen.view(np.uint16)[rows[:, None] // 2 + np.arange(8)]
+            warp.set(target, np.ascontiguousarray(found.T if ".trans" in operation else found).view(np.uint32).reshape(-1))
+
+    return step
+
+
+def copy_of_thread(operation, operands, holds, symbols):
+    """cp.async: sixteen bytes for each lane, or zeros where the last operand says none, or, a predicate, not to read."""
+    to, source_at = (address(operand, symbols) for operand in operands[:2])
+    unread = operands[3].startswith("%p")
+    last = source(operands[3], np.bool_ if unread else np.uint32, symbols)
+    known(operands[2] == "0x10", operation)
+
+    def step(warp):
+        lanes, (where, there) = holds(warp), (to(warp), source_at(warp))
+        counts = np.where(last(warp), 0, 16) if unread else last(warp)
+        known(np.isin(counts, (0, 16)).all(), "cp.async of a part")
+        check(not ((where | np.where(counts > 0, there, 0))[lanes] % 16).any(), "cp.async of misaligned bytes")
+        places = where[:, None] + np.arange(16)
+        warp.block.seen[places[lanes]] = SPOILED
+
+        def arrive():
+            for lane in np.flatnonzero(lanes):
+                first = int(there[lane])
+                mine = warp.block.array(first)[first % ARRAYS :][:16] if counts[lane] else np.zeros(16, np.uint8)
+                warp.block.seen[places[lane]] = mine
+
+        warp.loads.open.append(arrive)
+
+    return step
+
+
+def load_groups(operation, operands, holds, symbols):
+    return lambda warp: warp.loads.commit() if "commit" in operation else warp.loads.wait(int(operands[0]))
+
+
+def small_product(operation, operands, holds, symbols):
+    """mma.sync of a warp: 16 x 16 by 16 x 8, added."""
+    known(operation == "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", operation)
+    out, left, right, total = map(names, operands)
+    row, column = (LANES // 4).astype(int), (2 * (LANES % 4)).astype(int)
+
+    def pairs(warp, registers):
+        return [warp.registers[name].view(ml_dtypes.bfloat16).reshape(32, 2) for name in registers]
+
+    def step(warp):
+        x, y, z = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32), np.zeros((16, 8), np.float32)
+        for pair, (down, across) in zip(pairs(warp, left), ((0, 0), (8, 0), (0, 8), (8, 8))):
+            x[row + down, column + across], x[row + down, column + across + 1] = pair.T
+        for pair, down in zip(pairs(warp, right), (0, 8)):
+            y[column + down, row], y[column + down + 1, row] = pair.T
+        at = [(row + 8 * (i // 2), column + i % 2) for i in range(4)]
+        for name, place in zip(total, at):
+            z[place] = source(name, np.float32, symbols)(warp)
+        z += x @ y
+        for name, place in zip(out, at):
+            warp.set(name, z[place])
 
     return step
 
@@ -478,13 +523,16 @@ def matrix(descriptor: int, lines: np.ndarray, transposed: bool) -> np.ndarray:
 
 ENGINES = {
     "ld.": load,
-    "st.shared": store,
-    "st.global": store_global,
+    "st.": store,
     "stmatrix": store_matrices,
     "ldmatrix": load_matrices,
     "fence.proxy.async": fence,
     "mbarrier": barrier,
     "bar.sync": meet,
+    "cp.async.cg": copy_of_thread,
+    "cp.async.commit_group": load_groups,
+    "cp.async.wait_group": load_groups,
+    "mma.sync": small_product,
     "cp.async.bulk.tensor": copy_box,
     "cp.async.bulk.global": copy_bytes,
     "cp.async.bulk": copy_groups,

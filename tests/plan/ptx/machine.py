@@ -79,7 +79,7 @@ class Warp:
         self.registers: dict[str, np.ndarray] = {}
         self.unready: set[str] = set()
         self.unfenced: list[np.ndarray] = []
-        self.products, self.copies = Groups(), Groups()
+        self.products, self.copies, self.loads = Groups(), Groups(), Groups()
 
     def set(self, name: str, value: np.ndarray) -> None:
         value = np.ascontiguousarray(value)
@@ -87,7 +87,7 @@ class Warp:
         self.unready.add(name)
 
     def write(self, places: np.ndarray, values: np.ndarray) -> None:
-        self.block.seen.view(np.uint32)[places // 4] = values
+        self.block.seen.view(values.dtype)[places // values.itemsize] = values
         self.unfenced.append(places // 4)
 
     def run(self, instructions, chance: random.Random):
@@ -174,11 +174,14 @@ class Block:
         self.times[descriptor.argument].reshape(-1)[elements[exists]] += 1
 
     def store(self, where: np.ndarray, values: np.ndarray) -> None:
-        """Words of threads to one array."""
+        """Values of threads to one array."""
+        if not len(where):
+            return
         number = int(where[0]) // ARRAYS - 1
-        self.array(int(where[0])).view(np.uint32)[where % ARRAYS // 4] = values
+        self.array(int(where[0])).view(values.dtype)[where % ARRAYS // values.itemsize] = values
         size = self.arrays[number].itemsize
-        np.add.at(self.times[number].reshape(-1), (where % ARRAYS)[:, None] // size + np.arange(4 // size), 1)
+        elements = (where % ARRAYS)[:, None] // size + np.arange(max(values.itemsize // size, 1))
+        np.add.at(self.times[number].reshape(-1), elements, 1)
 
     def store_bytes(self, where: int, shared: int, count: int) -> None:
         check(where % 16 == shared % 16 == count % 16 == 0, "misaligned bytes")
