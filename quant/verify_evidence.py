@@ -47,7 +47,7 @@ def load_evidence(directory: Path, report: Report) -> dict[str, Any] | None:
         marks = {name: Fingerprint.from_json(row) for name, row in content["tensors"].items()}
         if isinstance(content["config"], dict) and isinstance(content.get("files", {}), dict):
             return {**content, "tensors": marks}
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OSError):
         pass
     report.error("evidence", f"{FILE} is unreadable; restore it from the export")
     return None

@@ -27,6 +27,9 @@ def load_json(path: Path, report: Report) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text())
+    except OSError as error:
+        report.error("files", f"{path.name} cannot be opened ({error.strerror}); restore it")
+        return None
     except (ValueError, RecursionError) as error:
         report.error("files", f"{path.name} is not JSON: {error}")
         return None

@@ -115,6 +115,14 @@ def in_quantization(**changes):
     return in_json("config.json", lambda c: c["quantization_config"].update(changes))
 
 
+def directory_in_place_of(name):
+    def apply(directory):
+        (directory / name).unlink()
+        (directory / name).mkdir()
+
+    return apply
+
+
 MALFORMED = {
     "quantization_config a list": (in_config(quantization_config=[1]), r"quantization_config is \[1\], not an object"),
     "quantization_config a text": (in_config(quantization_config="int4"), "quantization_config is 'int4', not an object"),
@@ -153,6 +161,9 @@ MALFORMED = {
         "the probe could not be repeated",
     ),
     "config nested without end": (lambda d: (d / "config.json").write_text("[" * 100_000), "config.json is not JSON"),
+    "config a directory": (directory_in_place_of("config.json"), "config.json cannot be opened .Is a directory.; restore it"),
+    "index a directory": (directory_in_place_of(INDEX), f"{INDEX} cannot be opened"),
+    "evidence a directory": (directory_in_place_of(FILE), "evidence.json is unreadable"),
     "a link without its file": (lambda d: (d / "a.safetensors").symlink_to("gone"), "No such file"),
 }
 
@@ -215,6 +226,7 @@ COMMANDED = {
     "no config": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
     "a size null": (in_config(hidden_size=None), "hidden_size is None"),
     "tensor gone": (renamed(NORM, "gift"), f"{NORM} was exported but is gone"),
+    "config a directory": (directory_in_place_of("config.json"), "config.json cannot be opened"),
 }
 
 
