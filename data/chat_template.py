@@ -26,7 +26,10 @@ def chat_template(system: str | None, mode: str) -> str:
 def template_settings(directory: Path) -> dict[str, str]:
     """`system` and `mode` of DataConfig, as far as the template of an exported directory sets them."""
     path = directory / FILE
-    head = HEAD.match(path.read_text(encoding="utf-8") if path.is_file() else "")
+    try:
+        head = HEAD.match(path.read_text(encoding="utf-8") if path.is_file() else "")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 ({error}); restore it, or remove it") from None
     try:
         system = {"system": json.loads(head["system"])} if head["system"] else {}
     except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from configs.schema import ConfigError, ModelConfig
 
@@ -71,11 +72,24 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 
 def read_vocabulary(directory: Path, m: ModelConfig, pre_tokenizer: str | None) -> Vocabulary:
-    """From tokenizer.json and chat_template.jinja; raises ConfigError where the splitter must be named and is not."""
-    path = directory / "tokenizer.json"
+    """From tokenizer.json and chat_template.jinja; raises ConfigError where the splitter must be named and is not, or a file is
+    damaged."""
+    path, template = directory / "tokenizer.json", directory / "chat_template.jinja"
     if not path.exists():
         raise ConfigError(f"{directory} has no tokenizer.json, which llama.cpp needs inside the file")
-    content = json.loads(path.read_text())
+    try:
+        chat_template = template.read_text(encoding="utf-8") if template.exists() else None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{template} is not UTF-8 ({error}); restore it, or remove it") from None
+    try:
+        return _vocabulary(json.loads(path.read_text()), chat_template, m, pre_tokenizer)
+    except ConfigError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path} is no Hugging Face tokenizer ({error!r}); restore it") from None
+
+
+def _vocabulary(content: dict[str, Any], chat_template: str | None, m: ModelConfig, pre_tokenizer: str | None) -> Vocabulary:
     model = content["model"]
     if model.get("type") != "BPE":
         raise ConfigError(f"tokenizer.json is a {model.get('type')} model; only byte-level BPE is written to GGUF here")
@@ -94,14 +108,13 @@ def read_vocabulary(directory: Path, m: ModelConfig, pre_tokenizer: str | None) 
     for added in content.get("added_tokens", []):
         tokens[added["id"]] = added["content"]
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-    template = directory / "chat_template.jinja"
     return Vocabulary(
         tokens,
         types,
         merges,
         pre_tokenizer or "gpt-2",
         {"bos": m.bos_token_id, "eos": m.eos_token_id, "pad": m.pad_token_id},
-        template.read_text() if template.exists() else None,
+        chat_template,
     )
 
 

@@ -7,7 +7,7 @@ may change the mathematics, and stops the import with its name. Old and new spel
 from __future__ import annotations
 
 import json
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -75,7 +75,7 @@ SILENT = set(HARMLESS) | {
 KINDS = {
     int: ("a whole number", int),
     bool: ("true or false", bool),
-    float: ("a number", (int, float)),
+    float: ("a finite 64-bit number", (int, float)),
     str: ("a text", str),
     dict: ("an object", dict),
 }
@@ -123,17 +123,19 @@ def read_config(directory: str | Path) -> ReadConfig:
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     require(isinstance(content, dict), f"{path} holds no JSON object")
     return content
 
 
 def _typed(key: str, value: Any, kind: type) -> Any:
-    """The value, if JSON's type is the field's; true is no number, and neither are NaN and infinity."""
+    """The value, if JSON's type is the field's; true is no number, and neither is what no finite float holds."""
     words, types = KINDS[kind]
     fits = isinstance(value, types) and isinstance(value, bool) == (kind is bool)
-    require(fits and (kind is not float or math.isfinite(value)), f"config.json: {key} is {value!r}, which is not {words}")
+    require(
+        fits and (kind is not float or abs(value) <= sys.float_info.max), f"config.json: {key} is {value!r}, which is not {words}"
+    )
     return value
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -9,7 +10,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from configs.schema import ConfigError, ModelConfig
+from data.chat_template import template_settings
+from data.tokenizer import ByteTokenizer
 from quant.export import export_model
+from quant.gguf_metadata import read_vocabulary
 from quant.importer import Imported
 from quant.packed import projections
 from quant.read_config import read_config
@@ -210,6 +214,41 @@ def test_no_value_of_a_field_gets_past_the_reader_as_another_type(tmp_path, bad)
             part[key] = kept
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_file_that_is_nested_without_end_is_named(tmp_path, name):
+    directory = export(tmp_path / "deep", quant=PLAIN)
+    (directory / name).write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ConfigError, match=f"/{name} is not JSON"):
+        read_config(directory)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"{}", r"tokenizer.json is no Hugging Face tokenizer \(KeyError\('model'\)\); restore it"),
+        (b"[]", "is no Hugging Face tokenizer"),
+        (b"\xff", "is no Hugging Face tokenizer"),
+        (b"[" * 100_000, "is no Hugging Face tokenizer"),
+        (b'{"model": {"type": "BPE", "merges": [1], "vocab": {}}}', "is no Hugging Face tokenizer"),
+        (b'{"model": {"type": "BPE", "merges": [], "vocab": {"a": "b"}}}', "is no Hugging Face tokenizer"),
+        (b'{"model": {"type": "WordPiece"}}', "only byte-level BPE is written"),
+    ],
+)
+def test_a_damaged_tokenizer_makes_no_gguf_file(tmp_path, content, message):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as error:
+        read_vocabulary(tmp_path, MODEL, None)
+    assert "\n" not in str(error.value)
+
+
+def test_a_template_that_is_no_text_is_named(tmp_path):
+    ByteTokenizer().save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe{%- set")
+    for read in (template_settings, partial(read_vocabulary, m=MODEL, pre_tokenizer=None)):
+        with pytest.raises(ConfigError, match="chat_template.jinja is not UTF-8 .*; restore it, or remove it"):
+            read(tmp_path)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -228,6 +267,7 @@ def test_no_value_of_a_field_gets_past_the_reader_as_another_type(tmp_path, bad)
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "convert them to bf16"),
         ({"quantization_config": {"quant_method": "awq"}}, "'awq'"),
         ({"vocab_size": 64.0}, "not a whole number"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000.*, which is not a finite 64-bit number"),
         ({"rms_norm_eps": 0}, "rms_norm_eps must be positive"),
         ({"text_config": {"model_type": "qwen3_moe"}}, "qwen3_moe"),
         ({"num_key_value_heads": 1}, "num_key_value_heads"),
