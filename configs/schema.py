@@ -14,6 +14,9 @@ from typing import Any, Literal
 
 Dtype = Literal["float32", "bfloat16"]
 
+MOST_STEPS = 2**31 - 2
+"""Steps are counted in 32 bits with their sign, and one more than the last is a number too."""
+
 
 class ConfigError(ValueError):
     """A setting that cannot work; the message says which one and what to do."""
@@ -221,6 +224,7 @@ class OptimConfig:
         for name in ("adam_b1", "adam_b2"):
             require(0 <= getattr(self, name) < 1, f"optim.{name} must lie in [0, 1), not {getattr(self, name)}")
         require(0 < self.adam_eps < math.inf, f"optim.adam_eps must be above 0, not {self.adam_eps}")
+        require(self.warmup_steps <= MOST_STEPS, f"optim.warmup_steps must be at most {MOST_STEPS}, not {self.warmup_steps}")
         _not_negative("optim", self, "warmup_steps final_lr_ratio weight_decay adam_lr_ratio clip_norm router_bias_rate")
 
 
@@ -248,6 +252,11 @@ class QuantConfig:
         )
         require(0 <= self.distill_weight <= 1, f"quant.distill_weight is a share of the loss, 0 to 1, not {self.distill_weight}")
         require(self.start_step >= 0 and self.ramp_steps >= 0, "quant.start_step and quant.ramp_steps cannot be negative")
+        require(
+            self.start_step + self.ramp_steps <= MOST_STEPS,
+            f"quant.start_step and quant.ramp_steps must be at most {MOST_STEPS} together, not "
+            f"{self.start_step + self.ramp_steps}",
+        )
 
 
 @dataclass(frozen=True)
@@ -338,6 +347,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "batch_size", "seq_len", "accumulate", "log_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
+        require(self.steps <= MOST_STEPS, f"train.steps must be at most {MOST_STEPS}, not {self.steps}")
         require(-(2**63) <= self.seed < 2**63, f"train.seed has 64 bits, with its sign; {self.seed} needs more")
         require(self.keep >= 2, "train.keep must be at least 2: a damaged newest checkpoint needs one to fall back to")
         _not_negative("train", self, "z_loss balance_loss eval_every eval_batches")

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs.schema import OptimConfig
+from configs.schema import MOST_STEPS, ConfigError, OptimConfig, QuantConfig, TrainConfig
 from optim.schedules import MOONLIGHT_SECOND_PEAK, learning_rate
+from quant.served import grid_share
 
 BASE = OptimConfig(lr=2.0, warmup_steps=10, decay_fraction=0.3, final_lr_ratio=0.1)
 
@@ -51,3 +52,20 @@ def test_constant_and_short_runs():
             assert np.isfinite(rate).all() and (rate >= 0).all() and (rate <= 2.0).all()
     np.testing.assert_allclose(curve("wsd", decay_fraction=0.0)[10:], 2.0, rtol=1e-6)
     np.testing.assert_allclose(curve("constant", warmup_steps=0), 2.0)
+
+
+def test_the_most_steps_there_can_be():
+    """All arithmetic on them holds; with one more it would not, and the setting is refused."""
+    for name in ("wsd", "cosine", "moonlight", "constant"):
+        for warmup in (0, MOST_STEPS):
+            rate = learning_rate(dataclasses.replace(BASE, schedule=name, warmup_steps=warmup), MOST_STEPS)
+            assert np.isfinite([rate(step) for step in (0, MOST_STEPS - 1)]).all()
+    for start, ramp in ((0, MOST_STEPS), (MOST_STEPS, 0)):
+        assert 0 <= grid_share(QuantConfig(start_step=start, ramp_steps=ramp), MOST_STEPS - 1) <= 1
+    for wrong in (
+        lambda: TrainConfig(steps=MOST_STEPS + 1),
+        lambda: OptimConfig(warmup_steps=MOST_STEPS + 1),
+        lambda: QuantConfig(start_step=MOST_STEPS, ramp_steps=1),
+    ):
+        with pytest.raises(ConfigError, match=f"must be at most {MOST_STEPS}"):
+            wrong()
