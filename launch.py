@@ -390,8 +390,8 @@ def main(argv: list[str]) -> int:
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
-    except KeyboardInterrupt:
-        print(f"{verb} was stopped", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or f"{verb} was stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

@@ -128,7 +128,7 @@ def plan_shards(tables: list[Table], limit: int) -> list[list[int]]:
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
     """A path in a hidden directory beside `target`; what the block writes there, a file or a directory, becomes `target` when it
-    ends. After an error, Ctrl-C or SIGTERM nothing is left; the last two are a ConfigError."""
+    ends. After an error, Ctrl-C or SIGTERM nothing is left; the last two are a KeyboardInterrupt that says so."""
 
     def stop(number: int, _frame: Any) -> None:
         ignore()
@@ -148,7 +148,7 @@ def written_whole(target: Path) -> Iterator[Path]:
         yield scratch / target.name
         os.rename(scratch / target.name, target)
     except KeyboardInterrupt as stopped:
-        raise ConfigError(f"{target} was not written: the export was stopped by {stopped}") from None
+        raise KeyboardInterrupt(f"{target} was not written: the export was stopped by {stopped}") from None
     finally:
         ignore()
         shutil.rmtree(scratch, ignore_errors=True)

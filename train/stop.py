@@ -16,7 +16,7 @@ EXIT_USAGE = 2
 EXIT_STOPPED = 75
 """Stopped by a signal after saving: the same command goes on. (EX_TEMPFAIL; schedulers may requeue on it.)"""
 EXIT_INTERRUPTED = 130
-"""Ctrl-C where there was nothing to save: shells' number for it."""
+"""Ctrl-C where there was nothing to save, or while an export was written, SIGTERM then too: shells' number for it."""
 EXIT_LOST = 76
 """One of several processes ended without being asked; the others were ended too. The same command goes on from the newest
 checkpoint."""

@@ -20,7 +20,7 @@ from train import loop, processes
 from train.checkpoint import CheckpointError, Checkpoints
 from train.loop import train
 from train.run_dir import RunDir
-from train.stop import EXIT_DONE, EXIT_STOPPED, EXIT_USAGE
+from train.stop import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USAGE
 from train.stored import StoredParams
 
 
@@ -218,7 +218,7 @@ def test_an_export_that_is_stopped_leaves_nothing(tmp_path, deadly, number):
     """Even where a second signal comes."""
     out, before = tmp_path / "export", signal.getsignal(signal.SIGINT)
     with (
-        pytest.raises(ConfigError, match=f"export was not written: the export was stopped by {number.name}$"),
+        pytest.raises(KeyboardInterrupt, match=f"export was not written: the export was stopped by {number.name}$"),
         written_whole(out) as scratch,
     ):
         scratch.mkdir()
@@ -258,7 +258,7 @@ def test_a_stopped_export_is_one_sentence(trained, tmp_path, monkeypatch, deadly
 
     monkeypatch.setattr("train.export._probe", lambda *_: None)  # it reads them too, and nothing is written then
     monkeypatch.setattr(StoredParams, "read", stopped)
-    assert launch.main(["export", str(trained.path), "--out", str(tmp_path / "out")]) == EXIT_USAGE
+    assert launch.main(["export", str(trained.path), "--out", str(tmp_path / "out")]) == EXIT_INTERRUPTED
     error = capsys.readouterr().err
     assert "out was not written: the export was stopped by SIGTERM" in error and error.count("\n") == 1
     assert len(asked) == 9 and not list(tmp_path.iterdir())
