@@ -214,10 +214,12 @@ class RunDir:
 
 def split_source(source: str) -> tuple[RunDir, str]:
     """The run of RUN[@STEP], and STEP or "". A run's own name may have an @, and what is there decides: `x@5` is the run of that
-    name, not step 5 of `x`, where only the first is a run."""
+    name, not step 5 of `x`, where only the first is a run. ConfigError for `x@` where no directory has that name."""
     path, at, step = source.rpartition("@")
+    if at and not step and not Path(source).is_dir():
+        raise ConfigError(f"{source} ends without a step; write {path}@STEP, {path}@grid, or {path} for the newest step")
     stepped = bool(at) and (step == "grid" or step.isdecimal())
-    if not at or (RunDir(source).exists() and not (stepped and RunDir(path).exists())):
+    if not at or not step or (RunDir(source).exists() and not (stepped and RunDir(path).exists())):
         return RunDir(source), ""
     return RunDir(path), step
 

@@ -11,6 +11,7 @@ from jax.profiler import ProfileData
 
 import launch
 from configs.presets import preset
+from configs.schema import ConfigError
 from train.run_dir import RunDir, with_network_of
 from train.session import parse_source
 from train.stop import EXIT_DONE, EXIT_USAGE
@@ -29,6 +30,9 @@ WRONG = {
     "one expert": (["train", "--model.num-experts-per-tok", "1"], "leaves the router without a gradient"),
     "odd step": (["export", "runs/x@last"], "should be a run directory, RUN@STEP"),
     "odd digit": (["export", "runs/x@²"], "should be a run directory, RUN@STEP"),
+    "no step": (["export", "runs/x@"], "runs/x@ ends without a step; write runs/x@STEP"),
+    "no step before a kind": (["generate", "--weights", "runs/x@:bf16"], "runs/x@ ends without a step"),
+    "a start without a step": (["train", "--train.init-from", "runs/x@"], "runs/x@ ends without a step"),
 }
 
 
@@ -53,6 +57,8 @@ def test_a_wrong_command_is_one_sentence_and_changes_nothing(case, capsys, tmp_p
         (["--profile.steps", "5:3"], "FIRST:LAST"),
         (["--model.initializer-range", "nan"], "model.initializer_range must be positive, not nan"),
         (["--model.yarn-factor", "inf"], "model.yarn_factor must be finite, not inf"),
+        (["--train.steps", "10000000000"], "train.steps must be at most 2147483646"),
+        (["--quant.start-step", "10000000000"], "quant.start_step and quant.ramp_steps must be at most"),
     ],
 )
 def test_a_wrong_field_names_the_right_one(arguments, sentence, capsys, tmp_path):
@@ -66,7 +72,7 @@ def test_a_wrong_field_names_the_right_one(arguments, sentence, capsys, tmp_path
 def test_a_name_with_an_at(tmp_path, monkeypatch):
     """What is there decides; where a run and a step of another are meant by one word, the step is."""
     monkeypatch.chdir(tmp_path)
-    for name in ("a", "a@5", "me@home", "b@7"):
+    for name in ("a", "a@5", "me@home", "b@7", "c@"):
         RunDir(name).write_config(preset("tiny"), {})
     for source, path, step in (
         ("a@20", "a", 20),
@@ -80,9 +86,15 @@ def test_a_name_with_an_at(tmp_path, monkeypatch):
         ("a@grid", "a", preset("tiny").quant.start_step),
         ("new@3", "new", 3),
         ("7", "7", None),
+        ("c@", "c@", None),
+        ("c@@4", "c@", 4),
     ):
         run, found = parse_source(source)
         assert (str(run.path), found) == (path, step), source
+    (tmp_path / "export@").mkdir()
+    assert parse_source("export@")[0].path.name == "export@"
+    with pytest.raises(ConfigError, match="a@ ends without a step"):
+        parse_source("a@")
     other = dataclasses.replace(preset("tiny"), model=dataclasses.replace(preset("tiny").model, hidden_size=96))
     RunDir("me@home").write_config(other, {})
     for source in ("me@home", "me@home@20"):
