@@ -222,8 +222,8 @@ class Checkpoints:
                 (self.directory / str(step)).rename(free)
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """A CheckpointError where the disk is full, now or at an earlier `save`."""
+    def writing(self, remedy: str = "free some space and run the same command again") -> Iterator[None]:
+        """A CheckpointError where the disk is full, now or at an earlier `save`; `remedy` is what to do then."""
         try:
             yield
         except Exception as error:
@@ -231,9 +231,7 @@ class Checkpoints:
             if said is None:
                 raise
             on = f": it goes on from step {self.steps()[-1]}" if self.steps() else ""
-            raise CheckpointError(
-                f"{self.directory} cannot be written ({said}); free some space and run the same command again{on}"
-            ) from error
+            raise CheckpointError(f"{self.directory} cannot be written ({said}); {remedy}{on}") from error
 
     def close(self) -> None:
         """Wait until everything that was started is on disk."""

@@ -129,7 +129,7 @@ def _import(directory: Path, named: str, base: RunConfig, preset: str, run: RunD
         console.print(note, markup=False)
     processes.meet("before anything is written")
     checkpoints = Checkpoints(run.checkpoints, cfg.train.keep)
-    with processes.alone(run, new=True), checkpoints.writing():
+    with processes.alone(run, new=True), checkpoints.writing(f"free some space, remove {run.path} and import again"):
         if processes.first():
             if beside:  # the run outlives the directory that it came from
                 copy = run.tokenizer.absolute() / Path(beside).name

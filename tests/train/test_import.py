@@ -1,6 +1,7 @@
 """`launch.py import`: a directory or its files, and what is refused before anything is written."""
 
 import dataclasses
+import errno
 import json
 import math
 import shutil
@@ -16,6 +17,7 @@ from model.transformer import param_specs
 from quant.export import export_model
 from quant.importer import Imported
 from quant.source import InMemory
+from train.checkpoint import Checkpoints
 from train.mesh import make_mesh, param_shardings
 from train.run_dir import RunDir, with_network_of
 from train.stop import EXIT_DONE, EXIT_USAGE
@@ -249,6 +251,24 @@ def test_damage_is_one_sentence_and_nothing_is_written(checkpoint, tmp_path, cap
     error = capsys.readouterr().err
     assert file in error and tensor in error and error.count("\n") == 1
     assert not run.exists()
+
+
+def test_a_full_disk_says_how_to_import_again(checkpoint, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    command = ["import", str(checkpoint), "--run", str(run), *SMALL]
+
+    def save(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(Checkpoints, "save", save)
+        assert launch.main(command) == EXIT_USAGE
+    assert capsys.readouterr().err == (
+        f"error: {run}/checkpoints cannot be written (No space left on device); free some space, remove {run} and import again\n"
+    )
+    assert launch.main(command) == EXIT_USAGE
+    shutil.rmtree(run)
+    assert launch.main(command) == EXIT_DONE
 
 
 @pytest.mark.parametrize(
