@@ -19,7 +19,7 @@ from quant.evidence import FILE
 from quant.findings import Report
 from quant.packed import projections
 from quant.tensor_file import Checkpoint, DamagedFile
-from quant.verify_training import Training, compare_to_training
+from quant.verify_training import Training, compare_network, compare_to_training
 
 UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, OSError, re.error)
 """What a check raises that meets another thing than a sound directory has in that place; ConfigError is a ValueError."""
@@ -74,6 +74,9 @@ def verify(
         with _check(report, "probe", "the probe could not be repeated"):
             verify_evidence.check_probe(evidence, logits, report)
     if training is not None:
+        if training.model is not None and config is not None:
+            with _check(report, "config", "config.json could not be compared with the network of training"):
+                compare_network(directory, training.model, report)
         with _check(report, "reference", "the weights could not be compared with those of training"):
             compare_to_training(checkpoint, packed, training, report)
     return report

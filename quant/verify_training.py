@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +13,37 @@ import numpy as np
 
 from configs.param_spec import Specs
 from configs.platforms import platform_of
+from configs.schema import ModelConfig, QuantConfig
 from quant.findings import Report
+from quant.hf_config import write_config
 from quant.layout import all_slots
 from quant.packed import Packed
+from quant.read_config import read_config
 from quant.served import Serving, as_served
 from quant.source import LastBlock, WeightSource
 from quant.tensor_file import Checkpoint
+from quant.verify_evidence import COSMETIC
 
 
 @dataclass(frozen=True)
 class Training:
-    """The masters of a step, and how its forward pass saw them: `amount` is the share of the grid (quant/served.py). Nothing
-    of it comes from the directory that is judged."""
+    """The masters of a step, and how its forward pass saw them: `amount` is the share of the grid (quant/served.py), `model` the
+    network, where config.json is to be compared with it. Nothing of it comes from the directory that is judged."""
 
     weights: WeightSource
     specs: Specs
     serving: Serving
     amount: float = 1.0
+    model: ModelConfig | None = None
+
+
+def compare_network(directory: Path, model: ModelConfig, report: Report) -> None:
+    """What config.json says of the network, in whatever spelling, against the one that was trained."""
+    trained, found = (write_config(m, QuantConfig(grid="none")) for m in (model, read_config(directory).model))
+    for key, was in trained.items():
+        if (is_ := found[key]) != was:
+            say = report.warn if key in COSMETIC else report.error
+            say("config", f"config.json: {key} was {json.dumps(was)} in training and is {json.dumps(is_)}")
 
 
 def compare_to_training(checkpoint: Checkpoint, packed: dict[str, Packed], training: Training, report: Report) -> None:

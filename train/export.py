@@ -106,10 +106,16 @@ def export_gguf(source: str, out: Path | None, pre_tokenizer: str | None) -> int
         session = open_to_look(run)
         stored = _stored(session, run, step)
         cfg = session.cfg
-        exported = Training(stored.state, session.specs, Serving(cfg.model.dtype, "int4", cfg.quant.group_size))
-        if not _verified(directory, exported, None).ok:
+
+        def holds(grid: str) -> bool:
+            serving = Serving(cfg.model.dtype, grid, cfg.quant.group_size)
+            return _verified(directory, Training(stored.state, session.specs, serving, model=cfg.model), None).ok
+
+        if not holds("int4"):
             raise ConfigError(
-                f"{directory} is damaged or not of step {stored.step}: launch.py verify {directory} --run "
+                f"{directory} is a bf16 export, and a gguf file is made of an int4 one; move it away, and that is made"
+                if holds("none")
+                else f"{directory} is damaged or not of step {stored.step}: launch.py verify {directory} --run "
                 f"{run.path}@{stored.step} says where; move it away, and a new one is made"
             )
     summary = write_gguf(directory, out, pre_tokenizer)
@@ -145,7 +151,8 @@ def verify_directory(directory: Path, source: str | None) -> int:
         run, step = parse_source(source)
         session = open_to_look(run)
         stored, cfg = _stored(session, run, step), session.cfg
-        training = Training(stored.state, session.specs, Serving.of(cfg.model, cfg.quant), grid_share(cfg.quant, stored.step))
+        share = grid_share(cfg.quant, stored.step)
+        training = Training(stored.state, session.specs, Serving.of(cfg.model, cfg.quant), share, cfg.model)
     report = _verified(directory, training, _logits_of(directory))
     console.print(str(report), markup=False)
     whole = all(finding.check == "reference" for finding in report.of("error"))

@@ -1,6 +1,7 @@
 """An export re-read: by the safetensors library, by verify, and against the training forward under jit."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import jax
@@ -81,6 +82,39 @@ def test_another_forward_than_that_of_training_is_no_proof(exported, quant, amou
     """Which grid the run had, and whether it had begun, is the run's to say and not the files'."""
     report = verify(exported, training=Training(InMemory(WEIGHTS), SPECS, Serving.of(MODEL, quant), amount))
     assert not report.ok and sentence in str(report) and ", 0 differ" not in str(report)
+
+
+@pytest.mark.parametrize(
+    "key, value, severity",
+    [
+        ("routed_scaling_factor", 2.5, "error"),
+        ("rope_theta", 10000.0, "error"),
+        ("rope_scaling", {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}, "error"),
+        ("torch_dtype", "float32", "error"),
+        ("eos_token_id", 5, "warning"),
+        ("max_position_embeddings", 64, "warning"),
+    ],
+)
+def test_another_network_than_that_of_training_is_found_without_evidence(exported, tmp_path, key, value, severity):
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    (copy / "evidence.json").unlink()
+    training = Training(InMemory(WEIGHTS), SPECS, Serving.of(MODEL, INT4), model=MODEL)
+    assert verify(copy, training=training).ok
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {key: value}))
+    report = verify(copy, training=training)
+    assert report.ok == (severity == "warning"), str(report)
+    assert any(f"config.json: {key} was " in f.message and " in training and is " in f.message for f in report.of(severity))
+
+
+def test_another_spelling_of_the_network_is_no_difference(exported, tmp_path):
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    (copy / "evidence.json").unlink()
+    config = json.loads((copy / "config.json").read_text())
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": config.pop("rope_theta")}, "model_type": "kimi_k2"}
+    (copy / "config.json").write_text(json.dumps(config | rope))
+    report = verify(copy, training=Training(InMemory(WEIGHTS), SPECS, Serving.of(MODEL, INT4), model=MODEL))
+    assert report.ok and "in training and is" not in str(report), str(report)
 
 
 def test_masters_in_bf16_are_not_what_a_forward_on_the_grid_used(tmp_path):

@@ -203,6 +203,14 @@ def test_a_gguf_file_holds_the_weights_it_is_asked_for(trained, tmp_path, capsys
     assert launch.main(["export", str(run), "--format", "gguf"]) == EXIT_USAGE
     error = capsys.readouterr().err
     assert "is damaged or not of step" in error and error.count("\n") == 1 and not (run / "model.gguf").exists()
+    assert launch.main(["export", str(run), "--format", "bf16", "--out", str(tmp_path / "bf16")]) == EXIT_DONE
+    grid = (run / "export").rename(tmp_path / "grid")
+    (tmp_path / "bf16").rename(run / "export")
+    assert launch.main(["export", str(run), "--format", "gguf"]) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert "export is a bf16 export, and a gguf file is made of an int4 one; move it away" in error and error.count("\n") == 1
+    (run / "export").rename(tmp_path / "bf16")
+    grid.rename(run / "export")
     pytest.importorskip("gguf", reason="needs the gguf extra")
     assert launch.main(["export", f"{run}@grid", "--format", "gguf"]) == EXIT_DONE
     assert "groups of codes as they are" in capsys.readouterr().out and (run / "model.gguf").stat().st_size > 10_000
