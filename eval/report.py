@@ -14,7 +14,7 @@ from eval.results import read_result, read_rows
 from eval.statistics import interval
 from train.console import clock, console, human
 from train.metrics import number
-from train.run_dir import RunDir
+from train.run_dir import RunDir, config_hash
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
@@ -258,7 +258,7 @@ def _page(
         f"{cfg.model.num_hidden_layers} layers ({cfg.model.first_k_dense_replace} dense), {cfg.model.n_routed_experts} "
         f"experts of which {cfg.model.num_experts_per_tok} per token, on {facts.get('devices', 1)} x "
         f"{facts.get('device', '?')} in {facts.get('compute_dtype', '?')} ({facts.get('versions', '?')}). "
-        f"Config hash `{facts.get('hash', '?')}`, data plan `{facts.get('plan_hash', '?')}`.",
+        f"Config hash `{config_hash(cfg)}`, data plan `{facts.get('plan_hash', '?')}`.",
         "",
         "| | |",
         "|---|---|",

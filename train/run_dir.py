@@ -9,12 +9,14 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 from configs.schema import (
     ConfigError,
     DataConfig,
+    Dtype,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -54,6 +56,29 @@ MAY_CHANGE = {
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 """What file systems say that know no locks."""
+
+
+def _is_table(value: Any) -> bool:
+    """Whether it is a table of mixtures as train/remix.py keeps it."""
+    return isinstance(value, list) and all(
+        isinstance(row, list)
+        and len(row) == 2
+        and type(row[0]) is int
+        and isinstance(row[1], list)
+        and all(isinstance(weight, int | float) for weight in row[1])
+        for row in value
+    )
+
+
+FACTS: dict[str, Callable[[Any], bool]] = {
+    "config": lambda value: isinstance(value, dict),
+    "hash": lambda value: isinstance(value, str),
+    "compute_dtype": lambda value: value in get_args(Dtype),
+    "tokenizer": lambda value: isinstance(value, str),
+    "mixtures": _is_table,
+    "devices": lambda value: type(value) is int and value >= 1,
+}
+"""What those facts of config.json look like that decide how a run goes on and is looked at. The first two are always there."""
 
 
 def to_dict(cfg: RunConfig) -> dict[str, Any]:
@@ -147,7 +172,8 @@ class RunDir:
         return file
 
     def load_facts(self) -> dict[str, Any]:
-        """What config.json says: the config, its hash, and where and on what the run was started."""
+        """What config.json says: the config, where and on what the run was started, and the hash of all this, or in an older run
+        of the config only."""
         file = self.path / "config.json"
         if not file.exists():
             raise ConfigError(
@@ -155,26 +181,30 @@ class RunDir:
             )
         try:
             facts = json.loads(file.read_text())
-        except ValueError as error:  # no JSON, or no UTF-8
+        except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
             raise ConfigError(f"{file} is not JSON ({error}); restore it from a copy") from error
         if not isinstance(facts, dict):
             raise ConfigError(f"{file} holds no JSON object; restore it from a copy")
-        return facts
-
-    def load_config(self) -> RunConfig:
-        """The config the run was started with; a tokenizer that lies in the directory is found wherever that was moved."""
-        facts = self.load_facts()
         if "model_type" in facts:
             raise ConfigError(
                 f"{self.path} is a Hugging Face directory, not a run; import it first: python launch.py import "
                 f"{self.path} --run runs/NEW"
             )
+        known = {"config": None, "hash": None} | facts
+        if wrong := next((name for name, fits in FACTS.items() if name in known and not fits(known[name])), None):
+            raise ConfigError(f"{file} is not a run's config ({wrong} is missing or something else); restore it from a copy")
+        others = {name: value for name, value in facts.items() if name != "hash"}
+        if facts["hash"] not in (_hash(others), _hash(facts["config"])):
+            raise ConfigError(
+                f"{file} was damaged or edited, what it says has another hash than it gives; restore it from a copy, and change "
+                "settings by flags"
+            )
+        return facts
+
+    def load_config(self) -> RunConfig:
+        """The config the run was started with; a tokenizer that lies in the directory is found wherever that was moved."""
+        facts = self.load_facts()
         try:
-            if _hash(facts["config"]) != facts["hash"]:
-                raise ConfigError(
-                    f"{self.path / 'config.json'} was damaged or edited, its settings have another hash than it "
-                    "says; restore it from a copy, and change settings by flags"
-                )
             cfg = from_dict(facts["config"])
             own = self.tokenizer.absolute() / Path(cfg.data.tokenizer).name
         except (AttributeError, KeyError, TypeError) as error:
@@ -189,9 +219,10 @@ class RunDir:
         return start
 
     def write_config(self, cfg: RunConfig, facts: dict[str, Any]) -> None:
-        """Resolved config, its hash and facts about where it ran; written whole or not at all."""
+        """Resolved config, facts about where it ran and the hash of both; written whole or not at all."""
         self.path.mkdir(parents=True, exist_ok=True)
-        body = {"config": to_dict(cfg), "hash": config_hash(cfg), **facts}
+        said = {"config": to_dict(cfg), **facts}
+        body = {"hash": _hash(said), **said}
         temporary = self.path / "config.json.new"
         temporary.write_text(json.dumps(body, indent=1) + "\n")
         os.replace(temporary, self.path / "config.json")

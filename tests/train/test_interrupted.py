@@ -19,7 +19,7 @@ from tests.train.conftest import small
 from train import loop, processes
 from train.checkpoint import CheckpointError, Checkpoints
 from train.loop import train
-from train.run_dir import RunDir
+from train.run_dir import RunDir, config_hash
 from train.stop import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USAGE
 from train.stored import StoredParams
 
@@ -167,7 +167,7 @@ def test_a_flipped_bit_costs_one_line_of_metrics(tmp_path):
     assert [r["step"] for r in run.read_metrics()] == [1, 3]
 
 
-@pytest.mark.parametrize("content", [b'{"config": \xe9}', b"{", b"[]", b'{"config": 3}', b'{"hash": "0"}'])
+@pytest.mark.parametrize("content", [b'{"config": \xe9}', b"{", b"[]", b'{"config": 3}', b'{"hash": "0"}', b"[" * 100_000])
 def test_a_damaged_config_is_one_sentence(tmp_path, content, capsys):
     (tmp_path / "config.json").write_bytes(content)
     assert launch.main(["export", str(tmp_path)]) == EXIT_USAGE
@@ -273,3 +273,44 @@ def test_settings_that_were_edited_in_the_file_are_refused(tmp_path):
     file.write_text(file.read_text().replace('"group_size": 32', '"group_size": 64'))
     with pytest.raises(ConfigError, match="damaged or edited.*restore it from a copy"):
         run.load_config()
+
+
+def in_facts(run, **changes):
+    file = run.path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("changes", [{"compute_dtype": "float32"}, {"devices": 2}, {"mixtures": []}, {"plan_hash": "b"}])
+def test_facts_that_were_edited_in_the_file_are_refused(tmp_path, changes):
+    """They decide how a run goes on as much as its settings do."""
+    run = RunDir(tmp_path)
+    run.write_config(preset("tiny"), {"compute_dtype": "bfloat16", "devices": 1, "plan_hash": "a", "mixtures": [(2, (1.0, 3.0))]})
+    assert run.load_facts()["mixtures"] == [[2, [1.0, 3.0]]]
+    in_facts(run, **changes)
+    for read in (run.load_config, run.load_facts):
+        with pytest.raises(ConfigError, match="damaged or edited.*restore it from a copy"):
+            read()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mixtures": 5},
+        {"mixtures": [[2, 1.0]]},
+        {"mixtures": [[2.5, [1.0]]]},
+        {"compute_dtype": "bflot16"},
+        {"compute_dtype": ["float32"]},
+        {"devices": "x"},
+        {"devices": 0},
+        {"devices": None},
+    ],
+)
+def test_a_run_whose_hash_is_of_the_settings_only_opens(tmp_path, changes):
+    """As it was written before the hash was of all facts; those of another type are no run's."""
+    run = RunDir(tmp_path)
+    run.write_config(preset("tiny"), {"compute_dtype": "bfloat16", "devices": 1, "mixtures": []})
+    in_facts(run, hash=config_hash(preset("tiny")), devices=2)
+    assert run.load_config() == preset("tiny") and run.load_facts()["devices"] == 2
+    in_facts(run, **changes)
+    with pytest.raises(ConfigError, match=rf"is not a run's config \({next(iter(changes))} is .*restore it from a copy"):
+        run.load_facts()
