@@ -25,7 +25,7 @@ from train.remix import Table, before_edit, table_of
 from train.run_data import require_same_order
 from train.run_dir import RunDir, config_hash
 from train.session import Session, open_session
-from train.start import kept_dtype, starting_state
+from train.start import begun_as, kept_dtype, starting_state
 from train.state import TrainState
 from train.stop import EXIT_DONE, EXIT_STOPPED, StopSignal
 
@@ -45,6 +45,8 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
             f"{run.path} holds imported weights; name a new directory with --run and start there with "
             f"--train.init-from {run.path}"
         )
+    if facts and Checkpoints(run.checkpoints).steps():
+        cfg = begun_as(run.load_config(), cfg, run)
     known = before_edit(run.load_config(), cfg, remix) if facts else cfg.checked()
     session = open_session(cfg, kept_dtype(cfg, facts))
     if session.platform == "cpu":
@@ -96,6 +98,7 @@ def _announce(run: RunDir, session: Session, data: Data, mixtures: Table, step: 
             cfg,
             {
                 "compute_dtype": session.compute_dtype,
+                "tokenizer": session.tokenizer.fingerprint(),
                 "plan_hash": data.plan_hash,
                 "plan_version": PLAN_VERSION,
                 "mixtures": mixtures,

@@ -19,7 +19,7 @@ from train.checkpoint import Checkpoints
 from train.console import console
 from train.machine import Machine
 from train.run_dir import RunDir, differences
-from train.session import Session, load_params, parse_source, say_passed_over
+from train.session import Session, load_params, parse_source, require_own_tokenizer, say_passed_over
 from train.state import TrainState, abstract_state, as_teacher
 
 
@@ -29,6 +29,19 @@ def kept_dtype(cfg: RunConfig, facts: dict[str, Any]) -> str | None:
     if not facts and cfg.train.fork_from and cfg.train.compute_dtype == "auto":
         facts = parse_source(cfg.train.fork_from)[0].load_facts()
     return facts.get("compute_dtype")
+
+
+def begun_as(stored: RunConfig, cfg: RunConfig, run: RunDir) -> RunConfig:
+    """`cfg` with what a run that has checkpoints was begun from. ConfigError if it names something else."""
+    for field in ("init_from", "fork_from"):
+        given, kept = getattr(cfg.train, field), getattr(stored.train, field)
+        if given not in (None, kept):
+            raise ConfigError(
+                f"{run.path} goes on from its own checkpoints, not from --train.{field.replace('_', '-')} {given}; leave the "
+                "flag out, or name a new directory with --run"
+            )
+    origin = dict(init_from=stored.train.init_from, fork_from=stored.train.fork_from)
+    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, **origin))
 
 
 def starting_state(machine: Machine, checkpoints: Checkpoints, run: RunDir) -> tuple[TrainState, int]:
@@ -46,6 +59,7 @@ def starting_state(machine: Machine, checkpoints: Checkpoints, run: RunDir) -> t
     if cfg.train.fork_from:
         source, at = parse_source(cfg.train.fork_from)
         require_same_state(source, cfg)
+        _require_same_ids(source, session)
         restored = Checkpoints(source.checkpoints).restore(dataclasses.replace(like, teacher={}), at)
         say_passed_over(restored)
         console.print(f"going on from {source.path} at step {restored.step}, whose first steps this run shares")
@@ -55,6 +69,7 @@ def starting_state(machine: Machine, checkpoints: Checkpoints, run: RunDir) -> t
     if cfg.train.init_from:
         source, at = parse_source(cfg.train.init_from)
         _require_same_shapes(source, session)
+        _require_same_ids(source, session)
     console.print(routing(session))
     state = machine.new_state()
     if cfg.train.init_from:
@@ -113,3 +128,9 @@ def _require_same_shapes(source: RunDir, session: Session) -> None:
                 f"{path} is {here} here and {there} in {source.path}; leave out the --model fields that change "
                 "shapes: a run that starts from weights takes its network from there"
             )
+
+
+def _require_same_ids(source: RunDir, session: Session) -> None:
+    """ConfigError if the tokenizer that came with a run's weights has changed. Another one may be named."""
+    if session.cfg.data.tokenizer == source.load_config().data.tokenizer:
+        require_own_tokenizer(source, session.tokenizer)

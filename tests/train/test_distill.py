@@ -60,7 +60,8 @@ def arguments(run, source, *more):
 
 def test_a_distilled_fork_resumes_bit_for_bit(trained, tmp_path):
     run, again = RunDir(tmp_path / "run"), RunDir(tmp_path / "again")
-    assert launch.main(arguments(run.path, trained.path, *FORK)) == 0
+    source = shutil.copytree(trained.path, tmp_path / "source")
+    assert launch.main(arguments(run.path, source, *FORK)) == 0
     whole = final_state(run)
     fork = load_params(open_session(trained.load_config()), trained, 4)[0]
     jax.tree.map(
@@ -73,7 +74,8 @@ def test_a_distilled_fork_resumes_bit_for_bit(trained, tmp_path):
     shutil.copytree(run.path, again.path)
     for step in (7, 8):
         shutil.rmtree(again.checkpoints / str(step), ignore_errors=True)
-    assert launch.main(arguments(again.path, "gone", *FORK)) == 0, "the teacher is in the run's own checkpoints"
+    shutil.rmtree(source)
+    assert launch.main(arguments(again.path, source, *FORK)) == 0, "the teacher is in the run's own checkpoints"
     parts = final_state(again)
     assert parts.step == whole.step == 8
     jax.tree.map(np.testing.assert_array_equal, whole.state, parts.state)

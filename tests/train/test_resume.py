@@ -97,6 +97,21 @@ def test_an_incompatible_config_names_the_fields_and_leaves_the_run(trained):
     assert (trained.path / "config.json").read_bytes() == before
 
 
+def test_what_a_run_was_begun_from_stays(trained, tmp_path):
+    """Said once, it need not be said again, and something else is refused."""
+    run, origin = RunDir(tmp_path / "run"), str(trained.path)
+    assert train(small(steps=1, init_from=origin), run) == EXIT_DONE
+    before = (run.path / "config.json").read_bytes()
+    for other in ({"init_from": "elsewhere"}, {"init_from": f"{origin}@5"}, {"fork_from": f"{origin}@5"}):
+        flag, value = next(iter(other.items()))
+        with pytest.raises(ConfigError, match=f"own checkpoints, not from --train.{flag.replace('_', '-')} {value}; leave"):
+            train(small(steps=2, **other), run)
+    assert (run.path / "config.json").read_bytes() == before
+    assert train(small(steps=2, init_from=origin), run) == EXIT_DONE
+    assert train(small(steps=3), run) == EXIT_DONE
+    assert run.load_config().train.init_from == origin and run.load_config().train.steps == 3
+
+
 def test_a_damaged_checkpoint_is_stepped_over_and_kept(trained, tmp_path, capsys):
     """One flipped byte in the newest checkpoint: training goes on from the one before, and the damaged one stays."""
     run = RunDir(shutil.copytree(trained.path, tmp_path / "run"))
