@@ -136,7 +136,15 @@ def _import(directory: Path, named: str, base: RunConfig, preset: str, run: RunD
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(beside, copy)
                 cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, tokenizer=str(copy)))
-            run.write_config(cfg, {"compute_dtype": session.compute_dtype, "imported_from": named, "versions": interpreter()})
+            run.write_config(
+                cfg,
+                {
+                    "compute_dtype": session.compute_dtype,
+                    "tokenizer": session.tokenizer.fingerprint(),
+                    "imported_from": named,
+                    "versions": interpreter(),
+                },
+            )
         processes.require_all(run.appears(), f"see {run.path}; on several hosts it must be a directory that all of them share")
         checkpoints.save(0, {"params": params})
         checkpoints.close()

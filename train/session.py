@@ -74,7 +74,20 @@ def open_to_look(run: RunDir, compute_dtype: str | None = None) -> Session:
     if cfg.mesh.data == 0:  # all devices that there were
         others = cfg.mesh.fsdp * cfg.mesh.expert * cfg.mesh.context * cfg.mesh.tensor
         cfg = replace(cfg, mesh=replace(cfg.mesh, data=max(facts.get("devices", 1) // others, 1)))
-    return open_session(cfg, compute_dtype or facts.get("compute_dtype"), make_mesh(MeshConfig(data=1), jax.local_devices()[:1]))
+    mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+    session = open_session(cfg, compute_dtype or facts.get("compute_dtype"), mesh)
+    require_own_tokenizer(run, session.tokenizer)
+    return session
+
+
+def require_own_tokenizer(run: RunDir, tokenizer: Tokenizer) -> None:
+    """ConfigError if a run's tokenizer file is no longer the one it was started with; older runs do not know which that was."""
+    now = tokenizer.fingerprint()
+    if (started := run.load_facts().get("tokenizer", now)) != now:
+        raise ConfigError(
+            f"{run.load_config().data.tokenizer} has changed since {run.path} was started with it (fingerprint {started} -> "
+            f"{now}): its weights know other ids; put the file back as it was"
+        )
 
 
 def parse_source(source: str) -> tuple[RunDir, int | None]:

@@ -105,6 +105,7 @@ def test_an_import_needs_its_source_no_longer(checkpoint, tmp_path, capsys):
     shutil.rmtree(source)
     blob.unlink()
     assert RunDir(run).load_config().data.tokenizer == str(run / "tokenizer" / "tokenizer.json")
+    assert RunDir(run).load_facts()["tokenizer"] == read
     moved = run.rename(tmp_path / "moved")
     assert load_weights(str(moved)).tokenizer.fingerprint() == read
     assert with_network_of(preset("tiny"), None, f"{moved}@0").data.tokenizer == str(moved / "tokenizer" / "tokenizer.json")
