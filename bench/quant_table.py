@@ -111,7 +111,7 @@ def config(task: str, text: str, seed: int, stage: Stage, quant: QuantConfig = B
             seq_len=128,
             seed=seed,
             compute_dtype="float32",
-            eval_batches=55,
+            eval_batches=0 if data.paths else 55,
             fork_from=f"{fork}@{stage.start}" if fork else None,
         ),
     )

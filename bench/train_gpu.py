@@ -30,7 +30,7 @@ import tyro
 from bench import measure
 from bench.shapes import random_batch
 from configs.presets import preset
-from configs.schema import RunConfig
+from configs.schema import ConfigError, RunConfig
 from train.compat import interpreter, keep_freed_memory, known_options, start_jax
 from train.compiler_options import step_options
 from train.counts import train_flops_per_token
@@ -175,8 +175,14 @@ def main() -> None:
     only = {"everything", *args.only.split(",")} if args.only else set(ALL)
     if unknown := sorted(only - set(ALL)):
         parser.error(f"--only {', '.join(unknown)}: no such variant; there are {', '.join(ALL)}")
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, not {args.rounds}")
     start_jax()
-    cfg = tyro.cli(RunConfig, default=defaults(args.preset), args=fields, prog=f"bench.train_gpu --preset {args.preset}")
+    try:
+        default = defaults(args.preset)
+    except ConfigError as error:
+        parser.error(str(error))
+    cfg = tyro.cli(RunConfig, default=default, args=fields, prog=f"bench.train_gpu --preset {args.preset}")
     session = open_session(cfg)
     if session.platform == "cpu":
         keep_freed_memory()

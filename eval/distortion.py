@@ -11,9 +11,11 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from configs.schema import ConfigError
+from configs.schema import ConfigError, ModelConfig, QuantConfig
 from eval.results import write_result
 from quant.distortion import Distortion, ExpertWeights, kl_by_position, measure
+from quant.hf_config import write_config
+from quant.verify_evidence import COSMETIC
 from train.baselines import BASELINES, BLOCK, baseline, calibration_of, served_plain
 from train.console import Bar, console
 from train.expert_inputs import expert_inputs
@@ -45,8 +47,9 @@ def distortion_report(source: str, others: tuple[str, ...] = (), calibration_bat
     if calibration_batches < 1:
         raise ConfigError(f"--calibration-batches must be at least 1, not {calibration_batches}")
     extra = load_arms(others, taken=("bf16", *BASELINES))
-    for _, weights in extra:
+    for name, weights in extra:
         require_same_ids(session, weights)
+        _require_same_network(session.cfg.model, weights.model, name)
     masters, step = load_params(session, run, step)
     data = data_of(session, run)
     report = _Report(session, data, masters, calibration_batches)
@@ -63,6 +66,15 @@ def distortion_report(source: str, others: tuple[str, ...] = (), calibration_bat
             console.print(f"{name}: {note}", markup=False)
     console.print(f"every layer and expert: {path}", markup=False)
     return 0
+
+
+def _require_same_network(reference: ModelConfig, other: ModelConfig, name: str) -> None:
+    """ConfigError where an arm's weights belong to another network: they are sent through the reference's."""
+    here, there = (write_config(model, QuantConfig(grid="none")) for model in (reference, other))
+    differs = [key for key, value in here.items() if key not in COSMETIC and there[key] != value]
+    if differs:
+        key = differs[0]
+        raise ConfigError(f"{name} is another network than the run ({key} {there[key]}, not {here[key]}): compare both by eval")
 
 
 class _Report:

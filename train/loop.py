@@ -21,10 +21,10 @@ from train.machine import Machine, build
 from train.mesh import batch_sharding
 from train.profile import Profile
 from train.recorder import Recorder
-from train.remix import Table, before_edit, table_of
+from train.remix import Table, before_edit, edited, table_of
 from train.run_data import require_same_order
 from train.run_dir import RunDir, config_hash
-from train.session import Session, open_session
+from train.session import Session, open_session, parse_source
 from train.start import begun_as, kept_dtype, starting_state
 from train.state import TrainState
 from train.stop import EXIT_DONE, EXIT_STOPPED, StopSignal
@@ -69,9 +69,9 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
             console.print(f"already trained to step {step}; raise --train.steps to go on")
             return EXIT_DONE
         if known.data.mixture != cfg.data.mixture:
-            mixtures.append((step, known.data.mixture))
+            mixtures = edited(mixtures, known.data.mixture, step)
             data = open_data(cfg, session.tokenizer, mixtures)
-            console.print(f"mixture {known.data.mixture} until step {step}, {cfg.data.mixture} from there on")
+            console.print(f"mixture {mixtures[-1][1]} until step {step}, {cfg.data.mixture} from there on")
         if not facts:
             held.enter_context(processes.alone(run, new=True))
         _announce(run, session, data, mixtures, step)
@@ -83,7 +83,7 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
                     checkpoints.close()
                 raise
             checkpoints.close()
-    if stop.requested:
+    if stop.requested and step < cfg.train.steps:
         console.print(f"stopped by {stop.requested} after step {step}, saved; the same command goes on from there")
         return EXIT_STOPPED
     console.print(f"trained to step {step} in {clock(time.monotonic() - started)}")
@@ -153,7 +153,7 @@ def run_steps(
     cfg, sharding = machine.session.cfg, batch_sharding(machine.session.mesh)
     rows = processes.my_rows(sharding, cfg.train.batch_size, cfg.train.seq_len)
     evaluator = Evaluator(machine.session, data)
-    recorder = Recorder(machine.session, run, step + 1, started, compiling, last_data_hash(run, step))
+    recorder = Recorder(machine.session, run, step + 1, started, compiling, last_data_hash(run, step, cfg.train.fork_from))
     profile = Profile(cfg.profile.bounds(), run.profile)
     grid_watch = machine.grid_watch
     sample_every = max(cfg.train.log_every, cfg.train.steps // 20)
@@ -165,7 +165,7 @@ def run_steps(
                 grid_watch.before(state.params)
             if profile.begins(step + 1):
                 with recorder.apart():
-                    profile.start(state)
+                    profile.start(step + 1, state)
             state, metrics = machine.train_step(step, state, placed)
             step += 1
             last = step >= cfg.train.steps
@@ -193,7 +193,11 @@ def run_steps(
     return state, step
 
 
-def last_data_hash(run: RunDir, step: int) -> str:
-    """The rolling hash of all batches up to a step, from metrics.jsonl: two runs with equal hashes saw equal data."""
-    rows = [r for r in run.read_metrics() if r["kind"] == "step" and r["step"] == step]
-    return rows[-1].get("data_hash", "") if rows else ""
+def last_data_hash(run: RunDir, step: int, fork_from: str | None) -> str:
+    """The rolling hash of all batches up to a step, from metrics.jsonl of the run or of the one that it shares its first steps
+    with: two runs with equal hashes saw equal data."""
+    for where in (run, *([parse_source(fork_from)[0]] if fork_from else [])):
+        rows = [r for r in where.read_metrics() if r["kind"] == "step" and r["step"] == step]
+        if rows:
+            return rows[-1].get("data_hash", "")
+    return ""

@@ -124,9 +124,15 @@ OWN_FAILURES = re.compile("RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED|[Cc
 """What a device says of this process's own program; whatever else breaks off a step among several is the loss of another."""
 
 
+WIRES = re.compile("[Gg]loo|[Cc]oordination service|heartbeat")
+"""Of what a ValueError speaks that the loss of another process raised on the host, where jax has no error of its own."""
+
+
 def lost_another(error: BaseException) -> bool:
     """Whether a collective broke off because another process is gone."""
-    return several() and isinstance(error, jax.errors.JaxRuntimeError) and not OWN_FAILURES.search(str(error))
+    said = str(error)
+    of_collective = isinstance(error, jax.errors.JaxRuntimeError) or isinstance(error, ValueError) and WIRES.search(said)
+    return several() and bool(of_collective) and not OWN_FAILURES.search(said)
 
 
 @contextmanager
@@ -141,7 +147,7 @@ def ending_together():
         this, said = f"process {jax.process_index()} of {jax.process_count()}", (str(error) or repr(error)).splitlines()[0][:160]
         if lost_another(error):
             code, sentence = EXIT_LOST, f"{this} lost another one ({said}); start all again, they go on from what was saved"
-        elif isinstance(error, ConfigError):
+        elif isinstance(error, ConfigError | OSError):  # as launch.py says of a single one
             code, sentence = EXIT_USAGE, str(error)
         else:
             traceback.print_exc()

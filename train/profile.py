@@ -23,7 +23,8 @@ class Profile:
         """Whether to start before this step."""
         return self.first <= step <= self.last and not self.running and processes.first()
 
-    def start(self, state) -> None:
+    def start(self, step: int, state) -> None:
+        self.first = step  # a run that goes on may be behind the first one asked for
         jax.block_until_ready(state)
         jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
         self.running = True

@@ -29,6 +29,7 @@ class Recorder:
         self.session = session
         self.first_step, self.started, self.compiling = first_step, started, compiling
         self.history, self.skipped = history, 0
+        self.tokens = self.seconds = 0.0  # since the last printed line: the clock of a single short step is the host's
         self.file = MetricsFile(run.metrics) if processes.first() else None
         cfg = self.session.cfg
         peak = peak_flops(jax.devices()[0].device_kind)
@@ -83,6 +84,7 @@ class Recorder:
         # Chained over all steps: two runs with equal hashes saw equal data.
         self.history = hashlib.sha256(f"{self.history}{values.pop('data_print')}".encode()).hexdigest()[:16]
         rate = float(values["tokens"]) / values["seconds"]
+        self.tokens, self.seconds = self.tokens + float(values["tokens"]), self.seconds + values["seconds"]
         row = {
             "loss": values.pop("loss"),
             "tokens_per_second": rate,
@@ -100,12 +102,13 @@ class Recorder:
         return row
 
     def _print(self, step: int, row: dict[str, Any]) -> None:
-        first = ""
+        first, rate = "", self.tokens / self.seconds if self.seconds else row["tokens_per_second"]
+        self.tokens = self.seconds = 0.0
         if "seconds_to_first_step" in row:
             first = f"  (first step after {row['seconds_to_first_step']:.0f} s, {row['compile_seconds']:.0f} of them compiling)"
         console.print(
             f"step {step:>5}/{self.session.cfg.train.steps}  loss {float(row['loss']):.4f}  "
-            f"{human(row['tokens_per_second'])} tok/s  load max/mean "
+            f"{human(rate)} tok/s  load max/mean "
             f"{float(np.max(row['load_max_over_mean'])):.2f}  max logit {float(row['max_logit']):.1f}  "
             f"grid error {float(row['grid_error']):.3f}{first}"
         )

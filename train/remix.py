@@ -20,6 +20,14 @@ def table_of(facts: dict[str, Any]) -> Table:
     return [(int(step), tuple(weights)) for step, weights in facts.get("mixtures", ())]
 
 
+def edited(table: Table, mixture: tuple[float, ...], step: int) -> Table:
+    """The table of a run whose present mixture is `mixture` when another one takes over after `step`: what came later, in steps
+    that are lost, is forgotten."""
+    held = next((weights for until, weights in table if until > step), mixture)
+    kept = [row for row in table if row[0] <= step]
+    return kept if kept and kept[-1][0] == step else [*kept, (step, held)]
+
+
 def before_edit(old: RunConfig, cfg: RunConfig, remix: bool) -> RunConfig:
     """The config under which the run's data was opened last: `cfg` with the run's own mixture. ConfigError for every
     change that a resumed run may not make, and for a new mixture without `remix`."""

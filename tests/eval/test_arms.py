@@ -126,6 +126,16 @@ def test_distort_keeps_its_own_names(session, tmp_path, monkeypatch, arms):
         distortion.distortion_report(str(tmp_path), arms)
 
 
+def test_distort_compares_one_network(session, tmp_path, monkeypatch):
+    """The arms' weights go through the reference's layers, whatever they were trained in."""
+    RunDir(tmp_path).write_config(session.cfg, {})
+    other = SimpleNamespace(model=dataclasses.replace(session.cfg.model, rope_theta=77.0), tokenizer=session.tokenizer)
+    monkeypatch.setattr(distortion, "open_to_look", lambda _: session)
+    monkeypatch.setattr(distortion, "load_arms", lambda *_, **__: [("qat", other)])
+    with pytest.raises(ConfigError, match="qat is another network than the run .rope_theta 77.0, not"):
+        distortion.distortion_report(str(tmp_path), ("qat=X",))
+
+
 def played():
     point = {"value": 0.5, "interval": [0.25, 0.75]}
     arm = dict.fromkeys(horizon.ROWS, point) | {

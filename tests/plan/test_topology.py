@@ -98,6 +98,17 @@ def test_a_closed_ring_sends_both_ways():
     assert wires.axes(members(wires, "fsdp", "expert")) == ("fsdp", "expert")
 
 
+@pytest.mark.parametrize(
+    "name, axes", [("v5p:8x8x8", {"data": 4, "fsdp": 2, "expert": 64}), ("h100:64x8", {"fsdp": 64, "expert": 8})]
+)
+def test_a_neighbour_is_sent_to_over_one_link(name, axes):
+    """One direction of it: a permute's group is the pair of its first source and target."""
+    wires, chip = machine(name, axes), topology(name).chip
+    pair = (0, 1)
+    took = wires.seconds(Collective("collective-permute", 1e9, 2, False, pair)) - LATENCY
+    assert took == pytest.approx(1e9 / (chip.link * chip.wire))
+
+
 def test_interleaved_groups_share_links():
     """The outer half of an axis of 8 joins chips 4 apart: four groups go through each link."""
     wires = machine("v5p:8x8x8", {"data": 2, "fsdp": 4, "expert": 64})

@@ -23,7 +23,7 @@ from tests.train.conftest import small
 from train import processes
 from train.local import GRACE_SECONDS, parse
 from train.run_dir import RunDir
-from train.stop import EXIT_FAILED, EXIT_LOST, EXIT_STOPPED
+from train.stop import EXIT_FAILED, EXIT_LOST, EXIT_STOPPED, EXIT_USAGE
 from train.weights import load_weights
 
 ROOT = Path(__file__).parents[2]
@@ -106,20 +106,26 @@ def test_where_not(where, mesh, sentence):
         parse(where, mesh)
 
 
+BY_DEVICE = jax.errors.JaxRuntimeError
+
+
 @pytest.mark.parametrize(
-    "said, code, sentence",
+    "error, code, sentence",
     [
-        ("UNAVAILABLE: Gloo all-reduce failed: connection closed by peer", EXIT_LOST, "process 0 of 2 lost another one"),
-        ("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes", EXIT_FAILED, "process 0 of 2 failed: RESOURCE_EXHAUSTED"),
-        ("INTERNAL: Mosaic failed to compile TPU kernel", EXIT_FAILED, "process 0 of 2 failed: INTERNAL"),
+        (BY_DEVICE("UNAVAILABLE: Gloo all-reduce failed: connection closed by peer"), EXIT_LOST, "process 0 of 2 lost another"),
+        (ValueError("UNKNOWN: Gloo AllGather failed: connection reset"), EXIT_LOST, "process 0 of 2 lost another one"),
+        (BY_DEVICE("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), EXIT_FAILED, "failed: RESOURCE_EXHAUSTED"),
+        (BY_DEVICE("INTERNAL: Mosaic failed to compile TPU kernel"), EXIT_FAILED, "process 0 of 2 failed: INTERNAL"),
+        (ValueError("no such axis"), EXIT_FAILED, "process 0 of 2 failed: no such axis"),
+        (NotADirectoryError(20, "Not a directory", "a.txt/run"), EXIT_USAGE, "error: [Errno 20] Not a directory: 'a.txt/run'"),
     ],
 )
-def test_own_failures_are_not_the_loss_of_another(monkeypatch, capsys, said, code, sentence):
-    """Starting again mends the one and not the other."""
+def test_own_failures_are_not_the_loss_of_another(monkeypatch, capsys, error, code, sentence):
+    """Starting again mends the one and not the other; what launch.py says of a single process is said of several too."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as ended, processes.ending_together():
-        raise jax.errors.JaxRuntimeError(said)
+        raise error
     assert ended.value.code == code and sentence in capsys.readouterr().err
 
 

@@ -29,6 +29,16 @@ def test_what_is_done_between_steps_is_the_time_of_neither(tmp_path, monkeypatch
     assert len(seconds) == 4 and all(0.08 < s < 0.25 for s in seconds), seconds
 
 
+def test_the_printed_rate_is_of_all_steps_since_the_last_line(tmp_path, capsys):
+    """The clock of a step that was started while the one before still ran is the host's, not the device's."""
+    recorder = Recorder(open_session(small()), RunDir(tmp_path), 1, time.monotonic(), lambda: 0.0)
+    row = dict(loss=1.0, tokens_per_second=9e9, load_max_over_mean=[1.0], max_logit=1.0, grid_error=0.0, skipped_steps=0)
+    recorder.tokens, recorder.seconds = 300.0, 2.0
+    recorder._print(3, row)
+    recorder.close()
+    assert "  150 tok/s" in capsys.readouterr().out and recorder.tokens == recorder.seconds == 0
+
+
 def test_skipped_steps_are_named_when_there_are_more(tmp_path, capsys):
     recorder = Recorder(open_session(small()), RunDir(tmp_path), 1, time.monotonic(), lambda: 0.0)
     row = dict(loss=1.0, tokens_per_second=1.0, load_max_over_mean=[1.0], max_logit=1.0, grid_error=0.0)

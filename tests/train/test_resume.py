@@ -16,6 +16,7 @@ from data.pipeline import PLAN_VERSION, open_data
 from data.tokenizer import load_tokenizer
 from optim.build import build_optimizer
 from tests.train.conftest import small
+from train import remix
 from train.checkpoint import CheckpointError, Checkpoints, fingerprint
 from train.held_out import Evaluator
 from train.loop import train
@@ -202,6 +203,21 @@ def test_a_mixture_is_edited_by_flag_only(tmp_path, capsys):
         train(unmixed, run, remix=True)
     with pytest.raises(ConfigError, match="optim.lr"):
         train(dataclasses.replace(edited, optim=dataclasses.replace(edited.optim, lr=1.0)), run, remix=True)
+
+
+@pytest.mark.parametrize(
+    "table, step, expected",
+    [
+        ([], 2, [(2, "b")]),
+        ([(2, "a")], 4, [(2, "a"), (4, "b")]),
+        ([(30, "a")], 20, [(20, "a")]),  # 30 and what followed was lost, and b with it
+        ([(20, "x"), (30, "a")], 20, [(20, "x")]),
+        ([(10, "x"), (30, "a"), (40, "y")], 35, [(10, "x"), (30, "a"), (35, "y")]),
+    ],
+)
+def test_another_mixture_behind_lost_steps(table, step, expected):
+    """The run's present mixture is b, and another one takes over after a step."""
+    assert remix.edited(table, "b", step) == expected
 
 
 def test_weights_are_read_in_the_dtype_they_were_saved_in(trained):

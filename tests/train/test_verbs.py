@@ -276,6 +276,8 @@ def test_a_fork_shares_its_first_steps(trained, tmp_path, capsys):
         == EXIT_DONE
     )
     steps = [r["step"] for r in RunDir(fork).read_metrics() if r["kind"] == "step"]
+    hashes = [{r["step"]: r["data_hash"] for r in run.read_metrics() if r["kind"] == "step"} for run in (trained, RunDir(fork))]
+    assert all(hashes[0][step] == hashes[1][step] for step in steps), "the same data, the shared steps included"
     assert steps == list(range(5, 21))
 
     out = str(tmp_path / "rounded")

@@ -51,7 +51,8 @@ def abstract_step(cfg: RunConfig, topology: Topology) -> tuple[Any, TrainState, 
     """The jitted step of `cfg` on a machine, and the state and batch it takes as shapes in their shardings."""
     mesh = make_mesh(cfg.mesh, topology.devices())
     check_mesh(cfg, mesh)
-    program = step_program(cfg, param_specs(cfg.model), mesh, "bfloat16")
+    asked = cfg.train.compute_dtype
+    program = step_program(cfg, param_specs(cfg.model), mesh, "bfloat16" if asked == "auto" else asked)
     return program.jitted(program.settles_at is not None), program.state, abstract_batch(cfg, mesh), mesh
 
 

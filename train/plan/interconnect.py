@@ -26,11 +26,12 @@ DIE_TO_DIE = 6
 @dataclass(frozen=True)
 class Ring:
     """What a group spans in one direction of the machine: `members` distinct places, `rate` bytes per second for a ring
-    of them (both directions together), `exchange` bytes per second for an all-to-all's buffer."""
+    of them (both directions together), `exchange` bytes per second for an all-to-all's buffer, `link` from one to the next."""
 
     members: int
     rate: float
     exchange: float
+    link: float
 
 
 class Interconnect:
@@ -56,7 +57,7 @@ class Interconnect:
         if c.kind in ("all-to-all", "ragged-all-to-all"):
             return LATENCY + max(c.bytes * (r.members - 1) / r.members / r.exchange for r in rings)
         if c.kind == "collective-permute":
-            return LATENCY + c.bytes / max(r.rate / 2 for r in rings)
+            return LATENCY + c.bytes / max(r.link for r in rings)
         # Rings in several directions carry a share each; and what comes along one direction enters through the members of
         # the others together, each at its own rate.
         places = math.prod(r.members for r in rings)
@@ -71,15 +72,17 @@ class Interconnect:
             nodes = {d.process_index for d in devices}
             inside = len(devices) // len(nodes)
             wire, outside = chip.link * chip.wire, chip.outside * chip.wire
-            return tuple(r for r in (Ring(inside, wire, wire), Ring(len(nodes), outside, outside)) if r.members > 1)
+            both = Ring(inside, wire, wire, wire), Ring(len(nodes), outside, outside, outside)
+            return tuple(r for r in both if r.members > 1)
         rings = []
         slices = {getattr(d, "slice_index", 0) or 0 for d in devices}
         if len(slices) > 1:
             outside = chip.outside * chip.wire / chip.devices
-            rings.append(Ring(len(slices), outside, outside))
+            rings.append(Ring(len(slices), outside, outside, outside))
         link = chip.link * chip.wire / chip.devices
         if len({d.core_on_chip for d in devices}) > 1:
-            rings.append(Ring(2, DIE_TO_DIE * chip.link * chip.wire, DIE_TO_DIE * chip.link * chip.wire))
+            dies = DIE_TO_DIE * chip.link * chip.wire
+            rings.append(Ring(2, dies, dies, dies))
         for axis in range(chip.dimensions):
             at = sorted({d.coords[axis] for d in devices})
             if len(at) > 1:
@@ -92,4 +95,4 @@ class Interconnect:
         stride = max(min(b - a for a, b in zip(at, at[1:])), 1)  # that many groups share each link
         ways = 2 if closed and len(at) * stride == size else 1
         # All-to-all: half of all bytes cross the middle, 2 * ways links wide: n * B / 4 over ways * 2 * link / 2.
-        return Ring(len(at), ways * link / stride, 4 * ways * link / len(at) / stride)
+        return Ring(len(at), ways * link / stride, 4 * ways * link / len(at) / stride, link / stride)
