@@ -275,7 +275,7 @@ class DataConfig:
     system: str | None = None
     """System message given to conversations that bring none; also in the exported chat template."""
     bad_rows: Literal["error", "drop"] = "error"
-    """What a chat row that cannot be used does; dropped rows are counted and named."""
+    """What a row that cannot be used does; dropped rows are counted and named."""
     too_long: Literal["error", "drop", "shorten"] = "error"
     """What a conversation longer than train.seq_len does; shorten leaves out its oldest whole tool exchanges."""
     task: str = "chain"
@@ -338,7 +338,7 @@ class TrainConfig:
     checkpoint_every: int = 200
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept; the one at quant.start_step stays besides."""
     init_from: str | None = None
     """Run directory, or RUN@STEP, whose weights this run starts from, with a new optimizer at step 0."""
     fork_from: str | None = None

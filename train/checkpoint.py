@@ -2,8 +2,8 @@
 
 Orbax is atomic under kill -9, but restores flipped bits without a word. So each checkpoint carries, per array, a
 32-bit sum of (bit pattern mixed with position): integer addition has no order, so the value does not depend on the
-mesh. It is recomputed after every restore; a checkpoint that fails is named, left on disk, and the one before it is
-tried.
+mesh. It is recomputed after every restore; a checkpoint that fails is named and renamed to `damaged-STEP`, and the one
+before it is tried.
 
 On disk the state is a flat dict of arrays, `params/moe.attn.q_a`, `optimizer/...`, `step`, whatever the mesh was.
 """

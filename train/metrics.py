@@ -1,4 +1,4 @@
-"""metrics.jsonl, the source of truth of a run: one line per step, appended as the step ends."""
+"""metrics.jsonl, the source of truth of a run: a line per step and per evaluation, appended as it ends."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 """A device or the program failed; so also whatever Python reports with a traceback."""
 EXIT_USAGE = 2
-"""A wrong command, config or file; nothing was changed."""
+"""A wrong command or config, where nothing was changed, or a file that cannot be read or written."""
 EXIT_STOPPED = 75
 """Stopped by a signal after saving: the same command goes on. (EX_TEMPFAIL; schedulers may requeue on it.)"""
 EXIT_INTERRUPTED = 130
