@@ -23,8 +23,8 @@ from train.profile import Profile
 from train.recorder import Recorder
 from train.remix import Table, before_edit, edited, table_of
 from train.run_data import require_same_order
-from train.run_dir import RunDir, config_hash
-from train.session import Session, open_session, parse_source
+from train.run_dir import RunDir, config_hash, split_source
+from train.session import Session, open_session
 from train.start import begun_as, kept_dtype, starting_state
 from train.state import TrainState
 from train.stop import EXIT_DONE, EXIT_STOPPED, StopSignal
@@ -83,8 +83,9 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
                     checkpoints.close()
                 raise
             checkpoints.close()
-    if stop.requested and step < cfg.train.steps:
-        console.print(f"stopped by {stop.requested} after step {step}, saved; the same command goes on from there")
+    if stop.requested:
+        left = "the same command goes on from there" if step < cfg.train.steps else "nothing is left to train"
+        console.print(f"stopped by {stop.requested} after step {step}, saved; {left}")
         return EXIT_STOPPED
     console.print(f"trained to step {step} in {clock(time.monotonic() - started)}")
     return EXIT_DONE
@@ -196,8 +197,9 @@ def run_steps(
 def last_data_hash(run: RunDir, step: int, fork_from: str | None) -> str:
     """The rolling hash of all batches up to a step, from metrics.jsonl of the run or of the one that it shares its first steps
     with: two runs with equal hashes saw equal data."""
-    for where in (run, *([parse_source(fork_from)[0]] if fork_from else [])):
-        rows = [r for r in where.read_metrics() if r["kind"] == "step" and r["step"] == step]
-        if rows:
-            return rows[-1].get("data_hash", "")
-    return ""
+
+    def found(where: RunDir) -> list[str]:
+        return [r.get("data_hash", "") for r in where.read_metrics() if r["kind"] == "step" and r["step"] == step]
+
+    hashes = found(run) or (found(split_source(fork_from)[0]) if fork_from else [])
+    return hashes[-1] if hashes else ""
