@@ -11,6 +11,7 @@ from model.grouped_matmul import IMPLEMENTATIONS, block_rows, grouped_matmul
 from model.kernels import gather_gpu, grouped_matmul_decode, grouped_matmul_gpu
 from quant import grid, grid_gpu
 from quant.resident import to_int4
+from tests.model.networks import step_by_step, wide
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(platform_of(jax.devices()[0]) != "hopper", reason="needs a Hopper GPU")]
 
@@ -51,6 +52,15 @@ def against_float64(load: str, tokens: int, D: int, F: int, E: int, K: int):
 def close(mine, want):
     """To one rounding to bfloat16 of the largest entry; zero where all is zero."""
     assert np.abs(mine - want).max() <= 4e-3 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 20])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_network_decodes(packed, rows):
+    """Step after step, kernels and all, the logits of XLA's own products, up to roundings to bfloat16."""
+    cfg, params = wide(packed)
+    mine, plain = (step_by_step(cfg, params, rows, platform) for platform in ("hopper", "gpu"))
+    assert np.abs(mine - plain).max() <= 2e-2 * np.abs(plain).max()
 
 
 @pytest.mark.parametrize("load", LOADS)  # "two" leaves experts without rows, all leave blocks of nobody

@@ -11,10 +11,12 @@ import numpy as np
 
 from configs.schema import ModelConfig
 from model.call import Call
-from model.decode.generate import Decoder
+from model.decode.generate import Decoder, Program, extend
 from model.decode.sampling import GREEDY, Sampling
 from model.decode.served_params import SERVED, serve
 from model.transformer import bind, param_specs
+from quant.coverage import group_axis
+from quant.resident import Int4Weight, to_int4
 from quant.served import Serving
 
 SMALL = dict(
@@ -99,3 +101,24 @@ def generate_batch(
     weights = params if serving == SERVED else serve(params, param_specs(cfg), serving, amount, dtype)
     decoder = Decoder(cfg, weights, len(prompts), stop_ids=stop_ids, dtype=dtype, platform=platform, sampling=sampling)
     return list(decoder.reply(dict(enumerate(prompts)), max_new_tokens).values())
+
+
+def wide(packed: bool) -> tuple[ModelConfig, dict[str, jax.Array | Int4Weight]]:
+    """A network as wide as the decoding kernels want it, with served bfloat16 weights, or its experts at four bits."""
+    cfg = small(hidden_size=128, moe_intermediate_size=128, dtype="bfloat16")
+    specs = param_specs(cfg)
+    served = serve(random_params(cfg, std=0.1), specs, Serving("bfloat16", "int4", 32), 1.0, "bfloat16")
+    on_grid = {path: to_int4(w, group_axis(specs[path]), 32) for path, w in served.items() if packed and specs[path].on_grid}
+    return cfg, served | on_grid
+
+
+def step_by_step(cfg: ModelConfig, params, rows: int, platform: str, positions: int = 6) -> np.ndarray:
+    """[positions, rows, V] logits of tokens that go on, one for each row at a time, from an empty cache."""
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (positions, rows, 1)).astype(np.int32)
+    cache = jnp.zeros((cfg.num_hidden_layers, rows, 16, cfg.kv_lora_rank + cfg.qk_rope_head_dim), jnp.bfloat16)
+    program, out = Program(cfg, "bfloat16", platform, True), []
+    step = jax.jit(extend, static_argnames="program")
+    for at, new in enumerate(tokens):
+        logits, cache = step(params, new, cache, np.full((rows, 1), at, np.int32), program=program)
+        out.append(logits)
+    return np.asarray(out)

@@ -13,10 +13,12 @@ from model.decode import generate
 from model.decode.generate import Decoder, Program, Stats, bucket, extend, prefill, room_for, shared_prefix, tokens_per_s
 from model.decode.sampling import OUTSIDE, Budget, Sampling, choose, kept, spend
 from model.decode.served_params import SERVED, serve
+from model.in_stack import InStack
+from model.kernels import grouped_matmul_decode, grouped_matmul_row
 from model.latent_cache import BLOCK
 from model.transformer import bind, param_specs
 from quant.served import Serving
-from tests.model.networks import EXACT, call_for, generate_batch, random_params, small
+from tests.model.networks import EXACT, call_for, generate_batch, random_params, small, step_by_step, wide
 
 CFG = small(n_group=2, topk_group=1, yarn_factor=4.0, hidden_size=64, moe_intermediate_size=32)
 INT4 = Serving("bfloat16", "int4", 32)
@@ -38,6 +40,19 @@ def forward(cfg, params, call, tokens):
 @pytest.fixture(scope="module")
 def params():
     return random_params(CFG, std=0.2, bias=0.1)
+
+
+@pytest.mark.parametrize("rows, kernel", [(1, grouped_matmul_row), (20, grouped_matmul_decode)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_decoding_by_kernels(monkeypatch, packed, rows, kernel):
+    """As on a Hopper GPU, its kernels interpreted: experts of single rows or of small blocks, picked from those of all layers,
+    give the logits of the plain entry, up to roundings to bfloat16 of sums in another order."""
+    cfg, params = wide(packed)
+    calls, run = [], kernel.rows
+    monkeypatch.setattr(kernel, "rows", lambda x, w, e: calls.append(type(w)) or run(x, w, e, interpret=True))
+    plain, mine = (step_by_step(cfg, params, rows, platform) for platform in ("cpu", "hopper"))
+    assert set(calls) == {InStack}
+    assert np.abs(mine - plain).max() <= 2e-2 * np.abs(plain).max()
 
 
 @pytest.mark.parametrize("q_lora_rank", [16, None])
