@@ -1,4 +1,4 @@
-"""An array of one layer that still lies among those of all layers.
+"""An array of one layer that still lies among those of all layers, in decoding.
 
 A loop over layers cuts every layer's arrays out of the stacks. XLA fuses that with products of its own; for a kernel of ours on
 a GPU, and for a loop that picks experts on a CPU, it copies the part: all experts of a layer for every token, of which a token
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Int
 
 from quant.resident import Int4Weight
@@ -19,7 +20,7 @@ from quant.resident import Int4Weight
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class InStack:
-    """stack[layer] of experts, [E, ...] of [L, E, ...]: it stands where that stood until `cut` asks for the array."""
+    """stack[layer], such as [E, ...] of [L, E, ...]: it stands where that stood until `cut` asks for the array."""
 
     stack: Array | Int4Weight
     layer: Int[Array, ""]
@@ -46,3 +47,12 @@ class InStack:
         held, every = len(self), len(self.stack) * len(self)
         numbers = jnp.where(expert_of < held, expert_of + self.layer * held, every)
         return jax.tree.map(lambda a: a.reshape(every, *a.shape[2:]), self.stack), numbers
+
+
+def leave_in(stack: nnx.Module, module: nnx.Module, names: tuple[str, ...], layer: Int[Array, ""], dtype: str) -> None:
+    """Those parameters of a layer's module become that layer of the stacked module's, uncut, where products take them as they
+    are."""
+    for name in names:
+        values = getattr(stack, name).get_value()
+        if isinstance(values, Int4Weight) or values.dtype == dtype:
+            setattr(module, name, getattr(module, name).replace(InStack(values, layer)))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from configs.param_spec import Matrix
 from configs.schema import ModelConfig
 from model import router, transport
 from model.call import Call, MoEAux
 from model.declare import Declare
-from model.in_stack import InStack
 from model.layers import FeedForward, gate_up_names
-from quant.resident import Int4Weight
 
 
 class MoE(nnx.Module):
@@ -43,13 +41,6 @@ class MoE(nnx.Module):
             hf="experts.{expert}.down_proj.weight",
         )
         self.shared = FeedForward(cfg, declare.at("shared", "shared_experts."), cfg.shared_hidden)
-
-    def leave_experts_in(self, stack: MoE, layer: Int[Array, ""], dtype: str) -> None:
-        """Take them as this layer of the stacked module, uncut (model/in_stack.py), where products take them as they are."""
-        for name in ("gate_up", "down"):
-            values = getattr(stack, name).get_value()
-            if isinstance(values, Int4Weight) or values.dtype == dtype:
-                setattr(self, name, getattr(self, name).replace(InStack(values, layer)))
 
     def __call__(self, x_BSD: Float[Array, "B S D"], call: Call) -> tuple[Float[Array, "B S D"], MoEAux]:
         B, S, D = x_BSD.shape

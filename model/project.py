@@ -7,6 +7,7 @@ should be finished: an activation function that is fused with the transposition 
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -14,10 +15,29 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from model.in_stack import InStack
+
+
+def project(axes: str, x: Array, w: Array | InStack) -> Array:
+    """einsum(axes, x, w), `axes` such as "BSR,RHd->BSHd"; an axis of x is kept, or w's too. The first of the result is kept.
+    Rows of an array that lies in its stack are multiplied there where the kernel for single rows takes its widths."""
+    if not isinstance(w, InStack):
+        return _project(axes, x, w)
+    from model.kernels import grouped_matmul_row  # as in model/grouped_matmul.py
+
+    of_x, of_w, _ = axes.replace("->", ",").split(",")
+    summed = sum(axis in of_w for axis in of_x)
+    inputs = math.prod(w.shape[:summed])
+    rows, stack = x.reshape(-1, inputs), w.stack.reshape(len(w.stack), inputs, -1)
+    if not grouped_matmul_row.takes(x.dtype, stack):
+        return _project(axes, x, w.cut())
+    out = grouped_matmul_row.rows(rows, stack, jnp.full(len(rows), w.layer, jnp.int32))
+    return out.reshape(*x.shape[: x.ndim - summed], *w.shape[summed:])
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project(axes: str, x: Array, w: Array) -> Array:
-    """einsum(axes, x, w), `axes` such as "BSR,RHd->BSHd"; an axis of x is kept, or w's too. The first of the result is kept.
+def _project(axes: str, x: Array, w: Array) -> Array:
+    """`project` of an array.
 
     The gradients are those of einsum. Autodiff would form the weight's as (g, x) and transpose the result; on a CPU
     it is 20 times slower in bfloat16 and twice slower in float32 than (x, g). It is summed in float32.
@@ -52,7 +72,7 @@ def _backward(axes, saved, g):
     return dx, dw.astype(w.dtype)
 
 
-project.defvjp(_forward, _backward)
+_project.defvjp(_forward, _backward)
 
 
 def finished(*arrays: Array) -> tuple[Array, ...]:

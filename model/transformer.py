@@ -11,12 +11,15 @@ from jaxtyping import Array, Float, Int
 
 from configs.param_spec import Matrix, ParamSpec, Specs
 from configs.schema import ModelConfig
-from model import embedding, remat, stacked
+from model import embedding, in_stack, remat, stacked
 from model.call import Call, LayerAux, ModelAux, MoEAux
 from model.declare import Declare
 from model.layers import FeedForward, RMSNorm
 from model.mla import MLA
 from model.moe import MoE
+
+FEW = 4
+"""Tokens of a decoding step for which reading every weight once for each still beats a copy of the layer's."""
 
 
 class Layer(nnx.Module):
@@ -40,6 +43,16 @@ class Layer(nnx.Module):
     def decode(self, x_BSD: Array, cache_LBTR: Array, layer: int | Array, call: Call) -> tuple[Array, Array]:
         attended, cache_LBTR = self.attention.decode(self.input_norm(x_BSD, call), cache_LBTR, layer, call)
         return self._feed(x_BSD + attended, call)[0], cache_LBTR
+
+    def leave_in(self, stack: Layer, layer: Int[Array, ""], tokens: int, call: Call) -> None:
+        """Leave in the stacked module what is picked or read there: the experts, and on Hopper for a few tokens the matrices that
+        every token needs, which the kernel for single rows then reads once for each (model/project.py)."""
+        take = partial(in_stack.leave_in, layer=layer, dtype=call.dtype)
+        take(stack.feed_forward, self.feed_forward, ("gate_up", "down"))
+        if call.platform == "hopper" and tokens <= FEW:
+            queries = ("q",) if self.attention.cfg.q_lora_rank is None else ("q_a", "q")
+            take(stack.attention, self.attention, (*queries, "kv_a", "o"))
+            take(stack.feed_forward.shared, self.feed_forward.shared, ("gate_up", "down"))
 
     def _feed(self, x_BSD: Array, call: Call) -> tuple[Array, MoEAux | None]:
         normed = self.post_norm(x_BSD, call)
@@ -106,7 +119,7 @@ class Transformer(nnx.Module):
 
         def body(carry, layer_and_index):
             layer, index = layer_and_index
-            layer.feed_forward.leave_experts_in(self.moe.feed_forward, index - len(self.dense), call.dtype)
+            layer.leave_in(self.moe, index - len(self.dense), x.size // x.shape[-1], call)
             return layer.decode(*carry, index, call), None
 
         indices = jnp.arange(len(self.dense), self.cfg.num_hidden_layers)

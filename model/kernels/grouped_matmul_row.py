@@ -1,5 +1,5 @@
 """The forward grouped product where every block is one row, as in decoding for one reader, on Hopper GPUs: a vector by a
-matrix, bound by reading weights.
+matrix, bound by reading weights. The matrices of all layers, one above the other, are such a group too (model/project.py).
 
 Pallas' Triton backend, one warp for a row, a tile of columns and a part of the contraction. A matrix instruction would work
 on sixteen rows for one, so weights are multiplied and added where they arrive, in registers, without shared memory or
@@ -31,8 +31,9 @@ WIDTH, TALL, STEP = 128, 8, 32
 """Columns of a tile; rows of weights at a time, so that a thread loads sixteen bytes of codes; and in one round of the loop, so
 that it has four such loads on their way and one group of scales (half as many rows of whole weights, which are eight loads)."""
 
-PROGRAMS = 2112
-"""About so many programs: sixteen warps for each of 132 cores, which is what a core needs on its way to be fed by the memory."""
+PROGRAMS, LEAST = 2112, 64
+"""At most about so many programs: sixteen warps for each of 132 cores, which is what a core needs on its way to be fed by the
+memory; and at least so many rows of weights for each, beside which what begins and ends it is little."""
 
 
 def takes(dtype, w: Array | Int4Weight | InStack) -> bool:
@@ -58,7 +59,7 @@ def rows(
     else:
         parts, step, load, add, operands = 1, STEP // 2, _load_whole, _add_whole, (w,)
     steps = I // step
-    cuts = min(-(-PROGRAMS * WIDTH // (P * O)), steps)
+    cuts = max(min(-(-PROGRAMS * WIDTH // (P * O)), I // LEAST), 1)
 
     def kernel(expert_of, x, *refs):
         *weights, out = refs

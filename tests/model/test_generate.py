@@ -46,12 +46,13 @@ def params():
 @pytest.mark.parametrize("packed", [False, True])
 def test_decoding_by_kernels(monkeypatch, packed, rows, kernel):
     """As on a Hopper GPU, its kernels interpreted: experts of single rows or of small blocks, picked from those of all layers,
-    give the logits of the plain entry, up to roundings to bfloat16 of sums in another order."""
+    and for one token all but the narrowest matrices, where they lie, give the logits of the plain entry, up to roundings to
+    bfloat16 of sums in another order."""
     cfg, params = wide(packed)
     calls, run = [], kernel.rows
     monkeypatch.setattr(kernel, "rows", lambda x, w, e: calls.append(type(w)) or run(x, w, e, interpret=True))
     plain, mine = (step_by_step(cfg, params, rows, platform) for platform in ("cpu", "hopper"))
-    assert set(calls) == {InStack}
+    assert calls.count(InStack) >= 2 and (len(calls) > calls.count(InStack)) == (rows == 1)
     assert np.abs(mine - plain).max() <= 2e-2 * np.abs(plain).max()
 
 

@@ -86,20 +86,22 @@ def test_generating(machine, packed):
     assert found.memory_analysis().alias_size_in_bytes >= cache.size * 2
 
 
-@pytest.mark.parametrize("rows", [1, 4, 16])
+CODES = MODEL.n_routed_experts * MODEL.hidden_size * MODEL.moe_intermediate_size // 2
+QUERY = 2 * MODEL.hidden_size * MODEL.num_attention_heads * MODEL.qk_head_dim
+
+
+@pytest.mark.parametrize("rows, least", [(1, QUERY), (4, QUERY), (16, CODES)])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("machine", [GPU])
-def test_what_a_token_writes(machine, packed, rows):
-    """Of a layer's experts, which kernels pick from those of all layers, there is no copy, not even of their codes. The products
-    of a single row stay products: XLA would multiply elementwise and write as much as there are weights."""
-    found, _ = loop(machine, weights(jnp.bfloat16, packed), rows)
+def test_what_a_token_writes(machine, packed, rows, least):
+    """Of a layer's experts, which kernels pick from those of all layers, there is no copy, not even of their codes, and for a few
+    tokens none of the large matrices. The products of a single row stay products: XLA would multiply elementwise and write as
+    much as there are weights."""
+    found, cache = loop(machine, weights(jnp.bfloat16, packed), rows)
     whole, kinds = Program(found.as_text()), ("fusion", "fusion-done", "custom-call", "dot", "copy", "dynamic-slice")
     named = [i for name, c in whole.computations.items() if "fused" not in name and "triton" not in name for i in c.values()]
-    written = [(s.bytes, i.name) for i in named if i.kind in kinds for s in i.shapes]
-    codes = MODEL.n_routed_experts * MODEL.hidden_size * MODEL.moe_intermediate_size // 2
-    assert len(written) > 50 and max(written)[0] < codes, max(written)
-    products = [x for x in written if "multiply" in x[1]]
-    assert max(products, default=(0,))[0] < 4 * rows * MODEL.vocab_size, max(products)
+    written = [(s.bytes, i.name) for i in named if i.kind in kinds for s in i.shapes if s.dims[-2:] != cache.shape[-2:]]
+    assert len(written) > 50 and max(written)[0] < least, max(written)
 
 
 @pytest.mark.parametrize("machine", [TPU, GPU])

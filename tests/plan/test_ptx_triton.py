@@ -49,6 +49,7 @@ def test_experts_of_a_row(group, I, monkeypatch, tmp_path):
     O, cuts, expert, rng = 256, 3, np.array([2, NOBODY, 0], np.int32), np.random.default_rng(0)
     tiles = O // grouped_matmul_row.WIDTH
     monkeypatch.setattr(grouped_matmul_row, "PROGRAMS", cuts * len(expert) * tiles)
+    monkeypatch.setattr(grouped_matmul_row, "LEAST", grouped_matmul_row.STEP)
     if group:
         codes, scales, w64 = on_grid(rng, I, O, group)
         w = Int4Weight(array((E, I, O), jnp.int4), array(scales.shape, jnp.bfloat16), -2, group)
