@@ -308,8 +308,8 @@ VERBS = WITH_CONFIG | {
 
 
 def _with_config(verb: str, arguments: list[str]) -> Callable[[], int]:
-    """The verb and its run config, parsed together: the preset with the fields that flags set, of a run that starts from
-    another's weights with its network and tokenizer."""
+    """The verb and its run config, parsed together: the preset with the fields that flags set, of a run that is there with what
+    it was begun from, of one that starts from another's weights with its network and tokenizer."""
     kind, dashed = VERBS[verb], _dashed(arguments)
     known, _ = tyro.cli(kind, args=dashed, return_unknown_args=True, add_help=False)
     both = make_dataclass(
@@ -326,6 +326,10 @@ def _with_config(verb: str, arguments: list[str]) -> Callable[[], int]:
         )
 
     base = preset(known.preset)
+    if verb == "train":
+        from train.run_dir import with_origin_of
+
+        base = with_origin_of(base, known.directory())
     found = parse(base)
     for source in filter(None, (found.cfg.train.init_from, found.cfg.train.fork_from)):
         from train.run_dir import with_network_of

@@ -423,11 +423,6 @@ class RunConfig:
             self.data.system is None or not any("\ud800" <= character <= "\udfff" for character in self.data.system),
             "data.system holds half a character, which no file can: what a shell hands over has to be UTF-8",
         )
-        require(
-            self.model.num_experts_per_tok > 1 or not self.model.norm_topk_prob or self.train.balance_loss > 0,
-            "model.num_experts_per_tok=1 with model.norm_topk_prob leaves the router without a gradient, because the gate of a "
-            "token's only expert is 1 whatever it says: set model.norm_topk_prob to False, or train.balance_loss above 0",
-        )
         if self.quant.grid != "none":
             for name in ("hidden_size", "moe_intermediate_size"):
                 width = getattr(self.model, name)

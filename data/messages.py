@@ -63,13 +63,13 @@ def conversation(row: dict[str, Any]) -> Conversation:
     reader = _Reader()
     if row.get("system") and not _is_system(given[0]):
         reader.add({"role": "system", "content": row["system"]})
-    elif row.get("system") and row["system"] != _given(given[0]):
-        reader.remarks.append("has a system text beside its messages, which begin with another one: that one is trained")
     for reader.number, message in enumerate(given, start=1):
         try:
             reader.add(message)
         except RowError as error:
             raise RowError(f"message {reader.number}: {error}") from None
+    if isinstance(row.get("system"), str) and row["system"] not in ("", reader.messages[0]["content"]):
+        reader.remarks.append("has a system text beside its messages, which begin with another one: that one is trained")
     if not any(message["role"] == "assistant" for message in reader.messages):
         raise RowError("has no assistant message to learn from")
     if reader.waiting and reader.messages[-1]["role"] == "tool":
@@ -292,6 +292,7 @@ def _as_text(body: Message) -> str:
 
 
 CALL_TAG = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+HALF_CALL = re.compile(r"<tool_call>\s*\{|\}\s*</tool_call>")
 RESPONSE_TAG = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
 """How ShareGPT rows of Hermes' kind write calls and results inside the text of a turn."""
 
@@ -313,7 +314,7 @@ def _calls_from_tags(message: Message) -> Message:
     except ValueError:
         raise RowError("a <tool_call> does not hold JSON") from None
     rest = CALL_TAG.sub("", said)
-    if "<tool_call>" in rest or "</tool_call>" in rest:
+    if HALF_CALL.search(rest):
         raise RowError("has a <tool_call> without its other end: the call would be trained as the answer")
     if calls and message.get("tool_calls"):
         raise RowError("has calls in tags and in tool_calls: which of them were made?")

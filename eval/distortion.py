@@ -71,7 +71,7 @@ def distortion_report(source: str, others: tuple[str, ...] = (), calibration_bat
 def _require_same_network(reference: ModelConfig, other: ModelConfig, name: str) -> None:
     """ConfigError where an arm's weights belong to another network: they are sent through the reference's."""
     here, there = (write_config(model, QuantConfig(grid="none")) for model in (reference, other))
-    differs = [key for key, value in here.items() if key not in COSMETIC and there[key] != value]
+    differs = [key for key, value in here.items() if key not in {*COSMETIC, "torch_dtype"} and there[key] != value]
     if differs:
         key = differs[0]
         raise ConfigError(f"{name} is another network than the run ({key} {there[key]}, not {here[key]}): compare both by eval")

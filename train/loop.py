@@ -25,7 +25,7 @@ from train.remix import Table, before_edit, edited, table_of
 from train.run_data import require_same_order
 from train.run_dir import RunDir, config_hash, split_source
 from train.session import Session, open_session
-from train.start import begun_as, kept_dtype, starting_state
+from train.start import begun_as, kept_dtype, require_router_learns, starting_state
 from train.state import TrainState
 from train.stop import EXIT_DONE, EXIT_STOPPED, StopSignal
 
@@ -47,6 +47,8 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
         )
     if facts and Checkpoints(run.checkpoints).steps():
         cfg = begun_as(run.load_config(), cfg, run)
+    if not facts:
+        require_router_learns(cfg)
     known = before_edit(run.load_config(), cfg, remix) if facts else cfg.checked()
     session = open_session(cfg, kept_dtype(cfg, facts))
     if session.platform == "cpu":

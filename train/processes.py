@@ -147,8 +147,8 @@ def ending_together():
         this, said = f"process {jax.process_index()} of {jax.process_count()}", (str(error) or repr(error)).splitlines()[0][:160]
         if lost_another(error):
             code, sentence = EXIT_LOST, f"{this} lost another one ({said}); start all again, they go on from what was saved"
-        elif isinstance(error, ConfigError | OSError):  # as launch.py says of a single one
-            code, sentence = EXIT_USAGE, str(error)
+        elif isinstance(error, ConfigError | OSError) and not isinstance(error, ConnectionError):  # as launch.py says of one
+            code, sentence = EXIT_USAGE, str(error) or repr(error)
         else:
             traceback.print_exc()
             code, sentence = EXIT_FAILED, f"{this} failed: {said}"

@@ -255,6 +255,21 @@ def split_source(source: str) -> tuple[RunDir, str]:
     return RunDir(path), step
 
 
+def with_origin_of(base: RunConfig, run: str | None) -> RunConfig:
+    """`base` with what the run was begun from, if it is there and has a checkpoint: a preset may name something else."""
+    here = RunDir(run) if run else None
+    if not here or not here.exists() or not (here.checkpoints.is_dir() and any(here.checkpoints.iterdir())):
+        return base
+    begun = here.load_config().train
+    return dataclasses.replace(base, train=dataclasses.replace(base.train, init_from=begun.init_from, fork_from=begun.fork_from))
+
+
+def same_source(one: str, other: str) -> bool:
+    """Whether two RUN[@STEP] mean one run and one step, however its path is written."""
+    (run, step), (run_too, step_too) = map(split_source, (one, other))
+    return step == step_too and run.path.resolve() == run_too.path.resolve()
+
+
 def with_network_of(base: RunConfig, run: str | None, source: str) -> RunConfig:
     """`base` with the model and the tokenizer of the run RUN[@STEP] whose weights are gone on from, or of `run` itself once it
     is there: weights come with their network, and their ids with a tokenizer."""

@@ -10,7 +10,7 @@ import jax
 from rich.box import SIMPLE
 from rich.table import Table
 
-from configs.schema import ConfigError, RunConfig
+from configs.schema import ConfigError, RunConfig, require
 from model.transformer import param_specs
 from optim.build import check_state
 from optim.routing import routing_table
@@ -18,7 +18,7 @@ from train import processes
 from train.checkpoint import Checkpoints
 from train.console import console
 from train.machine import Machine
-from train.run_dir import RunDir, differences
+from train.run_dir import RunDir, differences, same_source
 from train.session import Session, load_params, parse_source, require_own_tokenizer, say_passed_over
 from train.state import TrainState, abstract_state, as_teacher
 
@@ -31,11 +31,20 @@ def kept_dtype(cfg: RunConfig, facts: dict[str, Any]) -> str | None:
     return facts.get("compute_dtype")
 
 
+def require_router_learns(cfg: RunConfig) -> None:
+    """ConfigError for a new run whose router would get no gradient but rounding noise, which Muon makes as large as any."""
+    require(
+        cfg.model.num_experts_per_tok > 1 or not cfg.model.norm_topk_prob or cfg.train.balance_loss > 0,
+        "model.num_experts_per_tok=1 with model.norm_topk_prob leaves the router without a gradient, because the gate of a "
+        "token's only expert is 1 whatever it says: set model.norm_topk_prob to False, or train.balance_loss above 0",
+    )
+
+
 def begun_as(stored: RunConfig, cfg: RunConfig, run: RunDir) -> RunConfig:
     """`cfg` with what a run that has checkpoints was begun from. ConfigError if it names something else."""
     for field in ("init_from", "fork_from"):
         given, kept = getattr(cfg.train, field), getattr(stored.train, field)
-        if given not in (None, kept):
+        if given and not (kept and same_source(given, kept)):
             raise ConfigError(
                 f"{run.path} goes on from its own checkpoints, not from --train.{field.replace('_', '-')} {given}; leave the "
                 "flag out, or name a new directory with --run"

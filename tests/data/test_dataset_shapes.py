@@ -219,6 +219,13 @@ def test_remarked_upon(row, words):
     assert words in remark
 
 
+def test_what_is_no_half_call_is_text():
+    answer = {"from": "gpt", "value": "In XML the <tool_call> tag opens a call."}
+    assert conversation({"conversations": [answer]}).messages[0]["content"] == answer["value"]
+    parts = {"role": "system", "content": [{"type": "text", "text": "s"}]}
+    assert not conversation({"system": "s", "messages": [parts, EXPECTED[-1]]}).remarks
+
+
 def test_an_empty_thought_hides_none():
     (message,) = conversation({"messages": [EXPECTED[-1] | {"reasoning_content": " \n", "reasoning": "hm"}]}).messages
     assert message["reasoning_content"] == "hm"

@@ -306,6 +306,20 @@ FORK = {
 """tests/train/conftest.py:small, as a user would type it."""
 
 
+def test_a_run_goes_on_without_the_words_that_began_it(trained, tmp_path, capsys):
+    """A preset that names another start than the run had, the same source written in another way, and a source that is gone."""
+    run, source = str(tmp_path / "run"), shutil.copytree(trained.path, tmp_path / "source")
+    fields = [f"{k}={v}" for k, v in FORK.items() if not k.endswith("train.steps")]
+    common = ["train", "--preset", "tiny_sft", "--run", run, "--data.task", "chain", "--data.task-length", "2", "3", *fields]
+    begun = ["--train.init-from", "None", "--train.fork-from"]
+    assert launch.main([*common, *begun, f"{source}@grid", "--train.steps", "5"]) == EXIT_DONE
+    assert launch.main([*common, *begun, f"{source}/../source@grid", "--train.steps", "6"]) == EXIT_DONE
+    shutil.rmtree(source)
+    assert launch.main([*common, "--train.steps", "7"]) == EXIT_DONE
+    assert launch.main([*common, *begun, f"{source}@3", "--train.steps", "8"]) == EXIT_USAGE
+    assert "goes on from its own checkpoints, not from --train.fork-from" in capsys.readouterr().err
+
+
 def test_plan_prints_the_table(capsys):
     assert launch.main(["plan", "--preset", "kimi_k2"]) == EXIT_DONE
     printed = capsys.readouterr().out
