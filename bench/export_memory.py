@@ -112,4 +112,6 @@ def main(sizes: list[float]) -> None:
 
 
 if __name__ == "__main__":
-    main([float(size) for size in sys.argv[1:]] or [2.0, 8.0])
+    arguments = measure.parser(__doc__)
+    arguments.add_argument("gigabytes", nargs="*", type=float, default=[2.0, 8.0], help="of masters")
+    main(arguments.parse_args().gigabytes)

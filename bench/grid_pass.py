@@ -52,4 +52,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    measure.parser(__doc__).parse_args()
     main()

@@ -132,4 +132,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    measure.parser(__doc__).parse_args()
     main()

@@ -9,7 +9,6 @@ layers have the same, and the compiler knows it.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -21,7 +20,7 @@ from rich.table import Table
 from bench import measure
 from configs.platforms import platform_of
 from configs.presets import preset
-from configs.schema import ModelConfig
+from configs.schema import ConfigError, ModelConfig
 from model import experts
 from model.transformer import param_specs
 from quant.resident import bits_per_weight, to_int4
@@ -139,4 +138,9 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "kimi_k2")
+    arguments = measure.parser(__doc__)
+    arguments.add_argument("preset", nargs="?", default="kimi_k2")
+    try:
+        main(arguments.parse_args().preset)
+    except ConfigError as error:
+        arguments.error(str(error))

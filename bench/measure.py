@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -19,6 +20,11 @@ RESULTS = Path(__file__).parent / "results"
 SPAN = 0.01
 """Seconds that a timing on an accelerator lasts at least: sending a program and waiting for it takes up to a hundredth of
 that, often longer than the program itself. No more, because results of calls in a row may have to lie side by side."""
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """Of a benchmark's command line, which at least knows --help and refuses what it does not know before it measures."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def in_turns(candidates: dict[str, Callable[[], Any]], rounds: int = 5) -> dict[str, dict[str, float]]:

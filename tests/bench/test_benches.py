@@ -1,6 +1,7 @@
 """What benchmarks time, and on which device; their numbers are not tests."""
 
 import json
+import runpy
 import sys
 import types
 from pathlib import Path
@@ -113,3 +114,15 @@ def test_one_seed_has_no_interval(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         quant_table.main()
     assert "--write needs two seeds or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["grid_pass", "attention", "cross_entropy", "grouped_matmul", "newton_schulz", "int4_roofline", "export_memory"]
+)
+def test_what_a_benchmark_does_not_know_overwrites_nothing(name, monkeypatch, capsys):
+    """They write their results without being asked to."""
+    monkeypatch.setattr("bench.measure.write", None)
+    monkeypatch.setattr("sys.argv", [name, "--hlep"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(f"bench.{name}", run_name="__main__")
+    assert stop.value.code == 2 and "--hlep" in capsys.readouterr().err
