@@ -104,9 +104,21 @@ def test_a_closed_ring_sends_both_ways():
 def test_a_neighbour_is_sent_to_over_one_link(name, axes):
     """One direction of it: a permute's group is the pair of its first source and target."""
     wires, chip = machine(name, axes), topology(name).chip
-    pair = (0, 1)
-    took = wires.seconds(Collective("collective-permute", 1e9, 2, False, pair)) - LATENCY
+    took = wires.seconds(Collective("collective-permute", 1e9, 2, False, (0, 1))) - LATENCY
     assert took == pytest.approx(1e9 / (chip.link * chip.wire))
+
+
+def test_a_permute_waits_for_its_slowest_pair():
+    """Inside a node for the first pair, over the network for the second; one that sends to itself sends nothing."""
+    wires, chip = machine("h100:64x8", {"fsdp": 64, "expert": 8}), CHIPS["h100"]
+    permute = Collective("collective-permute", 1e9, 2, False, (0, 1, 7, 8, 3, 3))
+    assert wires.seconds(permute) - LATENCY == pytest.approx(1e9 / (chip.outside * chip.wire))
+    assert wires.spanned(permute) == ("fsdp", "expert")
+    inside = Collective("collective-permute", 1e9, 2, False, (0, 1, 1, 2))
+    assert wires.seconds(inside) - LATENCY == pytest.approx(1e9 / (chip.link * chip.wire)) and wires.spanned(inside) == (
+        "expert",
+    )
+    assert wires.seconds(Collective("collective-permute", 1e9, 2, False, (4, 4))) == 0
 
 
 def test_interleaved_groups_share_links():

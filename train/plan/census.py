@@ -32,8 +32,8 @@ COLLECTIVES = (
 @dataclass(frozen=True)
 class Collective:
     """bytes: size of its result on one device. group: devices that take part, `members` those of the first group by
-    their place in the mesh. in_loop: inside a while body. times: how often it runs. overlaps: it has a start and a
-    done, with other work in between."""
+    their place in the mesh, of a permute those of all its pairs, one after another. in_loop: inside a while body. times: how
+    often it runs. overlaps: it has a start and a done, with other work in between."""
 
     kind: str
     bytes: int
@@ -89,8 +89,8 @@ def _members(rest: str, devices: int) -> tuple[tuple[int, ...], int]:
         ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
         first = ids[tuple(slice(None) if name in axes else 0 for name in sizes)].reshape(-1)
         return tuple(int(n) for n in first), len(first)
-    if pairs := re.search(r"source_target_pairs=\{\{([0-9,]+)\}", rest):
-        return tuple(int(n) for n in pairs.group(1).split(",")), 2
+    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", rest):
+        return tuple(int(n) for n in re.findall(r"\d+", pairs.group(1))), 2
     return tuple(range(devices)), devices
 
 

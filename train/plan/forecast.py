@@ -113,7 +113,7 @@ def forecast(compiled: Compiled) -> Forecast:
     work = Roofline(compiled.program, wires).step()
     groups: dict[tuple, list[float]] = {}
     for c in work.collectives:
-        entry = groups.setdefault((c.kind, wires.axes(c.members)), [0, 0.0, 0.0])
+        entry = groups.setdefault((c.kind, wires.spanned(c)), [0, 0.0, 0.0])
         entry[0] += c.times
         entry[1] += c.times * c.received
         entry[2] += c.times * wires.seconds(c)

@@ -42,6 +42,7 @@ class Interconnect:
         self.devices = list(mesh.devices.flat)
         self.places = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=-1)
         self._rings = lru_cache(maxsize=None)(self._rings_of)
+        self._crossed = lru_cache(maxsize=None)(self._crossed_by)
 
     def axes(self, members: tuple[int, ...]) -> tuple[str, ...]:
         """Mesh axes along which a group's members differ."""
@@ -49,15 +50,26 @@ class Interconnect:
         varies = (places != places[:1]).any(axis=0)
         return tuple(name for name, v in zip(self.mesh.axis_names, varies) if v)
 
+    def spanned(self, c: Collective) -> tuple[str, ...]:
+        """Mesh axes that a collective goes along."""
+        return self._crossed(c.members) if c.kind == "collective-permute" else self.axes(c.members)
+
+    def _crossed_by(self, members: tuple[int, ...]) -> tuple[str, ...]:
+        crossed = {axis for pair in _pairs(members) for axis in self.axes(pair)}
+        return tuple(name for name in self.mesh.axis_names if name in crossed)
+
     def seconds(self, c: Collective) -> float:
-        """One run of a collective: bytes over the group's wires, and a latency."""
+        """One run of a collective: bytes over the group's wires, and a latency. A permute has to wait for the pair with the
+        slowest."""
+        if c.kind == "collective-permute":
+            between = [self._rings(pair) for pair in _pairs(c.members)]
+            slowest = min((max(r.link for r in rings) for rings in between if rings), default=math.inf)
+            return LATENCY + c.bytes / slowest if between else 0.0
         rings = self._rings(c.members)
         if c.group == 1 or not rings:
             return 0.0
         if c.kind in ("all-to-all", "ragged-all-to-all"):
             return LATENCY + max(c.bytes * (r.members - 1) / r.members / r.exchange for r in rings)
-        if c.kind == "collective-permute":
-            return LATENCY + c.bytes / max(r.link for r in rings)
         # Rings in several directions carry a share each; and what comes along one direction enters through the members of
         # the others together, each at its own rate.
         places = math.prod(r.members for r in rings)
@@ -96,3 +108,8 @@ class Interconnect:
         ways = 2 if closed and len(at) * stride == size else 1
         # All-to-all: half of all bytes cross the middle, 2 * ways links wide: n * B / 4 over ways * 2 * link / 2.
         return Ring(len(at), ways * link / stride, 4 * ways * link / len(at) / stride, link / stride)
+
+
+def _pairs(members: tuple[int, ...]) -> list[tuple[int, int]]:
+    """A permute's sources and targets, but for who sends to itself."""
+    return [pair for pair in zip(members[::2], members[1::2]) if pair[0] != pair[1]]

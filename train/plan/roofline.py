@@ -214,7 +214,7 @@ class Roofline:
         return Work(
             exposed=seconds,
             collectives=[c],
-            by_operation=defaultdict(float, {f"{c.kind} over {'*'.join(self.wires.axes(c.members)) or 'one device'}": seconds}),
+            by_operation=defaultdict(float, {f"{c.kind} over {'*'.join(self.wires.spanned(c)) or 'one device'}": seconds}),
         )
 
     def _cost(self, work: Work, computation: str, instruction: Instruction) -> tuple[float, float, list[Collective]]:
