@@ -129,11 +129,11 @@ def _tpu_weights(x, y, block_expert, num_experts, dtype):
 def _hopper_rows(x, w, block_expert, transposed):
     from model.kernels import grouped_matmul_decode, grouped_matmul_gpu, grouped_matmul_row
 
-    block = len(x) // len(block_expert)
-    if block == 1 and not transposed and grouped_matmul_row.takes(x.dtype, w):
-        return grouped_matmul_row.rows(x, w, block_expert)
-    if not transposed and grouped_matmul_decode.takes(x.dtype, block, w):
-        return grouped_matmul_decode.rows(x, w, block_expert)
+    block, picked = len(x) // len(block_expert), _to_pick_from(w, block_expert)
+    if block == 1 and not transposed and grouped_matmul_row.takes(x.dtype, picked[0]):
+        return grouped_matmul_row.rows(x, *picked)
+    if not transposed and grouped_matmul_decode.takes(x.dtype, block, picked[0]):
+        return grouped_matmul_decode.rows(x, *picked)
     if grouped_matmul_gpu.takes(x.dtype, block, *w.shape[1:]):
         return grouped_matmul_gpu.rows(x, _unpacked(w, x.dtype), block_expert, transposed)
     return _batched_rows(x, w, block_expert, transposed)

@@ -18,7 +18,6 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from kernels.hopper import stated
-from model.in_stack import InStack
 from quant.resident import Int4Weight
 
 try:
@@ -40,24 +39,18 @@ PROGRAMS = 512
 weights most of the time, and several on a core hide that."""
 
 
-def takes(dtype, block: int, w: Array | Int4Weight | InStack) -> bool:
+def takes(dtype, block: int, w: Array | Int4Weight) -> bool:
     """Whether the kernel can multiply rows of `dtype` with these weights [E, I, O]."""
     _, inputs, outputs = w.shape
-    values = w.stack if isinstance(w, InStack) else w
-    of_its_kind = values.axis == -2 and STEP % values.group == 0 if isinstance(values, Int4Weight) else values.dtype == dtype
+    of_its_kind = w.axis == -2 and STEP % w.group == 0 if isinstance(w, Int4Weight) else w.dtype == dtype
     fits = block in BLOCKS and inputs % STEP == 0 and outputs % WIDTH == 0
     return triton is not None and dtype == jnp.bfloat16 and fits and of_its_kind
 
 
 def rows(
-    x: Float[Array, "M I"],
-    w: Float[Array, "E I O"] | Int4Weight | InStack,
-    block_expert: Int[Array, "M/b"],
-    interpret: bool = False,
+    x: Float[Array, "M I"], w: Float[Array, "E I O"] | Int4Weight, block_expert: Int[Array, "M/b"], interpret: bool = False
 ) -> Float[Array, "M O"]:
     """GroupedMatmul.rows, not transposed."""
-    if isinstance(w, InStack):
-        w, block_expert = w.among_all(block_expert)
     (M, I), (E, _, O), blocks = x.shape, w.shape, len(block_expert)
     if isinstance(w, Int4Weight):
         parts, pick, cuts = 4, partial(_on_grid, group=w.group), min(-(-PROGRAMS * WIDTH // (blocks * O)), I // STEP)

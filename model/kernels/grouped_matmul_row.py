@@ -2,8 +2,9 @@
 matrix, bound by reading weights. The matrices of all layers, one above the other, are such a group too (model/project.py).
 
 Pallas' Triton backend, one warp for a row, a tile of columns and a part of the contraction. A matrix instruction would work
-on sixteen rows for one, so weights are multiplied and added where they arrive, in registers, without shared memory or
-barriers. Four-bit codes become bf16(code * scale) first, the value that unpacking gives, bit for bit.
+on sixteen rows for one, so weights are multiplied and added where they arrive, in registers; only scales go through shared
+memory, to the threads that need them. Four-bit codes become bf16(code * scale) first, the value that unpacking gives, bit for
+bit.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from kernels.hopper import stated
-from model.in_stack import InStack
 from quant.resident import Int4Weight
 
 try:
@@ -36,21 +36,18 @@ PROGRAMS, LEAST = 2112, 64
 memory; and at least so many rows of weights for each, beside which what begins and ends it is little."""
 
 
-def takes(dtype, w: Array | Int4Weight | InStack) -> bool:
+def takes(dtype, w: Array | Int4Weight) -> bool:
     """Whether the kernel can multiply rows of `dtype` with these weights [E, I, O]."""
     _, inputs, outputs = w.shape
-    values = w.stack if isinstance(w, InStack) else w
-    of_its_kind = values.axis == -2 and values.group % TALL == 0 if isinstance(values, Int4Weight) else values.dtype == dtype
+    of_its_kind = w.axis == -2 and w.group % TALL == 0 if isinstance(w, Int4Weight) else w.dtype == dtype
     fits = inputs % STEP == 0 and outputs % WIDTH == 0
     return triton is not None and dtype == jnp.bfloat16 and fits and of_its_kind
 
 
 def rows(
-    x: Float[Array, "P I"], w: Float[Array, "E I O"] | Int4Weight | InStack, expert_of: Int[Array, "P"], interpret: bool = False
+    x: Float[Array, "P I"], w: Float[Array, "E I O"] | Int4Weight, expert_of: Int[Array, "P"], interpret: bool = False
 ) -> Float[Array, "P O"]:
     """GroupedMatmul.rows with blocks of one row, not transposed; zeros for a row of nobody, whatever it holds."""
-    if isinstance(w, InStack):
-        w, expert_of = w.among_all(expert_of)
     (P, I), (E, _, O) = x.shape, w.shape
     if isinstance(w, Int4Weight):
         parts, step, load, add = 4, gcd(STEP, w.group), partial(_load_codes, group=w.group), partial(_add_codes, interpret)

@@ -151,7 +151,7 @@ def test_a_layer_in_its_stack(kernel, block, on_grid):
         mine = InStack(stack, jnp.int32(layer))
         assert mine.shape == (E, I, O) and len(mine) == E
         np.testing.assert_array_equal(
-            kernel.rows(x, mine, expert, interpret=True), kernel.rows(x, mine.cut(), expert, interpret=True)
+            kernel.rows(x, *mine.among_all(expert), interpret=True), kernel.rows(x, mine.cut(), expert, interpret=True)
         )
 
 

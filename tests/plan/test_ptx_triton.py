@@ -35,11 +35,16 @@ def carried_out(folder, name, function, abstract, given, result, blocks):
     return arrays[-1]
 
 
-def on_grid(rng, I, O, group):
-    """(codes, scales, weights in float64)"""
+def weights(rng, I, O, group):
+    """(as the kernel's function is given them, as the kernel is, in float64): on the grid, or whole without a group."""
+    if group is None:
+        whole = rng.standard_normal((E, I, O)).astype(BF16)
+        return array(whole.shape, jnp.bfloat16), [whole], whole.astype(np.float64)
     codes = rng.integers(-8, 8, (E, I, O))
     scales = np.exp2(rng.uniform(-9, -3, (E, I // group, O))).astype(BF16)
-    return codes, scales, (codes.astype(BF16) * np.repeat(scales, group, 1)).astype(np.float64)
+    packed = ((codes[..., ::2] & 15) | (codes[..., 1::2] & 15) << 4).astype(np.uint8)
+    w = Int4Weight(array(codes.shape, jnp.int4), array(scales.shape, jnp.bfloat16), -2, group)
+    return w, [packed, scales], (codes.astype(BF16) * np.repeat(scales, group, 1)).astype(np.float64)
 
 
 @pytest.mark.parametrize("group, I", [(32, 160), (16, 96), (64, 128), (None, 112)])
@@ -50,13 +55,7 @@ def test_experts_of_a_row(group, I, monkeypatch, tmp_path):
     tiles = O // grouped_matmul_row.WIDTH
     monkeypatch.setattr(grouped_matmul_row, "PROGRAMS", cuts * len(expert) * tiles)
     monkeypatch.setattr(grouped_matmul_row, "LEAST", grouped_matmul_row.STEP)
-    if group:
-        codes, scales, w64 = on_grid(rng, I, O, group)
-        w = Int4Weight(array((E, I, O), jnp.int4), array(scales.shape, jnp.bfloat16), -2, group)
-        given = [((codes[..., ::2] & 15) | (codes[..., 1::2] & 15) << 4).astype(np.uint8), scales]
-    else:
-        given = [rng.standard_normal((E, I, O)).astype(BF16)]
-        w, w64 = array((E, I, O), jnp.bfloat16), given[0].astype(np.float64)
+    w, given, w64 = weights(rng, I, O, group)
     x = np.concatenate([rng.standard_normal((2, I)), np.eye(1, I, I // 2 + 5)]).astype(BF16)
     parts = carried_out(
         tmp_path,
@@ -79,13 +78,7 @@ def test_decoding(group, block, monkeypatch, tmp_path):
     I, O, expert, rng = 256, 256, np.array([1, 2, NOBODY], np.int32), np.random.default_rng(0)
     tiles, cuts = O // grouped_matmul_decode.WIDTH, 2 if group else 1
     monkeypatch.setattr(grouped_matmul_decode, "PROGRAMS", cuts * len(expert) * tiles)
-    if group:
-        codes, scales, w64 = on_grid(rng, I, O, group)
-        w = Int4Weight(array((E, I, O), jnp.int4), array(scales.shape, jnp.bfloat16), -2, group)
-        given = [((codes[..., ::2] & 15) | (codes[..., 1::2] & 15) << 4).astype(np.uint8), scales]
-    else:
-        given = [rng.standard_normal((E, I, O)).astype(BF16)]
-        w, w64 = array((E, I, O), jnp.bfloat16), given[0].astype(np.float64)
+    w, given, w64 = weights(rng, I, O, group)
     place = np.arange(block) * 37 % I
     x = np.concatenate([rng.standard_normal((block, I)), np.eye(I)[place], np.zeros((block, I))]).astype(BF16)
     parts = carried_out(
