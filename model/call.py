@@ -17,7 +17,7 @@ from model.shards import ONE_DEVICE, Shards
 from quant.coverage import group_axis
 from quant.packed_gather import gather_on_grid
 from quant.resident import Int4Weight
-from quant.served import Serving, as_served
+from quant.served import Master, Serving, as_served
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +62,8 @@ class Call:
         gather = partial(self.shards.gather, spec=spec, joined=joined)
         if self.settled and spec.on_grid and self.shards.gathers(spec):
             axis, serving = group_axis(spec), self.serving
-            return gather_on_grid(stored, axis, serving.group_size, self.dtype, gather, serving.levels)
+            part = stored.part if isinstance(stored, Master) else stored
+            return gather_on_grid(part, axis, serving.group_size, self.dtype, gather, serving.levels)
         return gather(self.part(param).astype(self.dtype))
 
     def exact_weight(self, param: nnx.Param) -> Array:
@@ -71,7 +72,7 @@ class Call:
 
     def part(self, param: nnx.Param) -> Array:
         """The same in float32, of the part that this device stores. Groups of the grid never cross parts."""
-        return as_served(param[...], param.spec, self.serving, 1.0 if self.settled else self.amount, self.platform)
+        return as_served(param.get_value(), param.spec, self.serving, 1.0 if self.settled else self.amount, self.platform)
 
 
 def reduced_by(reduce: Callable, neutral: float) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from flax import nnx
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Float, Int
 
 from configs.param_spec import Matrix
 from configs.schema import ModelConfig
@@ -11,6 +12,9 @@ from model import router, transport
 from model.call import Call, MoEAux
 from model.declare import Declare
 from model.layers import FeedForward, gate_up_names
+from quant.served import Master
+
+ON_GRID = "gate_up", "down"
 
 
 class MoE(nnx.Module):
@@ -56,3 +60,15 @@ class MoE(nnx.Module):
             ),
         )
         return out, aux
+
+    def masters(self, call: Call) -> dict[str, Array]:
+        """Of all layers, what is read where it lies and not cut out for a layer: on Hopper GPUs the experts, from the step on at
+        which nothing but their values on the grid is used."""
+        whole = call.settled and call.platform == "hopper"
+        return {name: lax.stop_gradient(getattr(self, name).get_value()) for name in ON_GRID} if whole else {}
+
+    def read_in(self, masters: dict[str, Array], layer: Int[Array, ""]) -> None:
+        """A layer's experts are read in these stacks."""
+        for name, stack in masters.items():
+            param = getattr(self, name)
+            setattr(self, name, param.replace(Master(param.get_value(), stack, layer)))

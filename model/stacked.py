@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-Body = Callable[[Array, Any, Any], tuple[Array, Any]]
-"""(x, layer, setting) -> (x, measured)."""
+Body = Callable[[Array, Any, Array, Any], tuple[Array, Any]]
+"""(x, layer, its number, setting) -> (x, measured). A setting has no gradient."""
 
 
 @jax.tree_util.register_dataclass
@@ -35,43 +35,50 @@ class Sums:
 def run(body: Body, unroll: bool, x: Array, layers: Any, sums: Sums, setting: Any) -> tuple[Array, Any]:
     """lax.scan of `body` over `layers`. In place of a gradient of `layers` there is none; the "gradient" of `sums.layers` is
     sums.layers with it added."""
-    return lax.scan(lambda x, layer: body(x, layer, setting), x, layers, unroll=unroll)
+    return lax.scan(lambda x, numbered: body(x, *numbered, setting), x, numbered(layers), unroll=unroll)
+
+
+def numbered(layers: Any) -> tuple[Any, Array]:
+    """Stacked layers and their numbers, for a loop over both."""
+    return layers, jnp.arange(len(jax.tree.leaves(layers)[0]))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Saved:
-    """kept: what the backward pass of every layer needs besides its weights, stacked. tree: how to put both together;
-    weights: for each leaf, which array of the layer it is, None where it is kept."""
+    """kept: what the backward pass of every layer needs besides its weights and the setting, stacked. tree: how to put all
+    together; there: for each leaf, which array of the layer and the setting it is, None where it is kept."""
 
     kept: list[Array]
     layers: Any
+    setting: Any
     sums: Sums
     tree: Any = field(metadata={"static": True})
-    weights: tuple[int | None, ...] = field(metadata={"static": True})
+    there: tuple[int | None, ...] = field(metadata={"static": True})
 
 
 def _forward(body, unroll, x, layers, sums, setting):
     found = {}
 
-    def step(x, layer):
-        arrays = jax.tree.leaves(layer)
-        out, pull = jax.vjp(lambda layer, x: body(x, layer, setting), layer, x)
+    def step(x, layer_and_number):
+        layer, number = layer_and_number
+        arrays = jax.tree.leaves((layer, setting))
+        out, pull = jax.vjp(lambda layer, x: body(x, layer, number, setting), layer, x)
         leaves, found["tree"] = jax.tree.flatten(pull)
-        # A layer's weights are among what its backward pass needs: they are there already, and must not be stacked again.
-        found["weights"] = tuple(next((i for i, w in enumerate(arrays) if leaf is w), None) for leaf in leaves)
-        return out[0], (out[1], [leaf for leaf, at in zip(leaves, found["weights"]) if at is None])
+        # Weights and setting are among what a layer's backward pass needs: they are there already, and must not be stacked again.
+        found["there"] = tuple(next((i for i, a in enumerate(arrays) if leaf is a), None) for leaf in leaves)
+        return out[0], (out[1], [leaf for leaf, at in zip(leaves, found["there"]) if at is None])
 
-    x, (measured, kept) = lax.scan(step, x, layers, unroll=unroll)
-    return (x, measured), _Saved(kept, layers, sums, found["tree"], found["weights"])
+    x, (measured, kept) = lax.scan(step, x, numbered(layers), unroll=unroll)
+    return (x, measured), _Saved(kept, layers, setting, sums, found["tree"], found["there"])
 
 
 def _backward(body, unroll, saved, gradients):
     def step(carry, of_layer):
         dx, totals = carry
-        layer, kept, measured, index = of_layer
-        arrays, rest = jax.tree.leaves(layer), iter(kept)
-        pull = saved.tree.unflatten([next(rest) if at is None else arrays[at] for at in saved.weights])
+        (layer, index), kept, measured = of_layer
+        arrays, rest = jax.tree.leaves((layer, saved.setting)), iter(kept)
+        pull = saved.tree.unflatten([next(rest) if at is None else arrays[at] for at in saved.there])
         of_weights, dx = pull((dx, measured))
 
         tree = jax.tree.structure(totals)
@@ -88,10 +95,8 @@ def _backward(body, unroll, saved, gradients):
         return (dx, jax.tree.map(into, tree.unflatten(range(tree.num_leaves)), totals, of_weights)), None
 
     dx, measured = gradients
-    count = len(jax.tree.leaves(saved.layers)[0])
-    (dx, totals), _ = lax.scan(
-        step, (dx, saved.sums.layers), (saved.layers, saved.kept, measured, jnp.arange(count)), reverse=True, unroll=unroll
-    )
+    of_layers = numbered(saved.layers), saved.kept, measured
+    (dx, totals), _ = lax.scan(step, (dx, saved.sums.layers), of_layers, reverse=True, unroll=unroll)
     return dx, None, Sums(totals, None, saved.sums.add), None
 
 

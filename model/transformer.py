@@ -94,14 +94,18 @@ class Transformer(nnx.Module):
             x, aux, _, latents = remat.wrap(layer, call.remat)(x, call)
             measured.append((aux, latents))
 
-        def body(x, layer, call):
+        def body(x, layer, number, setting):
+            call, masters = setting
+            layer.feed_forward.read_in(masters, number)
             x, aux, moe_aux, latents = remat.wrap(layer, call.remat)(x, call)
             return x, (aux, moe_aux, latents)
 
+        setting = call, self.moe.feed_forward.masters(call)
         if sums is None:
-            x, measured_moe = jax.lax.scan(partial(body, call=call), x, self.moe, unroll=call.unroll)
+            one = lambda x, numbered: body(x, *numbered, setting)  # noqa: E731
+            x, measured_moe = jax.lax.scan(one, x, stacked.numbered(self.moe), unroll=call.unroll)
         else:
-            x, measured_moe = stacked.run(body, call.unroll, x, self.moe, sums, call)
+            x, measured_moe = stacked.run(body, call.unroll, x, self.moe, sums, setting)
         aux, moe_aux, latents = measured_moe
         for layer_aux, layer_latents in reversed(measured):
             aux = jax.tree.map(lambda one, stack: jnp.concatenate([one[None], stack]), layer_aux, aux)

@@ -31,11 +31,13 @@ def stochastic_round(x: Float[Array, "..."], key: PRNGKeyArray) -> Array:
 
     bfloat16 is the upper half of float32's bits: adding 16 random bits below the cut and truncating rounds up
     exactly as often as the discarded part demands. A value that is a bfloat16 already is returned unchanged, and
-    so are infinities and NaN.
+    so are infinities and NaN (by a bit that its upper half has in any case). All of it is decided on the bits: XLA for GPUs
+    would write a choice between two bfloat16 values as three arrays.
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    rounded = jax.lax.bitcast_convert_type(((bits + (_noise(x.shape, key) >> 16)) >> 16).astype(jnp.uint16), jnp.bfloat16)
-    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+    no_number = jnp.where(jnp.isnan(x), np.uint32(0x400000), np.uint32(0))
+    more = jnp.where(jnp.isfinite(x), _noise(x.shape, key) >> 16, np.uint32(0))
+    return jax.lax.bitcast_convert_type((((bits | no_number) + more) >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def apply_updates(params: Mapping[str, Array], updates: Mapping[str, Array], key: PRNGKeyArray | None) -> dict[str, Array]:

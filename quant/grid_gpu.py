@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kernels.hopper import stated
 from quant.grid import LEVELS, largest, nearest
@@ -40,24 +40,33 @@ def takes(shape: tuple[int, ...], axis: int, group: int) -> bool:
 
 
 def on_grid(
-    w: Float[Array, "..."], axis: int, group: int, levels: int = LEVELS["int4"], interpret: bool = False
+    w: Float[Array, "..."],
+    axis: int,
+    group: int,
+    levels: int = LEVELS["int4"],
+    layer: Int[Array, ""] | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "..."]:
-    """The grid values of `w`, as bfloat16, which holds them exactly: the same numbers as `grid.on_grid`. Not differentiable."""
-    behind = math.prod(w.shape[w.ndim + axis + 1 :])
-    groups, tiles = w.size // (group * behind), behind // WIDTH
+    """The grid values of `w`, as bfloat16, which holds them exactly: the same numbers as `grid.on_grid`. Not differentiable.
+    With a layer, those of w[layer], which XLA would copy for the kernel."""
+    shape = w.shape if layer is None else w.shape[1:]
+    behind, size = math.prod(shape[len(shape) + axis + 1 :]), math.prod(shape)
+    groups, tiles = size // (group * behind), behind // WIDTH
 
-    def kernel(w, out):
+    def kernel(w, *layer_and_out):
         # Neighbours work on the same rows, so that these are read and written whole.
+        *layer, out = layer_and_out
         number = pl.program_id(0)
-        at = lax.div(number, tiles), slice(None), pl.ds(lax.rem(number, tiles) * WIDTH, WIDTH)
-        x = triton.load(w.at[at]).astype(jnp.float32)
+        row, columns = lax.div(number, tiles), (slice(None), pl.ds(lax.rem(number, tiles) * WIDTH, WIDTH))
+        first = layer[0][0] * groups if layer else 0
+        x = triton.load(w.at[first + row, *columns]).astype(jnp.float32)
         scale = _bf16(_bf16(largest(x, axis=0)) / levels)
         scale = jnp.where(scale == 0, 1.0, scale)
         # One reciprocal for a group gives a guess as good as a quotient of every weight does. It has to be finite.
         larger = jnp.where(scale < 2.0**-100, 2.0**100, 1.0)
         guess = jnp.floor(x * larger * (1 / (scale * larger)) + 0.5)
         codes = jnp.clip(nearest(x, jnp.broadcast_to(scale, x.shape), guess), -levels, levels)
-        triton.store(out.at[at], (codes.astype(jnp.float32) * scale).astype(out.dtype))
+        triton.store(out.at[row, *columns], (codes.astype(jnp.float32) * scale).astype(out.dtype))
 
     run = pl.pallas_call(
         kernel,
@@ -67,8 +76,9 @@ def on_grid(
         name="on_grid",
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
     )
-    with stated(0, w.size * (w.dtype.itemsize + 2)):
-        return run(w.reshape(groups, group, behind)).reshape(w.shape)
+    number = [] if layer is None else [jnp.int32(layer).reshape(1)]
+    with stated(0, size * (w.dtype.itemsize + 2)):
+        return run(w.reshape(-1, group, behind), *number).reshape(shape)
 
 
 def _bf16(x: Float[Array, "..."]) -> Float[Array, "..."]:

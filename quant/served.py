@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from configs.param_spec import ParamSpec
 from configs.schema import ModelConfig, QuantConfig
@@ -65,23 +65,36 @@ def _straight_through(value: Array, master: Array) -> Array:
     return through(jax.lax.stop_gradient(value), master)
 
 
-def _on_grid(w: Float[Array, "..."], axis: int, serving: Serving, platform: str) -> Float[Array, "..."]:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Master:
+    """A layer's master weights, part == stack[layer]. Gradients go to the part; a kernel reads the stack, because XLA would copy
+    the part for it, and where nothing else reads the part, nobody cuts it out."""
+
+    part: Float[Array, "..."]
+    stack: Float[Array, "L ..."]
+    layer: Int[Array, ""]
+
+
+def _on_grid(w: Float[Array, "..."] | Master, axis: int, serving: Serving, platform: str) -> Float[Array, "..."]:
     """`grid.on_grid` of the masters by the fastest program for the platform that gives its numbers."""
+    part, *where = (w.part, w.stack, w.layer) if isinstance(w, Master) else (w,)
     if platform == "hopper":
         from quant import grid_gpu  # Pallas takes longer to import than a CPU has use for
 
-        if grid_gpu.takes(w.shape, axis, serving.group_size):
-            return grid_gpu.on_grid(jax.lax.stop_gradient(w), axis, serving.group_size, serving.levels).astype(jnp.float32)
-    return grid.on_grid(w.astype(jnp.float32), axis, serving.group_size, serving.levels)
+        if grid_gpu.takes(part.shape, axis, serving.group_size):
+            stack, *layer = where or [jax.lax.stop_gradient(part)]
+            return grid_gpu.on_grid(stack, axis, serving.group_size, serving.levels, *layer).astype(jnp.float32)
+    return grid.on_grid(part.astype(jnp.float32), axis, serving.group_size, serving.levels)
 
 
 def as_served(
-    w: Float[Array, "..."], spec: ParamSpec, serving: Serving, amount: Float[Array, ""] | float, platform: str = "cpu"
+    w: Float[Array, "..."] | Master, spec: ParamSpec, serving: Serving, amount: Float[Array, ""] | float, platform: str = "cpu"
 ) -> Float[Array, "..."]:
     """Forward value (float32) of a master weight; leading stacked axes of the spec may be sliced away. `platform`: of
     configs/platforms.py; every one gives the same numbers. A number for `amount` decides when the program is made; an array,
     even of a constant, may be hidden from the compiler (by jax.checkpoint), and masters are then read beside the grid."""
-    master = w.astype(jnp.float32)
+    master = (w.part if isinstance(w, Master) else w).astype(jnp.float32)
     value = master
     if serving.dtype == "bfloat16" and spec.served is None:
         value = grid.bf16_round(value)

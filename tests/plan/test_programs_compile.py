@@ -23,6 +23,7 @@ from quant.resident import Int4Weight
 from quant.served import Serving
 from train import compat, held_out, probe
 from train.mesh import batch_sharding, make_mesh, param_shardings, platform
+from train.plan.aot import compile_step
 from train.plan.census import census
 from train.plan.hlo import Program
 from train.plan.topology import topology
@@ -102,6 +103,17 @@ def test_what_a_token_writes(machine, packed, rows, least):
     named = [i for name, c in whole.computations.items() if "fused" not in name and "triton" not in name for i in c.values()]
     written = [(s.bytes, i.name) for i in named if i.kind in kinds for s in i.shapes if s.dims[-2:] != cache.shape[-2:]]
     assert len(written) > 50 and max(written)[0] < least, max(written)
+
+
+@pytest.mark.parametrize("machine", [GPU])
+def test_masters_of_experts_stay_in_their_stack(machine):
+    """The grid's kernel reads a layer's among those of all layers, in both passes of a training step."""
+    cfg = preset("moonlight_16b_h200_1")
+    train = dataclasses.replace(cfg.train, batch_size=4, accumulate=1)
+    program = compile_step(dataclasses.replace(cfg, model=MODEL, train=train), topology(machine)).program
+    written = [(s.dims, i) for c in program.computations.values() for i in c.values() for s in i.shapes if i.kind != "parameter"]
+    cut = [i.name for dims, i in written for spec in SPECS.values() if spec.on_grid and dims == (1, *spec.shape[1:])]
+    assert len(written) > 1000 and not cut
 
 
 @pytest.mark.parametrize("machine", [TPU, GPU])

@@ -1,11 +1,16 @@
 """The grid's kernel for GPUs, interpreted, against its definition. On a GPU: tests/gpu/test_kernels.py."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.presets import preset
+from model.transformer import param_specs
 from quant import grid, grid_gpu
+from quant.served import Master, Serving, as_served
 
 
 @pytest.mark.parametrize("levels", sorted(grid.LEVELS.values()))
@@ -20,6 +25,24 @@ def test_the_same_numbers(shape, axis, group, dtype, levels):
         mine = grid_gpu.on_grid(masters.astype(dtype), axis, group, levels, interpret=True)
         assert mine.dtype == jnp.bfloat16
         np.testing.assert_array_equal(mine.astype(jnp.float32), want)
+
+
+def test_a_layer_where_it_lies(monkeypatch):
+    """Of stacked masters the kernel reads the layer that is meant, and nothing reads the part that the loop over layers cuts out:
+    XLA need not make it. The gradient goes to that part, straight through."""
+    monkeypatch.setattr(grid_gpu, "on_grid", partial(grid_gpu.on_grid, interpret=True))
+    stack = jax.random.normal(jax.random.key(0), (3, 4, 64, 64), jnp.float32)
+    spec = param_specs(preset("tiny").model)["moe.mlp.experts_down"]
+    serving = Serving(grid="int4")
+
+    def served(part, stack, layer):
+        return as_served(Master(part, stack, layer), spec, serving, 1.0, "hopper")
+
+    for layer in range(3):
+        want = jax.jit(grid.on_grid, static_argnums=(1, 2))(stack[layer], -2, 32)
+        mine, pull = jax.vjp(lambda part: served(part, stack, jnp.int32(layer)), jnp.full_like(stack[0], jnp.nan))  # noqa: B023
+        np.testing.assert_array_equal(mine, want)
+        np.testing.assert_array_equal(pull(stack[0])[0], stack[0])
 
 
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
