@@ -52,6 +52,8 @@ class Episode:
     misnumbered: int = 0
     """Calls whose id did not continue the count of the calls shown; they are renumbered, as serving engines do."""
     failures: list[str] = field(default_factory=list)
+    unreadable: int = 0
+    """Calls that could not be read."""
     stopped: str = ""
     """Empty while it runs. done: the environment had nothing more to say. failure: a reply was cut off or its call
     unreadable. limit: too many replies."""
@@ -96,6 +98,7 @@ class Episode:
             self.misnumbered += made["id"] != f"functions.{made['function']['name']}:{seen + index}"
             made["id"] = f"functions.{made['function']['name']}:{number + index}"
         self.add([reply.message()])
+        self.unreadable += reply.unreadable
         if reply.failures or not reply.finished:
             self.failures += reply.failures or ["the reply is not finished"]
             self.stopped = "failure"

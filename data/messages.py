@@ -224,6 +224,8 @@ class _Reader:
         try:
             parsed = _read_json(given) if isinstance(given, str) else given
             text = arguments_text(parsed)
+        except _TwiceError as error:
+            raise RowError(f"arguments of {function['name']} give {error} twice: which of them is meant?") from None
         except ValueError:
             raise RowError(f"arguments of {function['name']} are not JSON: {str(given)[:60]}") from None
         if not isinstance(parsed, dict):
@@ -324,9 +326,20 @@ def _calls_from_tags(message: Message) -> Message:
 def _read_json(text: str) -> Any:
     """The value. ValueError for what is no JSON, NaN included, and for numbers too long and brackets too deep to read."""
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_each_once)
     except RecursionError:
         raise ValueError("brackets are nested too deeply") from None
+
+
+class _TwiceError(ValueError):
+    """A key that an object has twice."""
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _TwiceError(next(repr(key) for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i])))
+    return found
 
 
 def _no_constant(name: str) -> None:

@@ -33,12 +33,13 @@ DEEPEST = 100
 
 @dataclass
 class Reply:
-    """A generated assistant message. `failures` are calls that cannot be run, with the reason."""
+    """A generated assistant message. `failures` say why calls in it cannot be run; `unreadable` counts these."""
 
     reasoning: str = ""
     content: str = ""
     calls: list[dict] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    unreadable: int = 0
     finished: bool = False
     """Whether the model ended the message itself."""
 
@@ -120,7 +121,10 @@ def _reply(cursor: _Cursor) -> Reply:
         cursor.take(tok.THINK_END)
     reply.content = cursor.text(*ends)
     while cursor.take(tok.CALLS_BEGIN):
+        calls, failures = len(reply.calls) + reply.unreadable, len(reply.failures)
         _section(cursor, reply)
+        if len(reply.failures) > failures and len(reply.calls) + reply.unreadable == calls:
+            reply.unreadable += 1  # whatever it was, a call was meant
         reply.content += cursor.text(*ends)
     reply.finished = cursor.take(tok.IM_END, tok.EOS)
     return reply
@@ -148,15 +152,17 @@ def _section(cursor: _Cursor, reply: Reply) -> None:
 def _call(reply: Reply, call_id: str, arguments: str, whole: bool) -> None:
     match = CALL_ID.fullmatch(call_id.strip())
     if not whole:
-        reply.failures.append(f"call {call_id[:60]!r} is cut off")
+        wrong = f"call {call_id[:60]!r} is cut off"
     elif not match:
-        reply.failures.append(f"call id {call_id[:60]!r} is not functions.NAME:INDEX")
+        wrong = f"call id {call_id[:60]!r} is not functions.NAME:INDEX"
     elif reason := json_object_error(arguments):
-        reply.failures.append(f"arguments of {match['name']} {reason}")
+        wrong = f"arguments of {match['name']} {reason}"
     else:
-        reply.calls.append(
-            {"id": call_id.strip(), "type": "function", "function": {"name": match["name"], "arguments": arguments}}
-        )
+        function = {"name": match["name"], "arguments": arguments}
+        reply.calls.append({"id": call_id.strip(), "type": "function", "function": function})
+        return
+    reply.failures.append(wrong)
+    reply.unreadable += 1
 
 
 def json_object_error(text: str) -> str | None:

@@ -246,7 +246,8 @@ def token_row(row: dict[str, Any], where: str, tokenizer: Tokenizer) -> TokenRow
     """`ids` and, optionally, `weights` of the same length."""
     try:
         ids = np.array(row["ids"])
-        weights = None if row.get("weights") is None else np.array(row["weights"], np.float32)
+        with np.errstate(over="ignore"):  # what is too large is refused with its row
+            weights = None if row.get("weights") is None else np.array(row["weights"], np.float32)
     except (ValueError, TypeError, OverflowError):
         raise RowError("has ids or weights that are no list of numbers") from None
     return checked_row(ids, weights, where, tokenizer.vocab_size)

@@ -182,7 +182,7 @@ def cells(result: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
     lengths = list(result["problems"])
     curve = [["weights", *(f"n={n}" for n in lengths)]]
     more = [["weights", *ROWS.values(), "thinking / answer / tool", "same as the first arm", "differs first at", "KL"]]
-    longest = int(lengths[-1])
+    shortest, longest = min(map(int, lengths)), max(map(int, lengths))
     for arm in result["arms"]:
         by = {str(n): v for n, v in arm["by_length"].items()}
         curve.append([arm["arm"], *(percent(by[str(n)]["success"], by[str(n)]["interval"]) for n in lengths)])
@@ -193,7 +193,7 @@ def cells(result: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
             [
                 arm["arm"],
                 steps,
-                *(_measure(name, arm[name], longest) for name in list(ROWS)[1:]),
+                *(_measure(name, arm[name], shortest, longest) for name in list(ROWS)[1:]),
                 " / ".join(f"{arm['tokens'][kind]:.0f}" for kind in ("thinking", "answer", "tool")),
                 f"{100 * arm['same_share']:.0f} %",
                 "" if first is None else f"token {first:.0f}",
@@ -207,12 +207,12 @@ def percent(value: float, bounds: list[float]) -> str:
     return f"{100 * value:.0f} % ({100 * bounds[0]:.0f}–{100 * bounds[1]:.0f})"
 
 
-def _measure(name: str, found: dict, longest: int) -> str:
+def _measure(name: str, found: dict, shortest: int, longest: int) -> str:
     value, bounds = float(found["value"]), [float(b) for b in found["interval"]]
     if name == "half_horizon":
 
         def text(n: float) -> str:
-            return f"> {longest}" if math.isinf(n) else "< 1" if n < 1 else f"{n:.0f}"
+            return f"> {longest}" if math.isinf(n) else f"< {shortest}" if n == 0 else f"{n:.0f}"
 
         return text(value) if text(bounds[0]) == text(bounds[1]) else f"{text(value)} ({text(bounds[0])} – {text(bounds[1])})"
     if name.startswith("tokens"):

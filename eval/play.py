@@ -130,7 +130,6 @@ def played(problem: Problem, episode: Episode, ids: list[int]) -> Played:
     made = [c["function"] for m in episode.messages for c in m.get("tool_calls", ())]
     known = {t["function"]["name"]: t["function"]["parameters"] for t in episode.declarations}
     valid = sum(f["name"] in known and arguments_error(known[f["name"]], json.loads(f["arguments"])) is None for f in made)
-    unreadable = sum(failure != NOT_FINISHED for failure in episode.failures)
     bill = episode.bill
     overthought = episode.stopped == "done" and not solved and len(right) == len(problem.steps) and right[-1]
     return Played(
@@ -143,15 +142,12 @@ def played(problem: Problem, episode: Episode, ids: list[int]) -> Played:
         bill.tool,
         loops(ids) or repeats_calls(call_arguments(episode.messages)),
         overthought,
-        len(made) + unreadable,
+        len(made) + episode.unreadable,
         valid,
         episode.misnumbered,
         episode.stopped,
         ids,
     )
-
-
-NOT_FINISHED = "the reply is not finished"
 
 
 def loops(ids: Sequence[int]) -> bool:

@@ -144,10 +144,11 @@ def _hopper_weights(x, y, block_expert, num_experts, dtype):
 
     block = len(x) // len(block_expert)
     if not grouped_matmul_gpu.takes(x.dtype, block, x.shape[1], y.shape[1]):
+        step = grouped_matmul_gpu.STEP
         warnings.warn(
-            "gradients of experts go through XLA, which copies weights for every block of rows: the Hopper kernels "
-            f"take 16-bit floats, widths of whole {grouped_matmul_gpu.STEP}s and blocks of 64 rows (which every expert "
-            f"must have), not {x.dtype.name}, {x.shape[1]} x {y.shape[1]} and blocks of {block}",
+            "gradients of experts go through XLA, which copies weights for every block of rows: the Hopper kernels take 16-bit "
+            f"floats, widths of whole {step}s (in blocks of 64 rows above {step}) and blocks of 64 or 128 rows, which every "
+            f"expert must have, not {x.dtype.name}, {x.shape[1]} x {y.shape[1]} and blocks of {block}",
             stacklevel=2,
         )
         return _batched_weights(x, y, block_expert, num_experts, dtype)
@@ -192,9 +193,10 @@ def implementation(platform: str) -> str:
 
 def block_rows(rows: int, num_experts: int, platform: str = "cpu") -> int:
     """Rows per block: at most a quarter of an expert's mean rows, which keeps the padding of each expert to whole blocks
-    under about an eighth, and no more than fill the platform's matrix unit. A TPU's holds a tile of weights while rows
-    stream past it: few rows per tile leave it loading weights. On Hopper an expert with the rows for it gets the 64 of a
-    large matrix instruction, else the 16 of a small one, and a few rows in all are blocks of their own."""
+    under about an eighth, and no more than fill the platform's matrix unit; but at least 8, whatever the mean. A TPU's
+    holds a tile of weights while rows stream past it: few rows per tile leave it loading weights. On Hopper an expert with
+    the rows for it gets the 64 of a large matrix instruction, else the 16 of a small one, and a few rows in all are blocks
+    of their own."""
     if platform == "hopper" and rows <= SINGLE_ROWS:
         return 1
     mean = rows // num_experts
@@ -207,8 +209,9 @@ def block_rows(rows: int, num_experts: int, platform: str = "cpu") -> int:
 def grouped_matmul(
     x: Float[Array, "M D"], w: Float[Array, "E D F"] | Int4Weight | InStack, block_expert: Int[Array, "M/b"], name: str
 ) -> Float[Array, "M F"]:
-    """Block i of `x` times w[block_expert[i]], where that is E zeros from zeros; `block_expert` ascends, `name` is a key of
-    IMPLEMENTATIONS. An Int4Weight gives what its unpacked weights give; it and an InStack have no gradient."""
+    """Block i of `x` times w[block_expert[i]], where that is E zeros from zeros; `name` is a key of IMPLEMENTATIONS.
+    `block_expert` ascends, but for blocks of one row, which "batched" and "hopper" take in any order. An Int4Weight gives what
+    its unpacked weights give; it and an InStack have no gradient."""
     return IMPLEMENTATIONS[name].rows(x, w, block_expert, False)
 
 

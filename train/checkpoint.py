@@ -121,7 +121,7 @@ class Checkpoints:
     the steps in `landmarks`."""
 
     def __init__(self, directory: Path, keep: int = 2, landmarks: tuple[int, ...] = ()):
-        self.directory = Path(directory).absolute()
+        self.directory = Path(directory).resolve()  # TensorStore refuses `..`
         self.keep, self.landmarks = keep, landmarks
         self._checkpointer = None
 
@@ -142,8 +142,12 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Finished checkpoints, oldest first."""
-        if not self.directory.is_dir():
+        if not self.directory.exists():
             return []
+        if not self.directory.is_dir():
+            raise CheckpointError(
+                f"{self.directory} is no directory of checkpoints; move it away, or name another run with --run"
+            )
         return sorted(int(p.name) for p in self.directory.iterdir() if p.is_dir() and p.name.isdecimal())
 
     def save(self, step: int, state: Any) -> None:
@@ -191,6 +195,8 @@ class Checkpoints:
         if (where := processes.failing(trouble is None)) is not None:
             raise unreadable(self.directory / str(step), trouble or f"by process {where}") from trouble
         self._compare(step, _fingerprints(found["state"]), found["fingerprint"])
+        if (held := int(found["state"].get("step", step))) != step:
+            raise CheckpointError(f"checkpoint {self.directory / str(step)} holds step {held}: it was copied or renamed")
         return unflat(found["state"], like)
 
     def _opened(self, step: int, shapes: dict[str, tuple[int, ...]]) -> StoredParams:

@@ -106,6 +106,8 @@ def orbax():
     """Orbax's v1 interface, still under `experimental` in the 0.12 source tree."""
     from orbax.checkpoint import v1
 
+    # Where loading fails, Orbax leaves what it had begun to Python, which says so behind our sentence.
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
     return v1
 
 

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +152,7 @@ def _import(directory: Path, named: str, base: RunConfig, preset: str, run: RunD
     held = "INT4 grid" if found.quant.grid != "none" else found.model.dtype
     console.print(
         f"imported {human(sum(s.size for s in session.specs.values()))} weights into {run.path} ({held}, kept in "
-        f"{cfg.optim.master_dtype}); train on with: python launch.py train --preset {preset} --run {run.path}-tuned "
-        f"--train.init-from {run.path}"
+        f"{cfg.optim.master_dtype}); train on with: python launch.py train --preset {preset} --run {quote(f'{run.path}-tuned')} "
+        f"--train.init-from {quote(str(run.path))}"
     )
     return 0

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import jax
 
-from configs.schema import ConfigError, RunConfig
+from configs.schema import ConfigError, RunConfig, require
 from data.pipeline import PLAN_VERSION, Data, open_data
 from quant.coverage import coverage
 from train import processes
@@ -21,10 +21,10 @@ from train.machine import Machine, build
 from train.mesh import batch_sharding
 from train.profile import Profile
 from train.recorder import Recorder
-from train.remix import Table, before_edit, edited, table_of
+from train.remix import Table, before_edit, edited, forked, table_of
 from train.run_data import require_same_order
 from train.run_dir import RunDir, config_hash, split_source
-from train.session import Session, open_session
+from train.session import Session, open_session, parse_source
 from train.start import begun_as, kept_dtype, require_router_learns, starting_state
 from train.state import TrainState
 from train.stop import EXIT_DONE, EXIT_STOPPED, StopSignal
@@ -68,12 +68,18 @@ def train(cfg: RunConfig, run: RunDir, remix: bool = False) -> int:
         # A late process must not find the files of an early one.
         processes.require_same("the run's settings, data and step", config_hash(cfg), data.plan_hash, step)
         if step >= cfg.train.steps:
+            require(bool(facts), f"{cfg.train.fork_from} is at step {step}, so there is nothing to do; raise --train.steps")
             console.print(f"already trained to step {step}; raise --train.steps to go on")
             return EXIT_DONE
         if known.data.mixture != cfg.data.mixture:
             mixtures = edited(mixtures, known.data.mixture, step)
             data = open_data(cfg, session.tokenizer, mixtures)
             console.print(f"mixture {mixtures[-1][1]} until step {step}, {cfg.data.mixture} from there on")
+        if not facts and cfg.train.fork_from:
+            source, _ = parse_source(cfg.train.fork_from)
+            if mixtures := forked(source.load_facts(), source.load_config(), cfg, step):
+                data = open_data(cfg, session.tokenizer, mixtures)
+                console.print(f"the mixtures of {source.path} until step {step}, {cfg.data.mixture} from there on")
         if not facts:
             held.enter_context(processes.alone(run, new=True))
         _announce(run, session, data, mixtures, step)

@@ -28,6 +28,19 @@ def edited(table: Table, mixture: tuple[float, ...], step: int) -> Table:
     return kept if kept and kept[-1][0] == step else [*kept, (step, held)]
 
 
+def forked(facts: dict[str, Any], old: RunConfig, cfg: RunConfig, step: int) -> Table:
+    """The table of a new run that goes on from `step` of one with these facts and config: where both take the same rows at a time
+    from the same sources, what the old one had until then, so that the new one goes on in its order; else none."""
+
+    def rows(of: RunConfig) -> tuple:
+        return dataclasses.replace(of.data, mixture=()), of.train.batch_size, of.train.seq_len
+
+    if not (old.data.mixture and cfg.data.mixture) or rows(old) != rows(cfg):
+        return []
+    table = edited(table_of(facts), old.data.mixture, step)
+    return table[:-1] if table[-1] == (step, cfg.data.mixture) else table
+
+
 def before_edit(old: RunConfig, cfg: RunConfig, remix: bool) -> RunConfig:
     """The config under which the run's data was opened last: `cfg` with the run's own mixture. ConfigError for every
     change that a resumed run may not make, and for a new mixture without `remix`."""

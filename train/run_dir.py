@@ -159,7 +159,10 @@ class RunDir:
 
     def lock(self) -> TextIO | None:
         """Holds the run for whoever writes it, until the file is closed or the process dies; None where another one does."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise ConfigError(f"{self.path} is no directory; name another with --run") from None
         file = open(self.path / ".lock", "a")  # noqa: SIM115  (open is what locks; some file systems want it writable)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

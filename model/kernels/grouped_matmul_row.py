@@ -133,8 +133,8 @@ def _plainly(total, scale, four, xs, part: int):
     """total + bf16(code * scale) * x, for one code of every element. The product of two bfloat16 numbers is exact in float32,
     so that it makes no difference whether it is rounded before it is added."""
     bits = (lax.shift_right_logical(four.astype(jnp.int32), jnp.int32(4 * part)) & jnp.int32(15)) ^ jnp.int32(8)
-    code = (bits - 8).astype(jnp.bfloat16)
-    return total + (code * scale).astype(jnp.float32) * xs
+    weight = lax.reduce_precision((bits - 8).astype(jnp.float32) * scale.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
+    return total + weight * xs
 
 
 def _by_instructions(total, scale, four, xs, part: int):

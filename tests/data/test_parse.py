@@ -159,3 +159,20 @@ def test_rows_that_are_none():
     ids = RENDERER.prompt([{"role": "user", "content": "x"}])
     with pytest.raises(ValueError, match="is not closed"):
         parse_conversation(ids[:5], TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    "section, calls, unreadable",
+    [
+        (CALL, 1, 0),  # a sound call in a section that is not closed
+        ("<|tool_call_begin|>functions.f:0", 0, 1),
+        (f"{CALL}<|tool_call_begin|>functions.f:0", 1, 1),
+        ("f(1)<|tool_calls_section_end|>", 0, 1),
+        ("", 0, 1),
+        ("<|tool_calls_section_end|>", 0, 0),
+    ],
+)
+def test_a_call_is_attempted_once(section, calls, unreadable):
+    """However many sentences say what is wrong with it."""
+    reply = parse_text(f"<|tool_calls_section_begin|>{section}")
+    assert (len(reply.calls), reply.unreadable) == (calls, unreadable)

@@ -9,6 +9,7 @@ from data.render import KimiRenderer
 from data.tasks import make_problem
 from data.tokenizer import load_tokenizer
 from data.tools import call
+from eval.horizon import _measure
 from eval.play import Played, Settings, longest_run, loops, play, played, repeats_calls
 from eval.statistics import (
     MEASURES,
@@ -96,7 +97,7 @@ def test_wrong_answers_after_right_steps_and_bad_calls():
     episode.add(
         [{"role": "assistant", "content": "", "tool_calls": [call(0, "get", key="a"), call(1, "got"), call(2, "get", key=3)]}]
     )
-    episode.failures = ["arguments of get are not JSON: {"]
+    episode.failures, episode.unreadable = ["arguments of get are not JSON: {", "the section of calls is not closed"], 1
     assert (played(chase, episode, [1]).calls, played(chase, episode, [1]).valid_calls) == (4, 1)
 
 
@@ -114,6 +115,11 @@ def test_step_accuracy_counts_steps_up_to_the_first_wrong_one():
     """9 + 4 survived, one of the two chains broke: 13 of 14 tries. For p per step this is the estimate of p."""
     assert step_accuracy({10: [made(steps=9), made(False, 4, steps=9)]}) == 13 / 14
     assert step_accuracy({1: [made(False, 0)]}) == 0.0
+
+
+@pytest.mark.parametrize("value, said", [(0.0, "< 10"), (26.4, "26"), (math.inf, "> 300")])
+def test_a_horizon_outside_what_was_played_is_said_so(value, said):
+    assert _measure("half_horizon", {"value": value, "interval": [value, value]}, 10, 300) == said
 
 
 def test_horizon_is_read_off_the_curve():

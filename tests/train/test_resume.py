@@ -198,6 +198,10 @@ def test_a_mixture_is_edited_by_flag_only(tmp_path, capsys):
     assert train(dataclasses.replace(edited, train=dataclasses.replace(edited.train, steps=5)), run) == EXIT_DONE
     whole = open_data(edited, load_tokenizer("bytes"), [(2, (1.0, 3.0))])
     assert run.load_facts()["plan_hash"] == whole.plan_hash, "tests/data/test_order.py says what such a plan holds"
+    held_until = dataclasses.replace(edited.train, steps=5, fork_from=f"{run.path}@4")
+    fork = RunDir(tmp_path / "fork")
+    assert train(dataclasses.replace(edited, train=held_until), fork) == EXIT_DONE
+    assert losses(fork) == {5: losses(run)[5]} and fork.load_facts()["mixtures"] == [[2, [1.0, 3.0]]]
     unmixed = dataclasses.replace(edited, data=dataclasses.replace(edited.data, mixture=()))
     with pytest.raises(ConfigError, match="keeps taking everything"):
         train(unmixed, run, remix=True)
@@ -218,6 +222,55 @@ def test_a_mixture_is_edited_by_flag_only(tmp_path, capsys):
 def test_another_mixture_behind_lost_steps(table, step, expected):
     """The run's present mixture is b, and another one takes over after a step."""
     assert remix.edited(table, "b", step) == expected
+
+
+@pytest.mark.parametrize(
+    "step, mixture, table",
+    [
+        (6, (1.0, 7.0), [(4, (1.0, 1.0))]),
+        (4, (1.0, 7.0), [(4, (1.0, 1.0))]),
+        (3, (1.0, 1.0), []),
+        (3, (1.0, 7.0), [(3, (1.0, 1.0))]),
+        (6, (2.0, 1.0), [(4, (1.0, 1.0)), (6, (1.0, 7.0))]),
+        (6, (), []),
+    ],
+)
+def test_a_fork_goes_on_in_the_order_of_its_origin(step, mixture, table):
+    """Of a run that took sources one to one until step 4, then one to seven; not where it takes other rows at a time."""
+    cfg = small()
+    sources = dataclasses.replace(cfg.data, paths=("a.txt", "b.txt"))
+    old, new = (dataclasses.replace(cfg, data=dataclasses.replace(sources, mixture=m)) for m in ((1.0, 7.0), mixture))
+    facts = {"mixtures": [[4, [1.0, 1.0]]]}
+    assert remix.forked(facts, old, new, step) == table
+    assert remix.forked(facts, old, dataclasses.replace(new, train=dataclasses.replace(new.train, batch_size=32)), step) == []
+
+
+def test_a_fork_with_nothing_to_do_is_refused(trained, tmp_path):
+    cfg = trained.load_config()
+    done = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, fork_from=str(trained.path)))
+    with pytest.raises(ConfigError, match="nothing to do; raise --train.steps"):
+        train(done, RunDir(tmp_path / "fork"))
+    assert not (tmp_path / "fork").exists()
+
+
+def test_a_checkpoint_under_another_name_is_none(trained, tmp_path, capsys):
+    """A copy or a renamed one would go on with other rows than its state is at."""
+    shutil.copytree(trained.path, tmp_path / "run")
+    checkpoints = Checkpoints(RunDir(tmp_path / "run").checkpoints)
+    newest = checkpoints.steps()[-1]
+    (checkpoints.directory / str(newest)).rename(checkpoints.directory / str(newest + 1))
+    cfg = trained.load_config()
+    session = open_session(cfg)
+    like = abstract_state(cfg, session.specs, build_optimizer(session.specs, cfg.optim, cfg.train.steps), session.mesh)
+    restored = checkpoints.restore(like)
+    assert restored.step < newest and f"holds step {newest}" in restored.damaged[0]
+
+
+def test_a_run_is_found_by_any_path_to_it(trained):
+    """TensorStore, which reads an export's weights from disk, takes no `..`."""
+    detour = RunDir(trained.path / ".." / trained.path.name)
+    shapes = {path: spec.shape for path, spec in open_session(trained.load_config()).specs.items()}
+    assert Checkpoints(detour.checkpoints).stored(shapes).step == Checkpoints(trained.checkpoints).steps()[-1]
 
 
 def test_weights_are_read_in_the_dtype_they_were_saved_in(trained):
