@@ -141,7 +141,19 @@ def test_on_the_grid(dtype, shape, axis):
     w = jax.random.normal(jax.random.key(0), shape, jnp.float32).at[0, :32].set(0).astype(dtype)
     assert grid_gpu.takes(shape, axis, 32)
     for masters in (w, (grid.on_grid(w, axis, 32) * 0.5).astype(dtype), w.at[0, 3].set(jnp.nan).at[1, :32].set(jnp.nan)):
-        np.testing.assert_array_equal(grid_gpu.on_grid(masters, axis, 32), grid.on_grid(masters, axis, 32))
+        want = grid.on_grid(masters, axis, 32)
+        np.testing.assert_array_equal(grid_gpu.on_grid(masters, axis, 32), want)
+        stack = jnp.stack([jnp.full_like(w, jnp.nan), masters])
+        np.testing.assert_array_equal(grid_gpu.on_grid(stack, axis, 32, layer=jnp.int32(1)), want)
+
+
+def test_a_stack_beyond_four_gigabytes():
+    """The last layer of one, where offsets need more than 32 bits."""
+    shape, last = (64, 2048, 2, 1408), jax.random.normal(jax.random.key(0), (64, 2048, 2, 1408), jnp.bfloat16)
+    stack = jnp.zeros((7, *shape), jnp.bfloat16).at[6].set(last)
+    assert stack.nbytes > 2**32
+    mine = jax.jit(grid_gpu.on_grid, static_argnums=(1, 2, 3))(stack, -3, 32, 7, jnp.int32(6))
+    np.testing.assert_array_equal(mine, jax.jit(grid.on_grid, static_argnums=(1, 2))(last, -3, 32).astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("N", [4096, 5000])

@@ -110,20 +110,23 @@ def test_rows_to_slots(tmp_path):
     np.testing.assert_array_equal(mine, np.concatenate([x, np.zeros((5, 192), BF16)])[index])
 
 
+@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
-def test_on_grid(dtype, tmp_path):
-    """The numbers of quant/grid.py, also of groups of zeros, of tiny and huge numbers, and with an entry that is none."""
+def test_on_grid(dtype, stacked, tmp_path):
+    """The numbers of quant/grid.py, also of groups of zeros, of tiny and huge numbers, and with an entry that is none; or of a
+    layer of a stack whose other layers hold no numbers."""
     w = np.random.default_rng(0).standard_normal((4, 32, 64))
     w *= np.exp2(np.linspace(-118, 126, 64))
     w[0, :, 3], w[1, 7, 5], w[2, 9, 11] = 0, np.nan, -np.inf
     w[3] = np.linspace(-7.5, 7.5, 32)[:, None]  # many ties
     w = w.astype(dtype)
+    given = [np.stack([w * np.nan, w, w * np.nan]), np.ones(1, np.int32)] if stacked else [w]
     mine = carried_out(
         tmp_path,
         "on_grid",
-        lambda w: grid_gpu.on_grid(w, -2, 32),
-        (array(w.shape, jnp.dtype(dtype)),),
-        [w],
+        lambda w, *layer: grid_gpu.on_grid(w, -2, 32, 7, *(n[0] for n in layer)),
+        tuple(array(a.shape, jnp.dtype(a.dtype)) for a in given),
+        given,
         np.full(w.shape, np.nan, BF16),
         (4, 1, 1),
     )
