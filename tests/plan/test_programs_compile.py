@@ -87,6 +87,13 @@ def test_generating(machine, packed):
     assert found.memory_analysis().alias_size_in_bytes >= cache.size * 2
 
 
+def written(program):
+    """Shape and name of every array that a program writes to memory."""
+    kinds = "fusion", "fusion-done", "custom-call", "dot", "copy", "dynamic-slice"
+    apart = [c for name, c in program.computations.items() if "fused" not in name and "triton" not in name]
+    return [(shape, i.name) for c in apart for i in c.values() if i.kind in kinds for shape in i.shapes]
+
+
 CODES = MODEL.n_routed_experts * MODEL.hidden_size * MODEL.moe_intermediate_size // 2
 QUERY = 2 * MODEL.hidden_size * MODEL.num_attention_heads * MODEL.qk_head_dim
 
@@ -99,10 +106,8 @@ def test_what_a_token_writes(machine, packed, rows, least):
     tokens none of the large matrices. The products of a single row stay products: XLA would multiply elementwise and write as
     much as there are weights."""
     found, cache = loop(machine, weights(jnp.bfloat16, packed), rows)
-    whole, kinds = Program(found.as_text()), ("fusion", "fusion-done", "custom-call", "dot", "copy", "dynamic-slice")
-    named = [i for name, c in whole.computations.items() if "fused" not in name and "triton" not in name for i in c.values()]
-    written = [(s.bytes, i.name) for i in named if i.kind in kinds for s in i.shapes if s.dims[-2:] != cache.shape[-2:]]
-    assert len(written) > 50 and max(written)[0] < least, max(written)
+    arrays = [(s.bytes, name) for s, name in written(Program(found.as_text())) if s.dims[-2:] != cache.shape[-2:]]
+    assert len(arrays) > 50 and max(arrays)[0] < least, max(arrays)
 
 
 @pytest.mark.parametrize("machine", [GPU])
@@ -111,9 +116,9 @@ def test_masters_of_experts_stay_in_their_stack(machine):
     cfg = preset("moonlight_16b_h200_1")
     train = dataclasses.replace(cfg.train, batch_size=4, accumulate=1)
     program = compile_step(dataclasses.replace(cfg, model=MODEL, train=train), topology(machine)).program
-    written = [(s.dims, i) for c in program.computations.values() for i in c.values() for s in i.shapes if i.kind != "parameter"]
-    cut = [i.name for dims, i in written for spec in SPECS.values() if spec.on_grid and dims == (1, *spec.shape[1:])]
-    assert len(written) > 1000 and not cut
+    parts = [(1, *spec.shape[1:]) for spec in SPECS.values() if spec.on_grid]
+    arrays = [(shape.dims, name) for shape, name in written(program)]
+    assert len(arrays) > 300 and not [named for named in arrays if named[0] in parts]
 
 
 @pytest.mark.parametrize("machine", [TPU, GPU])
