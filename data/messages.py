@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,7 +107,7 @@ def _tools(given: str | list | None) -> list[dict]:
     if isinstance(given, str):
         try:
             given = _read_json(given) if given.strip() else []
-        except ValueError as error:
+        except _NoJSONError as error:
             raise RowError(f"tools are not JSON: {error}") from None
     if given is None:
         return []
@@ -224,8 +225,8 @@ class _Reader:
         try:
             parsed = _read_json(given) if isinstance(given, str) else given
             text = arguments_text(parsed)
-        except _TwiceError as error:
-            raise RowError(f"arguments of {function['name']} give {error} twice: which of them is meant?") from None
+        except RowError:
+            raise
         except ValueError:
             raise RowError(f"arguments of {function['name']} are not JSON: {str(given)[:60]}") from None
         if not isinstance(parsed, dict):
@@ -245,7 +246,7 @@ class _Reader:
         value = _given(message)
         try:
             value = value if isinstance(value, (dict, list)) else _read_json(value)
-        except (ValueError, TypeError):
+        except (_NoJSONError, TypeError):
             raise RowError(f"{message.get('role', message.get('from'))} is not JSON") from None
         calls = value if isinstance(value, list) else [value]
         return message | {"value": "", "content": "", "tool_calls": [{"function": call} for call in calls]}
@@ -313,7 +314,7 @@ def _calls_from_tags(message: Message) -> Message:
     thought, closed, said = value.partition(THINK_END) if value.lstrip().startswith(THINK) else ("", "", value)
     try:
         calls = [{"function": _read_json(text)} for text in CALL_TAG.findall(said)]
-    except ValueError:
+    except _NoJSONError:
         raise RowError("a <tool_call> does not hold JSON") from None
     rest = CALL_TAG.sub("", said)
     if HALF_CALL.search(rest):
@@ -324,21 +325,27 @@ def _calls_from_tags(message: Message) -> Message:
 
 
 def _read_json(text: str) -> Any:
-    """The value. ValueError for what is no JSON, NaN included, and for numbers too long and brackets too deep to read."""
+    """The value. _NoJSONError for what is no JSON, NaN included, and for numbers too long and brackets too deep to read; RowError
+    for an object that has a key twice."""
     try:
         return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_each_once)
+    except RowError:
+        raise
+    except ValueError as error:
+        raise _NoJSONError(str(error)) from None
     except RecursionError:
-        raise ValueError("brackets are nested too deeply") from None
+        raise _NoJSONError("brackets are nested too deeply") from None
 
 
-class _TwiceError(ValueError):
-    """A key that an object has twice."""
+class _NoJSONError(ValueError):
+    pass
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise _TwiceError(next(repr(key) for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i])))
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise RowError(f"an object of JSON has the key {twice!r} twice: which of them is meant?")
     return found
 
 

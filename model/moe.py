@@ -15,6 +15,7 @@ from model.layers import FeedForward, gate_up_names
 from quant.served import Master
 
 ON_GRID = "gate_up", "down"
+"""The routed experts' arrays."""
 
 
 class MoE(nnx.Module):

@@ -16,7 +16,7 @@ from model.call import Call, LayerAux, ModelAux, MoEAux
 from model.declare import Declare
 from model.layers import FeedForward, RMSNorm
 from model.mla import MLA
-from model.moe import MoE
+from model.moe import ON_GRID, MoE
 
 FEW = 4
 """Tokens of a decoding step for which reading every weight once for each still beats a copy of the layer's."""
@@ -48,7 +48,7 @@ class Layer(nnx.Module):
         """Leave in the stacked module what is picked or read there: the experts, and on Hopper for a few tokens the matrices that
         every token needs, which the kernel for single rows then reads once for each (model/project.py)."""
         take = partial(in_stack.leave_in, layer=layer, dtype=call.dtype)
-        take(stack.feed_forward, self.feed_forward, ("gate_up", "down"))
+        take(stack.feed_forward, self.feed_forward, ON_GRID)
         if call.platform == "hopper" and tokens <= FEW:
             queries = ("q",) if self.attention.cfg.q_lora_rank is None else ("q_a", "q")
             take(stack.attention, self.attention, (*queries, "kv_a", "o"))

@@ -71,7 +71,8 @@ def export_run(source: str, out: Path | None, form: str) -> int:
         f"wrote {out}: {human(summary.weights)} weights of step {step} in {summary.bytes / 1e6:.2f} MB "
         f"({summary.bits_per_weight:.2f} bits per weight), {summary.files} file(s), {summary.tensors} tensors"
     )
-    against = "" if rounded or quant.grid != cfg.quant.grid else f" --run {quote(f'{run.path}@{step}')}"  # it used other weights
+    used = f" --run {quote(f'{run.path}@{step}')}"
+    against = "" if rounded or quant.grid != cfg.quant.grid else used  # the run used other weights then
     console.print(f"check it with: python launch.py verify {quote(str(out))}{against}")
     return 0
 

@@ -263,6 +263,8 @@ ANSWER = {"role": "assistant", "content": "a"}
         (openai({"role": "assistant", "tool_calls": [called(arguments='{"a":' + "[" * 10**5)]}), "arguments of add are not JSON"),
         (openai({"role": "assistant", "tool_calls": [called(arguments='{"a":' + "9" * 5000)]}), "arguments of add are not JSON"),
         (openai({"role": "assistant", "tool_calls": [{"id": "x"}]}), "no function name"),
+        (openai({"role": "assistant", "tool_calls": [called(arguments='{"a": 1, "a": 2}')]}), "message 2: .* key 'a' twice"),
+        (openai(ANSWER) | {"tools": '[{"name": "f", "name": "g"}]'}, "key 'name' twice"),
         (openai({"role": "assistant", "content": "<think>a"}), "opens <think> and does not close"),
         (openai({"role": "assistant", "content": "", "reasoning_content": ["a"]}), "thoughts are list"),
         (openai({"role": "assistant", "content": "<think>b</think>", "reasoning_content": "a"}), "thoughts in a field and other"),

@@ -158,6 +158,8 @@ def test_stochastic_rounding():
     np.testing.assert_array_equal(stochastic_round(exact.astype(jnp.float32), jax.random.key(2)), exact)
     odd = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan, 0.0, -3.0])
     np.testing.assert_array_equal(stochastic_round(odd, jax.random.key(3)).astype(jnp.float32), odd)
+    only_last_bits = jax.lax.bitcast_convert_type(jnp.asarray([0x7F800001, 0xFF800001, 0x7FFFFFFF], jnp.uint32), jnp.float32)
+    assert jnp.isnan(stochastic_round(only_last_bits, jax.random.key(4))).all()
 
 
 def test_apply_updates():
