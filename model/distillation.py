@@ -38,8 +38,10 @@ def divergences(
     lse, lse_t, cross = chunked(hidden, call.part(head), taught, teacher_head[...], cross_entropy.TILE, shards, of_width)
     if of_vocabulary:
         lse, of_part, part = cross_entropy.over_parts(lse, shards, of_vocabulary), lse_t, cross
-        lse_t = cross_entropy.over_parts(lse_t, shards, of_vocabulary)
-        cross = shards.total(jnp.exp(of_part - lse_t) * part, of_vocabulary)
+        lse_t = cross_entropy.over_parts(of_part, shards, of_vocabulary)
+        # Over their own sum, not by the rounded lse_t: shares that do not add up to 1 would count the logits' common offset.
+        share = jnp.exp(of_part - shards.largest(of_part, of_vocabulary))
+        cross = shards.total(share * part, of_vocabulary) / shards.total(share, of_vocabulary)
     return cross - lse_t + lse
 
 
@@ -60,7 +62,7 @@ def reference(
 
     z, y = logits(hidden_ND, head_DV), lax.stop_gradient(logits(taught_ND, teacher_DV))
     lse, lse_t = (jax.nn.logsumexp(x, axis=-1) for x in (z, y))
-    return lse, lse_t, jnp.sum(jnp.exp(y - lse_t[:, None]) * (y - z), axis=-1)
+    return lse, lse_t, jnp.sum(jax.nn.softmax(y, axis=-1) * (y - z), axis=-1)
 
 
 def tiled(

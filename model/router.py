@@ -100,7 +100,7 @@ class Router(nnx.Module):
         experts = checkpoint_name(jax.lax.top_k(choice, cfg.num_experts_per_tok)[1], "routing")
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if cfg.norm_topk_prob:
-            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+            weights = quotient(weights, jnp.sum(weights, axis=-1, keepdims=True) + NOTHING)
         return experts, weights * cfg.routed_scaling_factor, scores
 
     def _limit_groups(self, choice_NE: Array) -> Array:
@@ -111,6 +111,24 @@ class Router(nnx.Module):
         kept = jax.lax.top_k(best_two, cfg.topk_group)[1]
         keep = jnp.any(kept[:, :, None] == jnp.arange(cfg.n_group), axis=1)
         return jnp.where(keep[:, :, None], grouped, -jnp.inf).reshape(choice_NE.shape)
+
+
+NOTHING = 1e-20
+"""Added to sums of scores that are divided by, as the released models do for gates."""
+
+
+@jax.custom_jvp
+def quotient(a: Array, b: Array) -> Array:
+    """a / b, whose derivative (da - db * a / b) / b is finite wherever a / b and 1 / b are. Autodiff would form 1 / b^2, which
+    float32 does not hold for b under 5e-20: a token that no expert wants has scores like that."""
+    return a / b
+
+
+@quotient.defjvp
+def _quotient_derivative(primals, tangents):
+    (a, b), (da, db) = primals, tangents
+    out = a / b
+    return out, (da - out * db) / b
 
 
 def expert_counts(experts_NK: Int[Array, "N K"], valid_N: Array, num_experts: int) -> Float[Array, "E"]:
@@ -131,6 +149,6 @@ def sequence_balance_loss(
     tokens_B = jnp.maximum(shards.total(valid.sum(-1), ("context",)), 1.0)
     chosen_BSE = jax.nn.one_hot(experts_BSK, E).sum(2) * valid[..., None]
     f_BE = shards.total(jax.lax.stop_gradient(chosen_BSE.sum(1)), ("context",)) * E / (K * tokens_B[:, None])
-    share_BSE = scores_BSE / jnp.sum(scores_BSE, axis=-1, keepdims=True)
+    share_BSE = quotient(scores_BSE, jnp.sum(scores_BSE, axis=-1, keepdims=True) + NOTHING)
     p_BE = jnp.sum(share_BSE * valid[..., None], axis=1) / tokens_B[:, None]
     return jnp.sum(f_BE * p_BE)

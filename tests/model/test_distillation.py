@@ -55,6 +55,16 @@ def test_a_student_that_is_the_teacher_learns_nothing(name, monkeypatch):
     assert max(np.abs(np.asarray(g)).max() for g in gradients) < 5e-6
 
 
+@pytest.mark.parametrize("name", distillation.IMPLEMENTATIONS)
+def test_a_common_offset_of_the_teacher_counts_little(name):
+    """Added to all logits of the teacher it changes no probability, and a rounding of its size only where it is subtracted."""
+    hidden, head, taught, teacher, weights = inputs(57, 16, 75)
+    taught, teacher = taught.at[:, 0].set(1.0), 0.1 * teacher
+    _, kl = total(hidden, 0.1 * head, taught, teacher, weights, name)
+    _, shifted = total(hidden, 0.1 * head, taught, teacher.at[0].add(1000.0), weights, name)
+    np.testing.assert_allclose(shifted, kl, atol=1e-3)  # half a unit in the last place of 1000 is 3e-5; 3e-2 if p do not add up
+
+
 def test_memory_at_the_vocabulary_of_k2():
     """Divergence and gradients of 8,192 tokens and 163,840 entries: one array of logits would be 5.4 GB."""
     N, D, V = 8192, 64, 163840

@@ -127,3 +127,31 @@ def test_accelerators_take_it(served, monkeypatch):
     assert len(taken) == 1
     layer(x.astype(jnp.float32), replace(call, platform="gpu"))
     assert len(taken) == 1
+
+
+@pytest.mark.parametrize("logit", [-30, -46, -60, -90])
+def test_gradients_of_a_token_that_no_expert_wants(logit):
+    """Against float64 with the released models' 1e-20; autodiff of a / b gives infinity from -46 on, and 0 / 0 from -88."""
+    cfg = small(n_routed_experts=8, num_experts_per_tok=2)
+    layer = bind(cfg, random_params(cfg)).moe.feed_forward.router
+    weight = np.zeros((32, 8), np.float32)
+    weight[0] = logit - 0.1 * np.arange(8)
+    layer.weight, layer.bias = layer.weight.replace(jnp.asarray(weight)), layer.bias.replace(jnp.zeros(8))
+    call, x = call_for(np.zeros((1, 2), int)), jnp.eye(2, 32)
+
+    def gates(x):
+        return jnp.sum(layer(x, call)[1] @ jnp.array([2.0, 1.0]))
+
+    def balance(x, valid):
+        experts, _, scores = layer(x, call)
+        return router.sequence_balance_loss(experts[None], scores[None], jnp.asarray([valid]))
+
+    def exact(at):
+        scores = np.sort(1 / (1 + np.exp(-at * weight[0].astype(np.float64))))[::-1][:2]
+        return cfg.routed_scaling_factor * (scores / (scores.sum() + 1e-20)) @ [2, 1]
+
+    slope = (exact(1 + 1e-6) - exact(1 - 1e-6)) / 2e-6
+    np.testing.assert_allclose(jax.grad(gates)(x)[0, 0], slope, rtol=1e-3, atol=1e-6)
+    for valid in ([True, True], [False, True]):
+        value, slope = jax.value_and_grad(balance)(x, valid)
+        assert np.isfinite(value) and np.isfinite(slope).all()
