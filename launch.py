@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, make_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_type_hints
 
 import tyro
 
@@ -347,7 +347,8 @@ def _each_once(arguments: list[str]) -> None:
 
 
 def _dashed(arguments: list[str]) -> list[str]:
-    """`section.field=value`, `--section.field=value` and `--section.field_name value` become `--section.field-name value`."""
+    """`section.field=value`, `--section.field=value` and `--section.field_name value` become `--section.field-name value`, and
+    `section.field=false` becomes `--section.no-field`."""
     out = []
     for word in arguments:
         name, equals, value = word.partition("=")
@@ -358,7 +359,10 @@ def _dashed(arguments: list[str]) -> list[str]:
             and "/" not in name
             and name.lstrip("-").split(".")[0] in RunConfig.__dataclass_fields__
         ):
-            out += ["--" + name.lstrip("-").replace("_", "-"), value]
+            section, _, field = name.lstrip("-").replace("_", "-").partition(".")
+            kind = get_type_hints(get_type_hints(RunConfig)[section]).get(field.replace("-", "_"))
+            switch = {"true": "", "false": "no-"}.get(value.lower()) if kind is bool else None
+            out += [f"--{section}.{field}", value] if switch is None else [f"--{section}.{switch}{field}"]
         elif word.startswith("--") and "." in name and not equals:
             out.append(word.replace("_", "-"))
         else:

@@ -40,6 +40,7 @@ class MixedStream:
     def __init__(self, streams: Sequence[RowStream], table: Table, seed: int):
         self.streams, self.seed = streams, seed
         self.table = [(first, list(weights)) for first, weights in table]
+        quotas(self.table[-1][1])  # raises what is wrong with the newest before a run writes anything
         self._starts = [np.zeros(len(streams), np.int64)]
         for index, (first, _) in enumerate(self.table[1:]):
             self._starts.append(self._starts[-1] + self._used(index, first - self.table[index][0]))

@@ -91,4 +91,4 @@ def show(data: Data, console: Console, rows: int = 2, step: int = 0) -> None:
             console.print(Text(f"{title}: and {len(lines) - 10} more", "yellow"))
     batch = data.batch(step, rows=slice(0, rows))
     for row in range(len(batch["tokens"])):
-        console.print(row_view(data, batch, row))
+        console.print(row_view(data, batch, row), soft_wrap=False)  # what is wider than the terminal goes on in the next line

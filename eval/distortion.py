@@ -95,7 +95,7 @@ class _Report:
         yield "bf16", self.reference, self.reference, ()
         calibration = calibration_of(self.session, self.masters, self.data, self.calibration_batches)
         for name in BASELINES:
-            arm = baseline(self.session, self.masters, name, lambda: self.data, calibration)
+            arm = baseline(self.session, self.masters, name, lambda: self.data, calibration, self.calibration_batches)
             values = arm.fake(self.masters, self.session.specs)
             yield name, served_plain(self.session, values), arm.effective(self.session.specs), arm.notes
         for name, weights in extra:

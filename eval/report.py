@@ -35,8 +35,9 @@ def write_report(path: Path) -> int:
         "loss": _loss(steps, [r for r in rows if r["kind"] == "eval"]),
         "expert_load": _load(steps),
         "optimizer_share": _optimizer_share(steps),
-        "grid": _grid(steps),
     }
+    if any("grid_error" in r for r in steps):  # else no group divides the widths of a run without a grid
+        pictures["grid"] = _grid(steps)
     if any("exact" in e for e in evals):
         pictures["accuracy"] = _accuracy(evals)
     chains = run.path / "horizon.json"

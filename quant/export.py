@@ -72,7 +72,11 @@ def tensor_table(slot: Slot, model: ModelConfig, quant: QuantConfig) -> Table:
         return {slot.name: (_plain_dtype(slot, model), slot.shape)}
     out, inputs = slot.shape
     if inputs % quant.group_size or inputs % PER_WORD:
-        raise ConfigError(f"{slot.name} has {inputs} inputs, which quant.group_size={quant.group_size} does not divide")
+        divisor = math.lcm(quant.group_size, PER_WORD)
+        raise ConfigError(
+            f"{slot.name} has {inputs} inputs, which cannot be packed: a width must be a multiple of {divisor} "
+            f"(quant.group_size={quant.group_size}, and {PER_WORD} codes to a word); --format bf16 has no such rule"
+        )
     stem = slot.name.removesuffix(".weight")
     return {
         f"{stem}.weight_packed": (I32, (out, inputs // PER_WORD)),

@@ -65,17 +65,22 @@ def calibration_of(session: Session, params: dict[str, Array], data: Data, batch
 
 
 def baseline(
-    session: Session, params: dict[str, Array], name: str, opened: Callable[[], Data], calibration: Calibration | None = None
+    session: Session,
+    params: dict[str, Array],
+    name: str,
+    opened: Callable[[], Data],
+    calibration: Calibration | None = None,
+    batches: int = CALIBRATION_BATCHES,
 ) -> Quantized:
-    """Codes and scales of a baseline; a calibrated one takes `calibration`, or the first training batches of the data that
-    `opened` gives."""
+    """Codes and scales of a baseline; a calibrated one takes `calibration`, or the first `batches` training batches of the data
+    that `opened` gives."""
     group = session.cfg.quant.group_size
     if name in ROUNDED:
         return nearest(params, session.specs, group, ROUNDED[name])
     if name in LEARNED or calibration is None:
         data = opened()
     if name in LEARNED:
-        return learned_scales(session, params, served_plain(session, params), data, CALIBRATION_BATCHES, LEARNED[name])
+        return learned_scales(session, params, served_plain(session, params), data, batches, LEARNED[name])
     if calibration is None:
-        calibration = calibration_of(session, params, data, CALIBRATION_BATCHES)
+        calibration = calibration_of(session, params, data, batches)
     return CALIBRATED[name](params, session.specs, group, calibration)

@@ -182,7 +182,9 @@ class Checkpoints:
                 return load(candidate), candidate, damaged
             except CheckpointError as error:
                 damaged.append(str(error))
-        raise CheckpointError("no sound checkpoint is left: " + "; ".join(damaged) + "; restore one from a copy")
+        others = [s for s in self.steps() if s not in candidates]
+        way = f"others are there: {others}" if others else "no sound checkpoint is left, restore one from a copy"
+        raise CheckpointError("; ".join(damaged) + "; " + way)
 
     def _load(self, step: int, like: Any) -> Any:
         wanted, trouble = flat(like), None

@@ -64,7 +64,7 @@ class Recorder:
         with self.apart():
             step, metrics = self.pending
             self.pending = (step, {**metrics, **processes.host_values(extra, self.session.mesh)})
-            self._print(step, self._write())
+            self._print(step, self._write(reported=True))
 
     def _settle(self) -> None:
         """Wait for the pending step and note how long it took."""
@@ -74,7 +74,7 @@ class Recorder:
             self.pending[1]["seconds"] = now - self.clock
             self.clock = now
 
-    def _write(self) -> dict[str, Any]:
+    def _write(self, reported: bool = False) -> dict[str, Any]:
         if self.pending is None:
             return {}
         self._settle()
@@ -95,7 +95,7 @@ class Recorder:
         if step == self.first_step:
             row["seconds_to_first_step"] = time.monotonic() - self.started
             row["compile_seconds"] = self.compiling()
-        if "grid_error" not in row:
+        if not reported:
             row.pop("expert_load")  # large; kept where a line is printed
         if self.file:
             self.file.write("step", step, row)
@@ -104,13 +104,13 @@ class Recorder:
     def _print(self, step: int, row: dict[str, Any]) -> None:
         first, rate = "", self.tokens / self.seconds if self.seconds else row["tokens_per_second"]
         self.tokens = self.seconds = 0.0
+        grid = f"  grid error {float(row['grid_error']):.3f}" if "grid_error" in row else ""
         if "seconds_to_first_step" in row:
             first = f"  (first step after {row['seconds_to_first_step']:.0f} s, {row['compile_seconds']:.0f} of them compiling)"
         console.print(
             f"step {step:>5}/{self.session.cfg.train.steps}  loss {float(row['loss']):.4f}  "
             f"{human(rate)} tok/s  load max/mean "
-            f"{float(np.max(row['load_max_over_mean'])):.2f}  max logit {float(row['max_logit']):.1f}  "
-            f"grid error {float(row['grid_error']):.3f}{first}"
+            f"{float(np.max(row['load_max_over_mean'])):.2f}  max logit {float(row['max_logit']):.1f}{grid}{first}"
         )
         if int(row["skipped_steps"]) > self.skipped:
             self.skipped = int(row["skipped_steps"])

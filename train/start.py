@@ -36,7 +36,7 @@ def require_router_learns(cfg: RunConfig) -> None:
     require(
         cfg.model.num_experts_per_tok > 1 or not cfg.model.norm_topk_prob or cfg.train.balance_loss > 0,
         "model.num_experts_per_tok=1 with model.norm_topk_prob leaves the router without a gradient, because the gate of a "
-        "token's only expert is 1 whatever it says: set model.norm_topk_prob to False, or train.balance_loss above 0",
+        "token's only expert is 1 whatever it says: set model.norm_topk_prob=false, or train.balance_loss above 0",
     )
 
 

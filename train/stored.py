@@ -26,6 +26,8 @@ WORDS = 1 << 22
 def _piece(store: tensorstore.TensorStore, index: tuple[int, ...]) -> np.ndarray:
     """`array[index]`, one chunk of it after another: TensorStore would hold all of them packed as well."""
     store = store[index] if index else store
+    if not store.shape:  # it has no chunks then
+        return store.read().result()
     out, cut = np.empty(store.shape, store.dtype.numpy_dtype), store.chunk_layout.read_chunk.shape
     for start in itertools.product(*(range(0, size, n) for size, n in zip(store.shape, cut))):
         part = tuple(slice(at, min(at + n, size)) for at, n, size in zip(start, cut, store.shape))

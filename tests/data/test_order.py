@@ -166,3 +166,5 @@ def test_a_weight_too_small():
     assert quotas((1, 1023)).tolist() == [1, 1023]
     with pytest.raises(ConfigError, match="under 1/1024"):
         quotas((1, 9999))
+    with pytest.raises(ConfigError, match="under 1/1024"):  # when data is opened, which is before a run writes anything
+        MixedStream([None, None], [(0, (1, 1)), (8, (1, 9999))], 0)

@@ -82,3 +82,12 @@ def test_the_verb_builds_an_index_and_previews(tmp_path, capsys):
     more = ["--data.paths", str(index), str(index)]
     assert launch.main(["data", "--preset", "tiny", *more]) == 0
     assert "documents" in capsys.readouterr().out
+
+
+def test_a_narrow_terminal_shows_everything(tmp_path):
+    """What is wider goes on in the next line, in the console that the verbs print to as well, which wraps nothing by itself."""
+    data, out = opened(tmp_path, "chat"), io.StringIO()
+    show(data, Console(file=out, width=40, soft_wrap=True), rows=1)
+    shown = "".join(line.strip("\u2502 \n") for line in out.getvalue().split("row 0:")[1].splitlines()[1:-1])
+    for ids, _ in pieces(data.batch(0), 0):
+        assert "".join(data.tokenizer.decode(ids).split()) in "".join(shown.split())

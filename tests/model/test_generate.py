@@ -216,6 +216,16 @@ def test_same_shapes_compile_once(params):
     assert generate._loop._cache_size() == before
 
 
+def test_ids_without_a_token_are_never_chosen(params):
+    """Greedy and drawn: the network has room for more ids than the tokenizer knows."""
+    for sampling in (Sampling(), Sampling(temperature=5.0)):
+        replies = decoder(params, 3, tokens=7, sampling=sampling).reply(dict(enumerate(PROMPTS)), 20)
+        assert max(map(max, replies.values())) < 7, sampling
+        streamed = list(decoder(params, tokens=7, sampling=sampling).stream(PROMPTS[0], 20))
+        assert max(streamed) < 7
+    assert max(map(max, decoder(params, 3, sampling=Sampling(temperature=5.0)).reply(dict(enumerate(PROMPTS)), 20).values())) > 6
+
+
 def test_seeds_and_rows(params):
     """A seed fixes the text; another seed changes it; a row's text does not depend on the rows after it."""
 

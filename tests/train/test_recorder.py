@@ -1,10 +1,12 @@
 """What metrics.jsonl says of the time of a step."""
 
 import time
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 
+from eval.report import write_report
 from tests.train.conftest import small
 from train.checkpoint import Checkpoints
 from train.loop import train
@@ -61,3 +63,14 @@ def test_what_a_checkpoint_holds_is_on_record_before_it_is_saved(tmp_path, monke
     assert train(small(steps=3, checkpoint_every=2), run) == 0
     assert on_record == [(2, [1, 2]), (3, [1, 2, 3])]
     assert "begins at step 4 and the run ends at 3; set --quant.start-step" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_run_whose_widths_no_group_divides(tmp_path, capsys):
+    """Without a grid every width is allowed; then there is no distance from one to report, or to draw."""
+    cfg = small(steps=2)
+    cfg = replace(cfg, model=replace(cfg.model, moe_intermediate_size=24), quant=replace(cfg.quant, grid="none"))
+    assert train(cfg, RunDir(tmp_path / "run")) == 0
+    rows = [row for row in RunDir(tmp_path / "run").read_metrics() if row["kind"] == "step"]
+    assert "expert_load" in rows[-1] and "grid_error" not in rows[-1]
+    assert "step     2/2" in capsys.readouterr().out
+    assert write_report(tmp_path / "run") == 0 and not (tmp_path / "run/plots/grid.png").exists()

@@ -74,6 +74,7 @@ def test_pieces_of_experts_are_read_alone(tmp_path):
     arrays = {
         "moe.experts": np.random.default_rng(0).normal(size=(2, 3, 512, 513)).astype(np.float32),
         "moe.norm": np.ones((2, 16), np.float32),
+        "single": np.full((2, 1), 3, np.float32),
         "embed": np.arange(17 * 2**20, dtype=np.float32).reshape(-1, 2**10),
     }
     checkpoints = Checkpoints(tmp_path / "what a#URL?cannot%20hold")
@@ -83,7 +84,14 @@ def test_pieces_of_experts_are_read_alone(tmp_path):
     source = stored.state
     assert isinstance(source, StoredParams) and stored.step == 7
     assert source._chunk("moe.experts") == (1, 1, 512, 513) and np.prod(source._chunk("embed")) <= 2**24
-    for path, index in (("moe.experts", (1, 2)), ("moe.norm", (1,)), ("moe.norm", (0,)), ("embed", ())):
+    for path, index in (
+        ("moe.experts", (1, 2)),
+        ("moe.norm", (1,)),
+        ("moe.norm", (0,)),
+        ("single", (1,)),
+        ("single", (1, 0)),
+        ("embed", ()),
+    ):
         np.testing.assert_array_equal(source.read(path, index), arrays[path][index])
     for path, x in arrays.items():
         assert source.fingerprint(path, fingerprint) == int(fingerprint(jax.numpy.asarray(x)))

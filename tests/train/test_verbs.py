@@ -114,6 +114,8 @@ def test_both_spellings_of_a_field():
         "--data.paths",
         "a=b/c",
     ]
+    switches = ["model.norm_topk_prob=False", "--optim.nesterov=true", "data.system=true"]
+    assert launch._dashed(switches) == ["--model.no-norm-topk-prob", "--optim.nesterov", "--data.system", "true"]
 
 
 def test_metrics_hold_what_the_report_shows(trained):
