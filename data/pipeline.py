@@ -233,6 +233,8 @@ def _check_tokenizer(cfg: RunConfig, tokenizer: Tokenizer) -> None:
         wrong.pop("eos_token_id", None)
     if cfg.model.vocab_size < tokenizer.vocab_size:
         wrong["vocab_size"] = tokenizer.vocab_size
+    if outside := [i for i in cfg.model.stop_token_ids if not 0 <= i < cfg.model.vocab_size]:
+        raise ConfigError(f"model.stop_token_ids names {outside}, outside the model's vocabulary of {cfg.model.vocab_size} ids")
     if wrong:
         settings = " ".join(f"model.{name}={value}" for name, value in wrong.items())
         raise ConfigError(f"the model does not fit the tokenizer {cfg.data.tokenizer}; set {settings}")

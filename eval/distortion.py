@@ -116,8 +116,8 @@ class _Report:
 def _table(rows: dict[str, dict]) -> Table:
     table = Table(
         title="distortion against bf16",
-        caption="loss: nats per held-out token; KL to bf16 and its slope "
-        "per tenfold position; relative error of weights, and of experts' outputs: mean and 99th percentile; "
+        caption="loss: nats per trained token of the held-out rows; KL to bf16 and its slope per tenfold position: over all "
+        "tokens of some of them, prompts too; relative error of weights, and of experts' outputs: mean and 99th percentile; "
         "routing: Jaccard index of the expert sets in the last layer",
         box=SIMPLE,
         collapse_padding=True,

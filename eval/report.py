@@ -83,7 +83,7 @@ def _loss(steps, evals):
         axes.plot([r["step"] for r in evals], [r["held_out_loss"] for r in evals], "o", color=INK[1], label="held out")
     on_grid = [r["step"] for r in steps if r.get("grid_amount", 0) > 0]
     if on_grid:
-        axes.axvspan(on_grid[0], steps[-1]["step"], color=INK[2], alpha=0.12, label="experts on the INT4 grid")
+        axes.axvspan(on_grid[0], steps[-1]["step"], color=INK[2], alpha=0.12, label="experts on the grid")
     axes.set_yscale("log")
     axes.legend(frameon=False)
     return figure
@@ -114,7 +114,7 @@ def _optimizer_share(steps):
 
 
 def _grid(steps):
-    figure, axes = _axes("optimizer step", "relative RMS distance", "Distance of the masters from the INT4 grid")
+    figure, axes = _axes("optimizer step", "relative RMS distance", "Distance of the masters from the grid")
     axes.plot(*_series(steps, "grid_error"), color=INK[0], linewidth=1)
     _from_zero(axes)
     return figure

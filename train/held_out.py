@@ -84,7 +84,10 @@ def held_out_rows(data: Data, batches: int) -> list[Batch]:
     """The first held-out batches, 0 for all. ConfigError if nothing is held out."""
     rows = data.validation(batches)
     if not rows:
-        raise ConfigError("there are no held-out rows to evaluate on; raise --data.validation-fraction")
+        raise ConfigError(
+            "this run has no held-out rows to evaluate on: train with data.validation_fraction above 0 on data of more "
+            "documents, the last of which are then held out"
+        )
     return rows
 
 

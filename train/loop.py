@@ -133,6 +133,11 @@ def _announce(run: RunDir, session: Session, data: Data, mixtures: Table, step: 
     console.print(
         f"run {run.path} (config {config_hash(cfg)}), data: " + ", ".join(f"{k} {v}" for k, v in data.describe().items())
     )
+    if cfg.data.validation_fraction > 0 and not data.holds_out:
+        console.print(
+            "[yellow]nothing is held out, so there will be no held-out loss[/]: of every source the last documents are, and none "
+            "has enough of them; an index of whole texts (launch.py data --index) has each as one document"
+        )
     if cfg.quant.grid != "none":
         console.print(str(coverage(session.specs, cfg.quant)), markup=False)
         if cfg.quant.start_step >= cfg.train.steps:

@@ -158,6 +158,7 @@ def test_order_is_the_one_written_down():
     [
         ({"paths": ("nowhere.txt",)}, "no file or folder nowhere.txt"),
         ({"task": "chains"}, "'chains' does not exist"),
+        ({"model": ModelConfig(stop_token_ids=(5, 320))}, r"stop_token_ids names \[320\], outside the model's vocabulary of 320"),
         ({"model": ModelConfig(vocab_size=300)}, "does not fit the tokenizer bytes; set model.vocab_size=320"),
         ({"model": ModelConfig(eos_token_id=1)}, "set model.eos_token_id=258"),
         ({"seq_len": 40}, "raise train.seq_len=40"),

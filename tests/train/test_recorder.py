@@ -1,5 +1,6 @@
 """What metrics.jsonl says of the time of a step."""
 
+import json
 import time
 from dataclasses import replace
 
@@ -65,12 +66,16 @@ def test_what_a_checkpoint_holds_is_on_record_before_it_is_saved(tmp_path, monke
     assert "begins at step 4 and the run ends at 3; set --quant.start-step" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_run_whose_widths_no_group_divides(tmp_path, capsys):
-    """Without a grid every width is allowed; then there is no distance from one to report, or to draw."""
+def test_what_a_run_cannot_measure(tmp_path, capsys):
+    """Without a grid every width is allowed; where no group divides it, there is no distance to report or to draw. Of a source
+    of one document nothing is held out."""
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "one long text " * 200}))
     cfg = small(steps=2)
+    cfg = replace(cfg, data=replace(cfg.data, paths=(str(tmp_path / "text.jsonl"),)))
     cfg = replace(cfg, model=replace(cfg.model, moe_intermediate_size=24), quant=replace(cfg.quant, grid="none"))
     assert train(cfg, RunDir(tmp_path / "run")) == 0
     rows = [row for row in RunDir(tmp_path / "run").read_metrics() if row["kind"] == "step"]
     assert "expert_load" in rows[-1] and "grid_error" not in rows[-1]
-    assert "step     2/2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "step     2/2" in said and "nothing is held out" in said
     assert write_report(tmp_path / "run") == 0 and not (tmp_path / "run/plots/grid.png").exists()

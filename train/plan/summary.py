@@ -56,7 +56,10 @@ def show_plan(name: str, cfg: RunConfig) -> int:
     for label, value in (
         ("parameters", f"{counts.total:,}"),
         ("active per token", f"{counts.active:,} with both embeddings, {counts.active_without_embed:,} without the input one"),
-        (f"on the {cfg.quant.grid.upper()} grid", f"{grid:,} ({100 * grid / counts.total:.1f} %)"),
+        (
+            "on no grid" if cfg.quant.grid == "none" else f"on the {cfg.quant.grid.upper()} grid",
+            f"{grid:,} ({100 * grid / counts.total:.1f} %)",
+        ),
         ("training state", f"{human(state['masters'])}B masters, {human(state['moments'])}B optimizer moments"),
         (
             "exported",
