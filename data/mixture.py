@@ -40,21 +40,21 @@ class MixedStream:
     def __init__(self, streams: Sequence[RowStream], table: Table, seed: int):
         self.streams, self.seed = streams, seed
         self.table = [(first, list(weights)) for first, weights in table]
-        quotas(self.table[-1][1])  # raises what is wrong with the newest before a run writes anything
+        self._quotas = [quotas(weights) for _, weights in self.table]
         self._starts = [np.zeros(len(streams), np.int64)]
         for index, (first, _) in enumerate(self.table[1:]):
             self._starts.append(self._starts[-1] + self._used(index, first - self.table[index][0]))
 
     def _period(self, index: int, period: int) -> np.ndarray:
         """[PERIOD] the stream of every row of one period of mixture `index`."""
-        rows = quotas(self.table[index][1])
+        rows = self._quotas[index]
         return np.repeat(np.arange(len(rows)), rows)[shuffled(PERIOD, self.seed, 4, index, period)]
 
     def _used(self, index: int, rows: int) -> np.ndarray:
         """[streams] how many rows each stream gave to the first `rows` rows of mixture `index`."""
         period, rest = divmod(rows, PERIOD)
         partial = np.bincount(self._period(index, period)[:rest], minlength=len(self.streams))
-        return quotas(self.table[index][1]) * period + partial
+        return self._quotas[index] * period + partial
 
     def locate(self, number: int) -> tuple[int, int]:
         """(stream, its row) of a row of the mixture."""
@@ -72,5 +72,5 @@ class MixedStream:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
-        share = quotas(self.table[-1][1]) / PERIOD
+        share = self._quotas[-1] / PERIOD
         return {"sources": [stream.describe() | {"share": float(s)} for stream, s in zip(self.streams, share)]}

@@ -39,14 +39,18 @@ def losses(
     nll, lse = chunked(hidden, part, targets, TILE, shards, of_width)
     if not of_vocabulary:
         return nll, lse
-    target_logit, lse = shards.total(lse - nll, of_vocabulary), over_parts(lse, shards, of_vocabulary)
+    target_logit, (lse, _) = shards.total(lse - nll, of_vocabulary), over_parts(lse, shards, of_vocabulary)
     return lse - target_logit, lse
 
 
-def over_parts(lse_N: Float[Array, "N"], shards: Shards, axes: tuple[str, ...]) -> Float[Array, "N"]:
-    """The log-sum-exp of a whole vocabulary from those of the parts that the devices along these mesh axes know."""
+def over_parts(lse_N: Float[Array, "N"], shards: Shards, axes: tuple[str, ...]) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
+    """The log-sum-exp of a whole vocabulary from those of the parts that the devices along these mesh axes know, and the
+    probability of this device's part. That is not exp(lse of the part - lse of the whole): both are rounded as much as the
+    logits are large, and such probabilities would not add up to 1."""
     top = shards.largest(lse_N, axes)
-    return top + jnp.log(shards.total(jnp.exp(lse_N - top), axes))
+    part = jnp.exp(lse_N - top)
+    whole = shards.total(part, axes)
+    return top + jnp.log(whole), part / whole
 
 
 def reference(

@@ -37,11 +37,9 @@ def divergences(
     hidden, taught = (x.reshape(-1, x.shape[-1]) for x in (hidden_BSD, taught_BSD))
     lse, lse_t, cross = chunked(hidden, call.part(head), taught, teacher_head[...], cross_entropy.TILE, shards, of_width)
     if of_vocabulary:
-        lse, of_part, part = cross_entropy.over_parts(lse, shards, of_vocabulary), lse_t, cross
-        lse_t = cross_entropy.over_parts(of_part, shards, of_vocabulary)
-        # Over their own sum, not by the rounded lse_t: shares that do not add up to 1 would count the logits' common offset.
-        share = jnp.exp(of_part - shards.largest(of_part, of_vocabulary))
-        cross = shards.total(share * part, of_vocabulary) / shards.total(share, of_vocabulary)
+        lse, _ = cross_entropy.over_parts(lse, shards, of_vocabulary)
+        lse_t, probability = cross_entropy.over_parts(lse_t, shards, of_vocabulary)
+        cross = shards.total(probability * cross, of_vocabulary)
     return cross - lse_t + lse
 
 

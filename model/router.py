@@ -15,6 +15,9 @@ from model.call import Call
 from model.declare import Declare
 from model.shards import ONE_DEVICE, Shards
 
+SUM_EPS = 1e-20
+"""Added to sums of scores that are divided by, as the released models do for gates."""
+
 
 def gate_scale(experts: int, per_token: int, samples: int = 20000) -> float:
     """routed_scaling_factor that keeps the routed output's size: E[1/|p|] of random gates (Moonlight, appendix C)."""
@@ -22,6 +25,20 @@ def gate_scale(experts: int, per_token: int, samples: int = 20000) -> float:
     top = np.sort(scores, axis=1)[:, -per_token:]
     top /= top.sum(1, keepdims=True)
     return round(float(np.mean(1 / np.linalg.norm(top, axis=1))), 3)
+
+
+@jax.custom_jvp
+def quotient(a: Array, b: Array) -> Array:
+    """a / b, whose derivative (da - db * a / b) / b is finite wherever a / b and 1 / b are. Autodiff would form 1 / b^2, which
+    float32 does not hold for b under 5e-20: a token that no expert wants has scores like that."""
+    return a / b
+
+
+@quotient.defjvp
+def _quotient_derivative(primals, tangents):
+    (a, b), (da, db) = primals, tangents
+    out = a / b
+    return out, (da - out * db) / b
 
 
 @jax.custom_vjp
@@ -100,7 +117,7 @@ class Router(nnx.Module):
         experts = checkpoint_name(jax.lax.top_k(choice, cfg.num_experts_per_tok)[1], "routing")
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if cfg.norm_topk_prob:
-            weights = quotient(weights, jnp.sum(weights, axis=-1, keepdims=True) + NOTHING)
+            weights = quotient(weights, jnp.sum(weights, axis=-1, keepdims=True) + SUM_EPS)
         return experts, weights * cfg.routed_scaling_factor, scores
 
     def _limit_groups(self, choice_NE: Array) -> Array:
@@ -111,24 +128,6 @@ class Router(nnx.Module):
         kept = jax.lax.top_k(best_two, cfg.topk_group)[1]
         keep = jnp.any(kept[:, :, None] == jnp.arange(cfg.n_group), axis=1)
         return jnp.where(keep[:, :, None], grouped, -jnp.inf).reshape(choice_NE.shape)
-
-
-NOTHING = 1e-20
-"""Added to sums of scores that are divided by, as the released models do for gates."""
-
-
-@jax.custom_jvp
-def quotient(a: Array, b: Array) -> Array:
-    """a / b, whose derivative (da - db * a / b) / b is finite wherever a / b and 1 / b are. Autodiff would form 1 / b^2, which
-    float32 does not hold for b under 5e-20: a token that no expert wants has scores like that."""
-    return a / b
-
-
-@quotient.defjvp
-def _quotient_derivative(primals, tangents):
-    (a, b), (da, db) = primals, tangents
-    out = a / b
-    return out, (da - out * db) / b
 
 
 def expert_counts(experts_NK: Int[Array, "N K"], valid_N: Array, num_experts: int) -> Float[Array, "E"]:
@@ -149,6 +148,6 @@ def sequence_balance_loss(
     tokens_B = jnp.maximum(shards.total(valid.sum(-1), ("context",)), 1.0)
     chosen_BSE = jax.nn.one_hot(experts_BSK, E).sum(2) * valid[..., None]
     f_BE = shards.total(jax.lax.stop_gradient(chosen_BSE.sum(1)), ("context",)) * E / (K * tokens_B[:, None])
-    share_BSE = quotient(scores_BSE, jnp.sum(scores_BSE, axis=-1, keepdims=True) + NOTHING)
+    share_BSE = quotient(scores_BSE, jnp.sum(scores_BSE, axis=-1, keepdims=True) + SUM_EPS)
     p_BE = jnp.sum(share_BSE * valid[..., None], axis=1) / tokens_B[:, None]
     return jnp.sum(f_BE * p_BE)

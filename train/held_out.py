@@ -85,8 +85,8 @@ def held_out_rows(data: Data, batches: int) -> list[Batch]:
     rows = data.validation(batches)
     if not rows:
         raise ConfigError(
-            "this run has no held-out rows to evaluate on: train with data.validation_fraction above 0 on data of more "
-            "documents, the last of which are then held out"
+            "there are no held-out rows to evaluate on; raise --data.validation-fraction of a new training run, or give it data "
+            "of more documents: the last ones are held out"
         )
     return rows
 

@@ -58,7 +58,7 @@ class Weights:
             stop_ids=tuple(sorted(stops)),
             dtype=self.dtype,
             platform=self.platform,
-            tokens=self.tokenizer.vocab_size,
+            vocab_size=self.tokenizer.vocab_size,
             sampling=sampling,
             positions=positions,
         )

@@ -36,8 +36,8 @@ class Program:
     dtype: str
     platform: str
     greedy: bool
-    tokens: int | None = None
-    """Ids that mean something: a network may have room for more, of which none is ever chosen."""
+    vocab_size: int | None = None
+    """Of the tokenizer. A network may have room for more ids, of which none is ever chosen."""
 
     def call(self, positions: Int[Array, "B S"], segments: Int[Array, "B S"]) -> Call:
         return Call(positions, segments, jnp.float32(0), SERVED, dtype=self.dtype, platform=self.platform)
@@ -88,7 +88,7 @@ def prefill(
     network = bind(program.cfg, params)
     hidden_BSD, _, latents = network(tokens_BS, call)
     last_BD = jnp.take_along_axis(hidden_BSD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
-    return network.logits(last_BD, call)[:, : program.tokens], jnp.pad(latents, ((0, 0), (0, 0), (0, cache_len - S), (0, 0)))
+    return network.logits(last_BD, call)[:, : program.vocab_size], jnp.pad(latents, ((0, 0), (0, 0), (0, cache_len - S), (0, 0)))
 
 
 def extend(
@@ -100,7 +100,7 @@ def extend(
     network = bind(program.cfg, params)
     call = program.call(positions_BS, inside.astype(jnp.int32))
     hidden_BSD, cache_LBTR = network.decode(tokens_BS, cache_LBTR, call)
-    return network.logits(hidden_BSD[:, -1], call)[:, : program.tokens], cache_LBTR
+    return network.logits(hidden_BSD[:, -1], call)[:, : program.vocab_size], cache_LBTR
 
 
 def _reply(params, logits_BV, cache_LBTR, lengths_B, limits_B, stop_ids, sampling, budget, *, room: int, program: Program):
@@ -155,12 +155,12 @@ class Decoder:
         stop_ids: tuple[int, ...],
         dtype: str,
         platform: str,
-        tokens: int | None = None,
+        vocab_size: int | None = None,
         sampling: Sampling = GREEDY,
         positions: int = 0,
     ):
         self.sampling = sampling.check()
-        self.program = Program(cfg, dtype, platform, sampling.temperature == 0, tokens)
+        self.program = Program(cfg, dtype, platform, sampling.temperature == 0, vocab_size)
         self.params, self.rows, self.stop_ids, self.positions = params, bucket(rows, 1), stop_ids, positions
         self.cache: Array | None = None
         self.cached: list[list[int]] = [[] for _ in range(self.rows)]

@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.sharding import AXES
 from model import cross_entropy, distillation
+from model.shards import Shards
+from model.transformer import bind
+from tests.model.networks import call_for, random_params, small
 
 
 def inputs(N, D, V):
@@ -63,6 +67,27 @@ def test_a_common_offset_of_the_teacher_counts_little(name):
     _, kl = total(hidden, 0.1 * head, taught, teacher, weights, name)
     _, shifted = total(hidden, 0.1 * head, taught, teacher.at[0].add(1000.0), weights, name)
     np.testing.assert_allclose(shifted, kl, atol=1e-3)  # half a unit in the last place of 1000 is 3e-5; 3e-2 if p do not add up
+
+
+def test_a_common_offset_counts_little_in_parts_of_a_vocabulary():
+    """Four devices know a quarter each: their probabilities add up to 1 however large the logits are."""
+    cfg, sizes = small(vocab_size=512), tuple((axis, 4 if axis == "tensor" else 1) for axis in AXES)
+    head, call = bind(cfg, random_params(cfg)).head, call_for(np.zeros((1, 57)), shards=Shards(sizes))
+    hidden, mine, taught, teacher, _ = inputs(57, 32, 512)
+    taught, teacher = taught.at[:, 0].set(1.0), 0.1 * teacher
+
+    def in_parts(teacher):
+        quarters = (jnp.stack(jnp.split(w, 4, axis=1)) for w in (0.1 * mine, teacher))
+
+        def on_one(mine, theirs):
+            return distillation.divergences(hidden[None], head.replace(mine), taught[None], head.replace(theirs), call)
+
+        return jax.vmap(on_one, axis_name="tensor")(*quarters)[0]
+
+    want = in_parts(teacher)
+    lse, lse_t, cross = distillation.reference(hidden, 0.1 * mine, taught, teacher)
+    np.testing.assert_allclose(want, cross - lse_t + lse, atol=3e-6)
+    np.testing.assert_allclose(in_parts(teacher.at[0].add(1000.0)), want, atol=1e-3)  # as above
 
 
 def test_memory_at_the_vocabulary_of_k2():

@@ -212,16 +212,16 @@ def test_prepared_weights_give_the_same_tokens_and_logits():
 def test_same_shapes_compile_once(params):
     generate_batch(CFG, params, PROMPTS, max_new_tokens=9, stop_ids=(), **COMMON)
     before = generate._loop._cache_size()
-    generate_batch(CFG, params, [p + [1] for p in PROMPTS], max_new_tokens=7, stop_ids=(), **COMMON)
+    generate_batch(CFG, params, [p + [1] for p in PROMPTS], max_new_vocab_size=7, stop_ids=(), **COMMON)
     assert generate._loop._cache_size() == before
 
 
 def test_ids_without_a_token_are_never_chosen(params):
     """Greedy and drawn: the network has room for more ids than the tokenizer knows."""
     for sampling in (Sampling(), Sampling(temperature=5.0)):
-        replies = decoder(params, 3, tokens=7, sampling=sampling).reply(dict(enumerate(PROMPTS)), 20)
+        replies = decoder(params, 3, vocab_size=7, sampling=sampling).reply(dict(enumerate(PROMPTS)), 20)
         assert max(map(max, replies.values())) < 7, sampling
-        streamed = list(decoder(params, tokens=7, sampling=sampling).stream(PROMPTS[0], 20))
+        streamed = list(decoder(params, vocab_size=7, sampling=sampling).stream(PROMPTS[0], 20))
         assert max(streamed) < 7
     assert max(map(max, decoder(params, 3, sampling=Sampling(temperature=5.0)).reply(dict(enumerate(PROMPTS)), 20).values())) > 6
 

@@ -60,7 +60,7 @@ def test_kl_counts_positions_within_documents():
 
 def test_without_held_out_rows_it_is_one_sentence():
     nothing = SimpleNamespace(validation=lambda batches: [])
-    with pytest.raises(ConfigError, match="no held-out rows to evaluate on: train with data.validation_fraction above 0"):
+    with pytest.raises(ConfigError, match="no held-out rows to evaluate on; raise --data.validation-fraction"):
         _Report(SimpleNamespace(cfg=None), nothing, {}, 1)
 
 

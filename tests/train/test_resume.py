@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import threading
@@ -141,6 +142,14 @@ def test_no_sound_checkpoint_is_one_sentence(trained, tmp_path):
                 file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(CheckpointError, match="no sound checkpoint is left"):
         load_params(open_session(run.load_config()), run)
+
+
+def test_a_damaged_checkpoint_that_was_named_names_the_others(trained, tmp_path):
+    run = RunDir(shutil.copytree(trained.path, tmp_path / "run"))
+    *others, last = Checkpoints(run.checkpoints).steps()
+    flip_a_byte(run.checkpoints / str(last))
+    with pytest.raises(CheckpointError, match=re.escape(f"others are there: {others}")):
+        load_params(open_session(run.load_config()), run, last)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8"])
