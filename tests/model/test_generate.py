@@ -212,7 +212,7 @@ def test_prepared_weights_give_the_same_tokens_and_logits():
 def test_same_shapes_compile_once(params):
     generate_batch(CFG, params, PROMPTS, max_new_tokens=9, stop_ids=(), **COMMON)
     before = generate._loop._cache_size()
-    generate_batch(CFG, params, [p + [1] for p in PROMPTS], max_new_vocab_size=7, stop_ids=(), **COMMON)
+    generate_batch(CFG, params, [p + [1] for p in PROMPTS], max_new_tokens=7, stop_ids=(), **COMMON)
     assert generate._loop._cache_size() == before
 
 
