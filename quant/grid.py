@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8, Int32
 
+from configs.schema import ConfigError
+
 LEVELS = {"int4": 7, "int3": 3}
 """Largest code of each training grid: they are symmetric, and -8 is never used. int3 is there to see where damage begins."""
 
@@ -32,10 +34,13 @@ def bf16_round(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def split_groups(w: Array, axis: int, group: int) -> Array:
-    """[..., I, ...] -> [..., I/group, group, ...]; `axis` counts from the end (negative)."""
+    """[..., I, ...] -> [..., I/group, group, ...]; `axis` counts from the end (negative). ConfigError where groups do not fit,
+    as in a run without a grid, whose widths are free."""
     size = w.shape[axis]
     if size % group:
-        raise ValueError(f"an axis of {size} inputs cannot be cut into groups of {group}")
+        raise ConfigError(
+            f"an axis of {size} inputs cannot be cut into groups of {group}: weights of such widths have no place on the grid"
+        )
     at = w.ndim + axis
     return w.reshape(*w.shape[:at], size // group, group, *w.shape[at + 1 :])
 

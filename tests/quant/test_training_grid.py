@@ -171,3 +171,9 @@ def test_flips_and_oscillation():
     assert float(there["quant/flipped"]) > 0 == float(there["quant/oscillating"])
     _, back = code_flow(history, PARAMS, SPECS, 32)
     assert float(back["quant/oscillating"]) == float(there["quant/flipped"])
+
+
+def test_widths_that_no_group_divides_are_one_sentence():
+    """A run without a grid may have them; whatever then asks for its weights on the grid says why that cannot be."""
+    with pytest.raises(ConfigError, match="136 inputs cannot be cut into groups of 32"):
+        grid.quantize(jnp.ones((2, 136, 4)), -2, 32)
