@@ -27,10 +27,22 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _in_float32(section: str, config: Any) -> None:
+    """What the device computes with is float32: a number outside its range would arrive as 0 or infinity."""
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        if isinstance(value, float):
+            require(math.isfinite(value), f"{section}.{each.name} must be finite, not {value}")
+            require(
+                value == 0 or 2.0**-126 <= abs(value) < 2.0**128,
+                f"{section}.{each.name} is computed with in float32, which reaches from 1.2e-38 to 3.4e38; {value} does not fit",
+            )
+
+
 def _not_negative(section: str, config: Any, names: str) -> None:
     for name in names.split():
         value = getattr(config, name)
-        require(0 <= value < math.inf, f"{section}.{name} must be a number of 0 or more, not {value}")
+        require(value >= 0, f"{section}.{name} must be a number of 0 or more, not {value}")
 
 
 @dataclass(frozen=True)
@@ -117,9 +129,7 @@ class ModelConfig:
             require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
         for name in ["routed_scaling_factor", "rms_norm_eps", "yarn_beta_fast", "yarn_beta_slow", "initializer_range"]:
             require(getattr(self, name) > 0, f"model.{name} must be positive, not {getattr(self, name)}")
-        for each in dataclasses.fields(self):
-            value = getattr(self, each.name)
-            require(not isinstance(value, float) or math.isfinite(value), f"model.{each.name} must be finite, not {value}")
+        _in_float32("model", self)
         require(
             self.q_lora_rank is None or self.q_lora_rank >= 1,
             f"model.q_lora_rank must be at least 1, or None for no latent, not {self.q_lora_rank}",
@@ -214,7 +224,8 @@ class OptimConfig:
     """sign: DeepSeek-V3's. centred: Moonlight's, which subtracts the mean sign."""
 
     def __post_init__(self):
-        require(0 < self.lr < math.inf, f"optim.lr must be above 0, not {self.lr}")
+        _in_float32("optim", self)
+        require(self.lr > 0, f"optim.lr must be above 0, not {self.lr}")
         require(
             self.qk_clip_tau is None or self.qk_clip_tau > 0,
             f"optim.qk_clip_tau must be above 0, not {self.qk_clip_tau}; use None to switch QK-Clip off",
@@ -223,7 +234,7 @@ class OptimConfig:
         require(0 <= self.decay_fraction <= 1, f"optim.decay_fraction must lie in [0, 1], not {self.decay_fraction}")
         for name in ("adam_b1", "adam_b2"):
             require(0 <= getattr(self, name) < 1, f"optim.{name} must lie in [0, 1), not {getattr(self, name)}")
-        require(0 < self.adam_eps < math.inf, f"optim.adam_eps must be above 0, not {self.adam_eps}")
+        require(self.adam_eps > 0, f"optim.adam_eps must be above 0, not {self.adam_eps}")
         require(self.warmup_steps <= MOST_STEPS, f"optim.warmup_steps must be at most {MOST_STEPS}, not {self.warmup_steps}")
         _not_negative("optim", self, "warmup_steps final_lr_ratio weight_decay adam_lr_ratio clip_norm router_bias_rate")
 
@@ -250,6 +261,7 @@ class QuantConfig:
             self.group_size >= 2 and self.group_size % 2 == 0,
             f"quant.group_size must be even, two codes to a byte, not {self.group_size}; 32 is what engines read",
         )
+        _in_float32("quant", self)
         require(0 <= self.distill_weight <= 1, f"quant.distill_weight is a share of the loss, 0 to 1, not {self.distill_weight}")
         require(self.start_step >= 0 and self.ramp_steps >= 0, "quant.start_step and quant.ramp_steps cannot be negative")
         require(
@@ -349,6 +361,7 @@ class TrainConfig:
             require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
         require(self.steps <= MOST_STEPS, f"train.steps must be at most {MOST_STEPS}, not {self.steps}")
         require(-(2**63) <= self.seed < 2**63, f"train.seed has 64 bits, with its sign; {self.seed} needs more")
+        _in_float32("train", self)
         require(self.keep >= 2, "train.keep must be at least 2: a damaged newest checkpoint needs one to fall back to")
         _not_negative("train", self, "z_loss balance_loss eval_every eval_batches")
         require(not (self.init_from and self.fork_from), "train.init_from and train.fork_from exclude each other")

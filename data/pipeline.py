@@ -172,12 +172,9 @@ def open_data(cfg: RunConfig, tokenizer: Tokenizer, earlier_mixtures: Sequence[t
     shelf = read_documents(cfg, renderer, account)
     train = _mixed(cfg, shelf, earlier_mixtures) if cfg.data.mixture else _stream(cfg, _trained(cfg, shelf))
     held = shelf.documents(held=True)
-    facts = {
-        "files": account.files,
-        "skipped_files": account.skipped_files,
-        "train_bytes": shelf.text_bytes(held=False),
-        "heldout_bytes": shelf.text_bytes(held=True),
-    }
+    facts = {"files": account.files, "skipped_files": account.skipped_files}
+    texts = {"train_bytes": shelf.text_bytes(held=False), "heldout_bytes": shelf.text_bytes(held=True)}
+    facts |= texts if any(texts.values()) else {}  # conversations and ids have none
     stream = DocumentStream(held, cfg.train.seq_len, HELDOUT_SEED) if held else None
     rows = stream.describe()["rows_per_epoch"] if held else 0
     return Data(cfg, tokenizer, renderer, train, stream, rows, account, facts, held.fingerprint() if held else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
 
 INK = ("#1f4e79", "#c55a11", "#548235", "#7f6000", "#7030a0", "#404040")
+LOOKS = tuple((colour, line) for line in ("-", "--", ":") for colour in INK)
+"""Colour and line of one arm after the other."""
 
 
 def write_report(path: Path) -> int:
@@ -31,11 +33,9 @@ def write_report(path: Path) -> int:
     if not steps:
         raise ConfigError(f"{run.metrics} holds no steps yet; train first")
     evals = _last_evals(run)
-    pictures = {
-        "loss": _loss(steps, [r for r in rows if r["kind"] == "eval"]),
-        "expert_load": _load(steps),
-        "optimizer_share": _optimizer_share(steps),
-    }
+    pictures = {"loss": _loss(steps, [r for r in rows if r["kind"] == "eval"]), "expert_load": _load(steps)}
+    if measured := [r for r in steps if "optimizer_seconds" in r]:  # none in a run of a few steps
+        pictures["optimizer_share"] = _optimizer_share(measured)
     if any("grid_error" in r for r in steps):  # else no group divides the widths of a run without a grid
         pictures["grid"] = _grid(steps)
     if any("exact" in e for e in evals):
@@ -92,16 +92,20 @@ def _loss(steps, evals):
 def _load(steps):
     figure, axes = _axes("optimizer step", "busiest expert over mean", "Expert load, per MoE layer (1 is perfect balance)")
     at, values = _series(steps, "load_max_over_mean")
-    for layer in range(len(values[0])):
-        axes.plot(at, [v[layer] for v in values], linewidth=1, color=INK[layer % len(INK)], label=f"MoE layer {layer}")
+    layers = len(values[0])
+    few = layers <= len(INK)
+    named = range(layers) if few else (0, layers // 2, layers - 1)  # a legend of sixty layers would hide them
+    for layer in range(layers):
+        colour = INK[layer] if few else plt.get_cmap("viridis")(layer / layers)
+        label = f"MoE layer {layer}" if layer in named else None
+        axes.plot(at, [v[layer] for v in values], linewidth=1, color=colour, label=label)
     axes.set_ylim(bottom=1)
     axes.legend(frameon=False)
     return figure
 
 
-def _optimizer_share(steps):
+def _optimizer_share(measured):
     figure, axes = _axes("optimizer step", "percent of the step", "Optimizer's share of a step (Muon, AdamW, QK-Clip)")
-    measured = [r for r in steps if "optimizer_seconds" in r]
     axes.plot(
         [r["step"] for r in measured],
         [100 * r["optimizer_seconds"] / r["seconds"] for r in measured],
@@ -129,7 +133,7 @@ def _from_zero(axes) -> None:
 def _accuracy(evals):
     figure, axes = _axes("chain length n", "exact answers (%)", "Exact answers by chain length, 95 % intervals")
     arms = [e for e in evals if "exact" in e]
-    for arm, (row, colour) in enumerate(zip(arms, itertools.cycle(INK))):
+    for arm, (row, (colour, line)) in enumerate(zip(arms, cycle(LOOKS))):
         lengths = [int(n) for n in row["exact"]]
         shares = list(row["exact"].values())
         bounds = [interval(s, row["problems"]) for s in shares]
@@ -141,7 +145,7 @@ def _accuracy(evals):
             [n + 0.12 * (arm - (len(arms) - 1) / 2) for n in lengths],
             [100 * s for s in shares],
             errors,
-            fmt="o-",
+            fmt="o" + line,
             color=colour,
             linewidth=1,
             capsize=3,
@@ -155,8 +159,8 @@ def _accuracy(evals):
 def _horizon(played):
     figure, (axes, steps) = plt.subplots(1, 2, figsize=(10.5, 4.2), width_ratios=(1.7, 1))
     lengths, counts = [int(n) for n in played["problems"]], list(played["problems"].values())
-    arms = list(zip(played["arms"], itertools.cycle(INK)))
-    for arm, (row, colour) in enumerate(arms):
+    arms = list(zip(played["arms"], cycle(LOOKS)))
+    for arm, (row, (colour, line)) in enumerate(arms):
         points = list(row["by_length"].values())
         shares = [100 * point["success"] for point in points]
         bounds = [(100 * lo, 100 * hi) for lo, hi in (point["interval"] for point in points)]
@@ -165,7 +169,7 @@ def _horizon(played):
             [n * 1.05 ** (arm - (len(arms) - 1) / 2) for n in lengths],
             shares,
             errors,
-            fmt="o-",
+            fmt="o" + line,
             color=colour,
             markersize=4,
             linewidth=1,
@@ -184,9 +188,9 @@ def _horizon(played):
         title=f"{played['task']}: right answers, 95 % intervals",
     )
 
-    for at, (row, colour) in enumerate(arms):
+    for at, (row, (colour, line)) in enumerate(arms):
         wrong, low, high = (1000 * (1 - share) for share in steps_right(row))
-        steps.plot([max(high, 1e-6), max(low, 1e-6)], [at, at], color=colour, linewidth=1.5)
+        steps.plot([max(high, 1e-6), max(low, 1e-6)], [at, at], line, color=colour, linewidth=1.5)
         steps.plot(wrong or low, at, "o" if wrong else "<", color=colour)
         steps.annotate(
             f"{wrong:.3g}" if wrong else f"0 seen, < {low:.2g}",
@@ -198,7 +202,7 @@ def _horizon(played):
             ha="center",
         )
     steps.set_yticks(range(len(arms)), [row["arm"] for row, _ in arms])
-    for label, (_, colour) in zip(steps.get_yticklabels(), arms):
+    for label, (_, (colour, _)) in zip(steps.get_yticklabels(), arms):
         label.set_color(colour)
     steps.set_xscale("log")
     least = min(1000 * (1 - steps_right(row)[1]) for row, _ in arms)
@@ -214,10 +218,10 @@ def _horizon(played):
 def _kl_by_position(played):
     first, *others = played["arms"]
     figure, axes = _axes("position in the row", f"KL from {first['arm']} (nats per token)", "Drift on the same text")
-    for row, colour in zip(others, itertools.cycle(INK[1:])):
+    for row, (colour, line) in zip(others, cycle(LOOKS[1:])):
         octaves = row["kl_by_octave"]
         axes.plot(
-            [int(k) for k in octaves], list(map(float, octaves.values())), "o-", color=colour, linewidth=1, label=row["arm"]
+            [int(k) for k in octaves], list(map(float, octaves.values())), "o" + line, color=colour, linewidth=1, label=row["arm"]
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

@@ -169,14 +169,18 @@ class Checkpoints:
         """The same without loading: `state` is a WeightSource of the parameters, whose fingerprints were found right."""
         return Restored(*self._newest_sound(lambda candidate: self._opened(candidate, shapes), step))
 
-    def _newest_sound(self, load: Callable[[int], Any], step: int | None) -> tuple[Any, int, list[str]]:
-        candidates = [s for s in self.steps() if step is None or s == step]
-        if not candidates:
+    def candidates(self, step: int | None) -> list[int]:
+        """The checkpoints that may be restored, oldest first: all, or that of `step`. CheckpointError if there is none."""
+        found = [s for s in self.steps() if step is None or s == step]
+        if not found:
             raise CheckpointError(
                 f"no checkpoint{'' if step is None else f' of step {step}'} in {self.directory}; "
                 f"there are: {self.steps() or 'none'}"
             )
-        damaged = []
+        return found
+
+    def _newest_sound(self, load: Callable[[int], Any], step: int | None) -> tuple[Any, int, list[str]]:
+        candidates, damaged = self.candidates(step), []
         for candidate in reversed(candidates):
             try:
                 return load(candidate), candidate, damaged

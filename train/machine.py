@@ -29,7 +29,8 @@ class Machine:
     """The compiled pieces of a run.
 
     train_step   takes the number of the step before state and batch
-    lower_first  the program of a run's first step, ready for the compiler; once compiled, a call of train_step finds it
+    lower        the program of a step, ready for the compiler; once compiled, a call of train_step finds it
+    settles_at   the step from which on train_step calls another program than before (train/program.py)
     time_update  seconds of an optimizer's update by itself
     grid_watch   what a reported step says of the grid; it remembers one run's codes
     """
@@ -37,7 +38,8 @@ class Machine:
     session: Session
     optimizer: Any
     train_step: Callable[[int, TrainState, Batch], tuple[TrainState, dict]]
-    lower_first: Callable[[], Lowered]
+    lower: Callable[[int], Lowered]
+    settles_at: int | None
     time_update: Callable[[TrainState], float]
     grid_watch: GridWatch
 
@@ -52,7 +54,7 @@ class Machine:
         make = partial(initial_state, session.cfg, session.specs, self.optimizer, session.mesh)
         if session.platform != "cpu" or processes.several():
             return make()
-        first = self.lower_first()  # before the thread starts: two that trace hold each other up
+        first = self.lower(0)  # before the thread starts: two that trace hold each other up
         with ThreadPoolExecutor(1) as beside:
             beside.submit(first.compile)  # what it raises, the first step raises again
             state = make()
@@ -68,13 +70,16 @@ def build(session: Session) -> Machine:
     programs = {settled: program.jitted(settled, options) for settled in (False, True)}
     settles_at = program.settles_at
 
+    def at(step: int) -> Callable:
+        return programs[settles_at is not None and step >= settles_at]
+
     def train_step(step: int, state: TrainState, batch: Batch):
+        return at(step)(state, batch)
+
+    def lower(step: int) -> Lowered:
         if step and step == settles_at:
             console.print(f"the grid is whole from step {step + 1} on; the program for that is compiled now")
-        return programs[settles_at is not None and step >= settles_at](state, batch)
-
-    def lower_first() -> Lowered:
-        return programs[settles_at == 0].lower(program.state, abstract_batch(cfg, session.mesh))
+        return at(step).lower(program.state, abstract_batch(cfg, session.mesh))
 
     @jax.jit
     def update_only(state):
@@ -93,4 +98,5 @@ def build(session: Session) -> Machine:
         jax.block_until_ready(update_only(state))
         return time.perf_counter() - start
 
-    return Machine(session, program.optimizer, train_step, lower_first, time_update, GridWatch(session.specs, cfg.quant))
+    grid_watch = GridWatch(session.specs, cfg.quant)
+    return Machine(session, program.optimizer, train_step, lower, settles_at, time_update, grid_watch)

@@ -123,7 +123,9 @@ class Recorder:
         """Write and print a held-out loss."""
         if self.file:
             self.file.write("eval", step, values)
-        console.print("  held out: " + "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in values.items()))
+        console.print(
+            "  held out: " + "  ".join(f"{k.removeprefix('held_out_').replace('_', ' ')} {v:.4f}" for k, v in values.items())
+        )
 
     def close(self) -> None:
         self._write()

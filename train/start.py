@@ -79,6 +79,7 @@ def starting_state(machine: Machine, checkpoints: Checkpoints, run: RunDir) -> t
         source, at = parse_source(cfg.train.init_from)
         _require_same_shapes(source, session)
         _require_same_ids(source, session)
+        Checkpoints(source.checkpoints).candidates(at)  # what is not there is said before the compiler begins
     console.print(routing(session))
     state = machine.new_state()
     if cfg.train.init_from:

@@ -84,6 +84,9 @@ def load_weights(source: str, dtype: str | None = None) -> Weights:
         if kind in BASELINES:
             raise ConfigError(f"{source}: an exported directory has no masters to apply {kind} to; leave out :{kind}")
         return load_export(directory if kind is None else Path(where), dtype, packed=None if kind is None else kind == "int4")
+    before, colon, ending = where.rpartition(":")
+    if colon and Path(before.partition("@")[0]).is_dir():
+        raise ConfigError(f"{source}: {ending!r} is no kind of weights; write one of {', '.join(KINDS)} behind the colon")
     raise ConfigError(f"{where} is neither a run directory (no checkpoints/) nor an exported one (no safetensors file)")
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from configs.presets import preset
-from eval.report import _accuracy, _grid, _kl_by_position, _results, write_report
+from eval.report import _accuracy, _grid, _kl_by_position, _load, _results, write_report
 from eval.results import append_rows, read_result, read_rows, write_result
 from train.metrics import MetricsFile, number, plain
 from train.run_dir import RunDir
@@ -104,6 +104,12 @@ def test_more_arms_than_colours_are_drawn():
         (_kl_by_position(played), names[1:]),
     ):
         assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == drawn
+
+
+@pytest.mark.parametrize("layers, named", [(3, 3), (60, 3)])
+def test_a_legend_does_not_hide_the_layers(layers, named):
+    figure = _load([{"step": step, "load_max_over_mean": [1.5] * layers} for step in (1, 2)])
+    assert len(figure.axes[0].lines) == layers and len(figure.axes[0].get_legend().get_texts()) == named
 
 
 def test_numbers_come_back():

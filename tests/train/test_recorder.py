@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import jax
@@ -10,7 +11,9 @@ import jax.numpy as jnp
 from eval.report import write_report
 from tests.train.conftest import small
 from train.checkpoint import Checkpoints
+from train.compat import compile_seconds
 from train.loop import train
+from train.machine import build
 from train.recorder import Recorder
 from train.run_dir import RunDir
 from train.session import open_session
@@ -30,6 +33,42 @@ def test_what_is_done_between_steps_is_the_time_of_neither(tmp_path, monkeypatch
     recorder.close()
     seconds = [row["seconds"] for row in run.read_metrics()]
     assert len(seconds) == 4 and all(0.08 < s < 0.25 for s in seconds), seconds
+
+
+def test_the_compiler_is_the_time_of_no_step(tmp_path, monkeypatch):
+    """Neither where a run begins or goes on, nor where another program takes over; the steps then find their programs."""
+    apart, steps = [], []
+
+    class Watched(Recorder):
+        @contextmanager
+        def apart(self):
+            apart.append(True)
+            with super().apart():
+                yield
+            apart.pop()
+
+    def watched(session):
+        machine, compiling = build(session), compile_seconds()
+
+        def lower(step):
+            steps.append((step, bool(apart)))
+            return machine.lower(step)
+
+        def train_step(step, state, batch):
+            before = compiling()
+            result = machine.train_step(step, state, batch)
+            assert compiling() == before, f"step {step} waited for the compiler"
+            return result
+
+        return replace(machine, lower=lower, settles_at=2, train_step=train_step)
+
+    monkeypatch.setattr("train.loop.Recorder", Watched)
+    monkeypatch.setattr("train.loop.build", watched)
+    cfg = small(steps=3, log_every=100)
+    for end in (1, 3):
+        assert train(replace(cfg, train=replace(cfg.train, steps=end)), RunDir(tmp_path / "run")) == 0
+    beside_the_making_of_weights = (0, False)
+    assert steps == [beside_the_making_of_weights, (0, True), (1, True), (2, True)]
 
 
 def test_the_printed_rate_is_of_all_steps_since_the_last_line(tmp_path, capsys):

@@ -52,10 +52,15 @@ def test_where_a_program_for_the_settled_grid_takes_over(mesh, platform, settles
 
 
 def test_the_pause_for_another_program_is_explained(monkeypatch, capsys):
-    program = SimpleNamespace(settles_at=2, jitted=lambda settled, options: lambda *_: settled, optimizer=None, state=None)
+    class Jitted(SimpleNamespace):
+        __call__ = lower = lambda self, *_: self.settled
+
+    program = SimpleNamespace(settles_at=2, jitted=lambda settled, options: Jitted(settled=settled), optimizer=None, state=None)
     monkeypatch.setattr("train.machine.step_program", lambda *_: program)
     machine = build(open_session(small()))
-    assert [machine.train_step(step, None, None) for step in range(4)] == [False, False, True, True]
+    assert machine.settles_at == 2
+    for called in (machine.train_step, lambda step, *_: machine.lower(step)):
+        assert [called(step, None, None) for step in range(4)] == [False, False, True, True]
     assert capsys.readouterr().out.count("the grid is whole from step 3 on") == 1
 
 
