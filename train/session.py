@@ -27,12 +27,13 @@ def fastest_dtype() -> str:
         return "bfloat16"
 
     product, best = jax.jit(jnp.dot), {"float32": float("inf"), "bfloat16": float("inf")}
-    for _ in range(16):  # the first of which compiles
+    for _ in range(12):  # the first of which compiles; in turns, so that what else the machine does slows both
         for dtype in best:
-            a = jnp.ones((512, 512), dtype)
-            start = time.process_time()  # the clock also counts what else the machine does
-            product(a, a).block_until_ready()
-            best[dtype] = min(best[dtype], time.process_time() - start)
+            # Tall enough that both dtypes take all cores: square products take one or two, by chance.
+            a, b = jnp.ones((2048, 256), dtype), jnp.ones((256, 1024), dtype)
+            start = time.perf_counter()
+            product(a, b).block_until_ready()
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
     faster = best["bfloat16"] < 0.75 * best["float32"]
     return "bfloat16" if processes.agree(int(faster)) else "float32"
 
