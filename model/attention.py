@@ -37,12 +37,15 @@ def reference(
     scale: float,
     chunk: int = 0,
 ) -> tuple[Float[Array, "B S H v"], Float[Array, "H"]]:
-    """softmax(q k^T scale) v with all logits in memory (`chunk` is not used); max_logit carries no gradient."""
+    """softmax(q k^T scale) v with all logits in memory (`chunk` is not used); max_logit carries no gradient. Divided by the
+    weights' sum is the product, which is smaller than the weights."""
     logits = jnp.einsum("BSHd,BTHd->BHST", q, k, preferred_element_type=jnp.float32) * scale
     logits = jnp.where(visible_BST(segments, at)[:, None], logits, MASKED)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = checkpoint_name(jnp.einsum("BHST,BTHv->BSHv", weights, v), "attention_out")
-    return out, jax.lax.stop_gradient(jnp.max(logits, axis=(0, 2, 3)))
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))  # exp's gradient is the same whatever is subtracted
+    weights = jnp.exp(logits - top[..., None])
+    out = jnp.einsum("BHST,BTHv->BSHv", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = (out / jnp.swapaxes(jnp.sum(weights, axis=-1), 1, 2)[..., None]).astype(v.dtype)
+    return checkpoint_name(out, "attention_out"), jnp.max(top, axis=(0, 2))
 
 
 def _hopper(*operands):

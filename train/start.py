@@ -101,12 +101,14 @@ def taught(state: TrainState, session: Session, like: TrainState) -> TrainState:
 
 
 def routing(session: Session) -> Table:
-    """Which rule updates which array, printed when a run begins."""
-    table = Table(box=SIMPLE)
-    for column in ("array", "shape", "matrices", "updated by", "Newton-Schulz", "scale"):
-        table.add_column(column)
-    for route in routing_table(session.specs, session.cfg.optim):
-        table.add_row(*route.cells())
+    """Which rule updates which array, printed when a run begins. Names stay whole on a narrow terminal."""
+    rows = [route.cells() for route in routing_table(session.specs, session.cfg.optim)]
+    schulz = ", ".join({preset for *_, preset, _ in rows if preset})
+    table = Table(box=SIMPLE, caption=f"Newton-Schulz: {schulz}" if schulz else None, caption_justify="left")
+    for column in ("array", "shape", "matrices", "updated by", "scale"):
+        table.add_column(column, no_wrap=column in ("array", "updated by"), overflow="fold", min_width=8)
+    for array, shape, matrices, rule, _, scale in rows:
+        table.add_row(array, shape, matrices, rule, scale)
     return table
 
 

@@ -43,7 +43,7 @@ def deadly():
 
 def without_steps(monkeypatch, run_steps):
     """train() around a loop that does nothing but this."""
-    monkeypatch.setattr(loop, "build", lambda session: loop.Machine(session, *[None] * 5))
+    monkeypatch.setattr(loop, "build", lambda session: loop.Machine(session, *[None] * 6))
     monkeypatch.setattr(loop, "starting_state", lambda *_: (None, 0))
     monkeypatch.setattr(loop, "run_steps", run_steps)
 
