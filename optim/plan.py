@@ -273,7 +273,7 @@ def _two_dimensional_if_cheaper(group: Group, itemsize: int) -> Group:
     return other if other_work < work else group
 
 
-COLUMNS = ("matrices", "arrays", "where", "form", "per device", "FLOPs/device", "bytes/device", "memory/device")
+COLUMNS = ("matrices", "arrays", "where", "form", "per device", "FLOPs a device", "bytes a device", "memory a device")
 
 
 def plan_rows(plan: tuple[Group, ...], itemsize: int) -> list[tuple[str, ...]]:

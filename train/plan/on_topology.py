@@ -26,7 +26,7 @@ def show_topology(name: str, cfg: RunConfig, machine: str, file: Path | None = N
     found = topology(machine)
     _require_writable(file)
     console.print(
-        f"compiling the step of {name} for {found.chips} chips, {found.name}"
+        f"compiling the step of {name} for {found.chips} chip{'s' if found.chips > 1 else ''}, {found.name}"
         + (f", {found.slices} slices" if found.slices > 1 else "")
     )
     plan = forecast(compile_step(cfg, found))
@@ -57,7 +57,7 @@ def _require_writable(file: Path | None) -> None:
 def memory_table(name: str, plan: Forecast) -> Table:
     """Bytes of one device by what they hold, against what it has."""
     c, m, hbm = plan.compiled, plan.compiled.memory, plan.compiled.topology.chip.hbm
-    axes = " x ".join(f"{axis} {size}" for axis, size in c.mesh.shape.items() if size > 1)
+    axes = " x ".join(f"{axis} {size}" for axis, size in c.mesh.shape.items() if size > 1) or "of one device"
     table = Table(title=f"{name} on {c.topology.name}, mesh {axes}: memory of one device")
     for column in ("held", "GiB", "share"):
         table.add_column(column, justify="left" if column == "held" else "right")

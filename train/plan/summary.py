@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from jax.sharding import AbstractMesh, AxisType
+from rich.box import SIMPLE
 from rich.table import Table
 
 from configs.schema import RunConfig
@@ -30,9 +31,10 @@ def show_plan(name: str, cfg: RunConfig) -> int:
     check_sizes(cfg, mesh.shape)
     specs = param_specs(cfg.model)
     routes = {route.path: route for route in routing_table(specs, cfg.optim)}
-    table = Table(title=f"{name} (config {config_hash(cfg)})")
-    for column in ("array", "shape", "axes", "updated by", "matrices", "served as"):
-        table.add_column(column, overflow="fold")
+    table = Table(title=f"{name} (config {config_hash(cfg)})", box=SIMPLE)
+    table.add_column("array", no_wrap=True)  # here and below: names stay whole on a narrow terminal
+    for column in ("shape", "axes", "updated by", "matrices", "served as"):
+        table.add_column(column, overflow="fold", min_width=8)
     for path, spec in specs.items():
         matrices = ", ".join(f"{count} of {rows} x {cols}" for count, rows, cols in routes[path].matrices)
         served = cfg.quant.grid if spec.on_grid and cfg.quant.grid != "none" else spec.served or cfg.model.dtype
@@ -40,11 +42,14 @@ def show_plan(name: str, cfg: RunConfig) -> int:
     console.print(table)
 
     groups = plan_of(specs, cfg.optim, "tpu", mesh=mesh, shardings=param_shardings(specs, mesh))
-    table = Table(title=f"Newton-Schulz on TPUs, mesh {dict(mesh.shape)}: {human(total_flops(groups))}FLOP per step in all")
-    for column in COLUMNS:
+    title = f"Newton-Schulz on TPUs, mesh {dict(mesh.shape)}: {human(total_flops(groups))}FLOP per step in all"
+    table = Table(title=title, box=SIMPLE)
+    matrices, arrays, *more = COLUMNS
+    table.add_column(f"{matrices} of {arrays}", no_wrap=True)
+    for column in more:
         table.add_column(column, overflow="fold")
-    for row in plan_rows(groups, itemsize=2):
-        table.add_row(*row)
+    for matrices, arrays, where, form, count, *work in plan_rows(groups, itemsize=2):
+        table.add_row("\n".join([matrices, *arrays.split(", ")]), where, form, count, *(human(float(cell)) for cell in work))
     console.print(table)
 
     counts, state = parameters(cfg.model, specs), state_bytes(specs, cfg.optim)
