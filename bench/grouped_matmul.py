@@ -69,7 +69,7 @@ def row(shape: str, sizes: tuple[int, ...], dtype, load: str, platform: str) -> 
     tokens, D, F, E, K = sizes
     keys = jax.random.split(jax.random.key(0), 4)
     experts = choose(load, tokens, E, K, keys[0])
-    to = jax.jit(dispatch.plan, static_argnums=(1, 2))(experts, E, block_rows(tokens * K, E, platform))
+    to = jax.jit(dispatch.plan, static_argnums=(1, 2))(experts, E, block_rows(tokens * K, E, platform, trained=True))
     w = jax.random.normal(keys[1], (E, D, F), dtype)
     x = jax.random.normal(keys[2], (len(to.token_of), D), dtype)
     g = jax.random.normal(keys[3], (len(to.token_of), F), dtype)

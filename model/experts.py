@@ -41,9 +41,10 @@ def apply(
 
 
 def slots(experts_NK: Int[Array, "N K"], weights: Weights, platform: str) -> dispatch.Dispatch:
-    """Where pairs go, in blocks that suit the platform."""
-    held = len(weights[1])
-    return checkpoint_name(dispatch.plan(experts_NK, held, block_rows(experts_NK.size, held, platform), platform), "routing")
+    """Where pairs go, in blocks that suit the platform. Weights at four bits or still in their stack are only served."""
+    held, trained = len(weights[1]), isinstance(weights[1], jax.Array)
+    block = block_rows(experts_NK.size, held, platform, trained)
+    return checkpoint_name(dispatch.plan(experts_NK, held, block, platform), "routing")
 
 
 def in_slots(

@@ -136,6 +136,8 @@ def _hopper_rows(x, w, block_expert, transposed):
         return grouped_matmul_decode.rows(x, *picked)
     if grouped_matmul_gpu.takes(x.dtype, block, *w.shape[1:]):
         return grouped_matmul_gpu.rows(x, _unpacked(w, x.dtype), block_expert, transposed)
+    if block > 1:
+        _say_slow("products of experts go", x.dtype, w.shape[1:], block, grouped_matmul_gpu.STEP)
     return _batched_rows(x, w, block_expert, transposed)
 
 
@@ -144,15 +146,18 @@ def _hopper_weights(x, y, block_expert, num_experts, dtype):
 
     block = len(x) // len(block_expert)
     if not grouped_matmul_gpu.takes(x.dtype, block, x.shape[1], y.shape[1]):
-        step = grouped_matmul_gpu.STEP
-        warnings.warn(
-            "gradients of experts go through XLA, which copies weights for every block of rows: the Hopper kernels take 16-bit "
-            f"floats, widths of whole {step}s (in blocks of 64 rows above {step}) and blocks of 64 or 128 rows, which every "
-            f"expert must have, not {x.dtype.name}, {x.shape[1]} x {y.shape[1]} and blocks of {block}",
-            stacklevel=2,
-        )
+        _say_slow("gradients of experts go", x.dtype, (x.shape[1], y.shape[1]), block, grouped_matmul_gpu.STEP)
         return _batched_weights(x, y, block_expert, num_experts, dtype)
     return grouped_matmul_gpu.weights(x, y, block_expert, num_experts, dtype)
+
+
+def _say_slow(what: str, dtype, widths: tuple[int, int], block: int, step: int) -> None:
+    warnings.warn(
+        f"{what} through XLA, which copies weights for every block of rows: the Hopper kernels take 16-bit floats, widths of "
+        f"whole {step}s (in blocks of 64 rows above {step}) and blocks of 64 or 128 rows, which every expert must have, not "
+        f"{dtype.name}, {widths[0]} x {widths[1]} and blocks of {block}",
+        stacklevel=3,
+    )
 
 
 _STORED = {"bfloat16": jnp.uint16} if jax.__version_info__ < (0, 11) else {}
@@ -191,16 +196,20 @@ def implementation(platform: str) -> str:
     return {"cpu": "scanned", "tpu": "tpu"}.get(platform, "batched")
 
 
-def block_rows(rows: int, num_experts: int, platform: str = "cpu") -> int:
+FEW_ROWS = 512
+"""Up to so many pairs of tokens and experts, blocks on Hopper are those of decoding."""
+
+
+def block_rows(rows: int, num_experts: int, platform: str = "cpu", trained: bool = False) -> int:
     """Rows per block: at most a quarter of an expert's mean rows, which keeps the padding of each expert to whole blocks
     under about an eighth, and no more than fill the platform's matrix unit; but at least 8, whatever the mean. A TPU's
     holds a tile of weights while rows stream past it: few rows per tile leave it loading weights. On Hopper an expert with
     the rows for it gets the 64 of a large matrix instruction, else the 16 of a small one, and a few rows in all are blocks
-    of their own."""
+    of their own. Where gradients are asked for (`trained`) there are no 16: the kernels that read weights once have 64."""
     if platform == "hopper" and rows <= SINGLE_ROWS:
         return 1
     mean = rows // num_experts
-    fewest = (64 if mean >= 64 else 16) if platform == "hopper" else 8
+    fewest = (64 if mean >= 64 or trained and rows > FEW_ROWS else 16) if platform == "hopper" else 8
     most = 512 if platform == "tpu" else 128
     return min(max(1 << (max(mean // 4, 1).bit_length() - 1), fewest), most)
 

@@ -77,7 +77,7 @@ def implementation(platform: str, m: int, n: int) -> str:
     if platform == "tpu":
         from optim import symmetric_tpu
 
-        return "tpu" if m % symmetric_tpu.LANES == n % symmetric_tpu.LANES == 0 else "full"
+        return "tpu" if symmetric_tpu.takes(m, n) else "full"
     if platform == "hopper":
         from optim import symmetric_gpu
 

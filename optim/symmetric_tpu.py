@@ -23,6 +23,12 @@ from kernels.tpu import LANES, dot
 LARGEST_TILE = 2048
 """A tile's side: 1024 FLOPs per byte fetched, twice what a v6e does in that time."""
 
+SMALLEST_TILE = 768
+"""Smaller ones fetch so much that half the products take longer than all of them in the compiler's own tiles."""
+
+MOST_STEPS = 1 << 14
+"""Entries of a schedule, of 32 bytes each: half of the smallest core's scalar memory."""
+
 LARGEST_STEP = 512
 """Along k."""
 
@@ -58,6 +64,14 @@ def symmetric(x: Float[Array, "*B m k"], y: Float[Array, "*B m k"]) -> Float[Arr
     )
     out = run(jnp.asarray(schedule), x.reshape(count, m, k), y.reshape(count, m, k))
     return out.reshape(*batch, m, m)
+
+
+def takes(m: int, k: int) -> bool:
+    """Whether the kernel multiplies [m, k] and [m, m], and gains by it."""
+    if m % LANES or k % LANES or (tile := _tile(m, LARGEST_TILE)) < SMALLEST_TILE:
+        return False
+    tiles, steps = m // tile, max(m, k) // _tile(k, LARGEST_STEP)
+    return tiles * (tiles + 1) // 2 * (steps + 1) <= MOST_STEPS
 
 
 def share(m: int) -> float:

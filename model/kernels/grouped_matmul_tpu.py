@@ -3,7 +3,7 @@
 The grid walks the blocks of rows innermost, so a tile of an expert's weights is fetched once for all blocks of that
 expert, and an expert without rows costs nothing. The contracted dimension is never cut: for the widths of this family
 (7168 at most) a tile of 128 columns fits the core's memory many times over. Blocks of nobody at the end are not fetched;
-their output is zero.
+their output is zero. What hangs over the edge of a width is multiplied and not written.
 """
 
 from __future__ import annotations
@@ -21,6 +21,12 @@ from kernels.tpu import LANES, dot
 TILE_BYTES = 12 << 20
 """What the tiles of one grid step may take. Pallas holds each twice: one in use, one on its way."""
 
+INTENSITY = 512
+"""Columns of a tile whose products take as long as fetching the rows for them: a v6e's FLOPs per byte, the most of all."""
+
+LEAST_BLOCK = 16
+"""Rows that fill a 16-bit register."""
+
 VMEM_LIMIT = 40 << 20
 """Room asked of the compiler: two of each tile, float32 products, and the compiler's own. The smallest core, tpu7x's,
 has 64 MiB."""
@@ -31,8 +37,15 @@ def rows(
 ) -> Float[Array, "M O"]:
     """GroupedMatmul.rows."""
     (M, I), O, dtype = x.shape, w.shape[1 if transposed else 2], x.dtype
-    block, last = M // len(block_expert), len(w) - 1
-    tile = _largest_tile(O, lambda o: (I * o + block * (I + o)) * dtype.itemsize + block * o * 4)
+    last = len(w) - 1
+
+    def held(block: int, o: int) -> int:
+        return (I * o + block * (I + o)) * _operand_bytes(dtype) + block * o * 4
+
+    block = M // len(block_expert)
+    while block > LEAST_BLOCK and held(block, LANES) > TILE_BYTES:  # rows so wide that a tile of 128 columns has no room
+        block, block_expert = block // 2, jnp.repeat(block_expert, 2)
+    tile = _quickest_tile(O, lambda o: held(block, o))
 
     def weights_at(o, i, expert, source):
         at = jnp.minimum(expert[source[i]], last)
@@ -41,7 +54,7 @@ def rows(
     return _call(
         partial(_rows_kernel, num_experts=len(w), transposed=transposed),
         (block_expert, _sources(block_expert, len(w))),
-        grid=(O // tile, len(block_expert)),
+        grid=(pl.cdiv(O, tile), len(block_expert)),
         semantics=("parallel", "arbitrary"),
         in_specs=[
             pl.BlockSpec((block, I), lambda o, i, expert, source: (source[i], 0)),
@@ -51,7 +64,7 @@ def rows(
         out=jax.ShapeDtypeStruct((M, O), dtype),
         operands=(x, w),
         flops=2 * M * I * O,
-        moved=(O // tile * x.size + w.size + M * O) * dtype.itemsize,
+        moved=(pl.cdiv(O, tile) * x.size + w.size + M * O) * dtype.itemsize,
     )
 
 
@@ -80,12 +93,14 @@ def weights(
     # The expert whose tile a step has: of its block; behind them of the next one without rows, or still the last.
     at = jnp.where(steps[source] < num_experts, steps[source], idle[0])
     at = at.at[len(block_expert) :].set(jnp.where(jnp.any(rows_of == 0), idle, at[-1]))
-    height, width = _least_traffic(D, F, lambda d, f: block * (d + f) * x.dtype.itemsize + d * f * 4)
+    height, width = _quickest_tiles(
+        D, F, lambda d, f: block * (d + f) * _operand_bytes(x.dtype) + d * f * _result_bytes(jnp.dtype(dtype))
+    )
     out = jax.ShapeDtypeStruct((num_experts, D, F), dtype)
     return _call(
         partial(_weights_kernel, num_experts=num_experts),
         (steps, source, at),
-        grid=(D // height, F // width, len(steps)),
+        grid=(pl.cdiv(D, height), pl.cdiv(F, width), len(steps)),
         semantics=("parallel", "parallel", "arbitrary"),
         in_specs=[
             pl.BlockSpec((block, height), lambda d, f, i, expert, source, at: (source[i], d)),
@@ -96,7 +111,7 @@ def weights(
         operands=(x, y),
         scratch=[pltpu.VMEM((height, width), jnp.float32)],
         flops=2 * M * D * F,
-        moved=(F // width * x.size + D // height * y.size) * x.dtype.itemsize + out.size * out.dtype.itemsize,
+        moved=(pl.cdiv(F, width) * x.size + pl.cdiv(D, height) * y.size) * x.dtype.itemsize + out.size * out.dtype.itemsize,
     )
 
 
@@ -142,17 +157,37 @@ def _call(kernel, tables, *, grid, semantics, in_specs, out_specs, out, operands
     return run(*tables, *operands)
 
 
-def _largest_tile(width: int, bytes_of) -> int:
-    """The largest divisor of `width` whose tiles fit."""
-    return max((t for t in _tiles(width) if bytes_of(t) <= TILE_BYTES), default=min(_tiles(width)))
+def _operand_bytes(dtype) -> int:
+    """Of an element, over what TILE_BYTES leaves room for: float32 is multiplied as three bfloat16s, which are there as well."""
+    return 6 if dtype == jnp.float32 else dtype.itemsize
 
 
-def _least_traffic(D: int, F: int, bytes_of) -> tuple[int, int]:
-    """Of the tiles of x and y that fit those that are read least: x once for every tile of y, and y for every one of x."""
+def _result_bytes(dtype) -> int:
+    """The same of an element of the result, which is there twice, and in float32 as a product and as a sum."""
+    return 2 + dtype.itemsize
+
+
+def _quickest_tile(width: int, bytes_of) -> int:
+    """Of the tiles that fit: rows are read again for every tile, which takes as long as INTENSITY columns of it."""
+    fits = [t for t in _tiles(width) if bytes_of(t) <= TILE_BYTES]
+    return min(fits, key=lambda t: (pl.cdiv(width, t) * max(t, INTENSITY), -t), default=min(_tiles(width)))
+
+
+def _quickest_tiles(D: int, F: int, bytes_of) -> tuple[int, int]:
+    """Of the tiles of x and y that fit: x is read once for every tile of y, and y for every one of x."""
+
+    def cost(t: tuple[int, int]):
+        tall, wide = pl.cdiv(D, t[0]), pl.cdiv(F, t[1])
+        read = (t[0] + t[1]) * tall * wide
+        return max(t[0] * t[1] * tall * wide, INTENSITY * read), read, t
+
     fits = [(d, f) for d in _tiles(D) for f in _tiles(F) if bytes_of(d, f) <= TILE_BYTES]
-    return min(fits, key=lambda t: (D * (F // t[1]) + F * (D // t[0]), t), default=(min(_tiles(D)), min(_tiles(F))))
+    return min(fits, key=cost, default=(min(_tiles(D)), min(_tiles(F))))
 
 
 def _tiles(width: int) -> list[int]:
-    """Divisors in whole lanes, or all of it where lanes do not divide it."""
-    return [t for t in range(LANES, width + 1, LANES) if width % t == 0] or [width]
+    """Divisors in whole lanes, and all of it. Where none of them is of a good size, all in whole lanes: the last hangs over."""
+    lanes = range(LANES, width, LANES)
+    even = [t for t in lanes if width % t == 0]
+    good = width <= 3 * INTENSITY or any(INTENSITY <= t <= 3 * INTENSITY for t in even)
+    return [*(even if good and width % LANES == 0 else lanes), width]

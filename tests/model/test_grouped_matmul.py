@@ -141,6 +141,37 @@ def test_experts_without_rows_get_zeros_on_a_tpu(monkeypatch, block_expert):
     np.testing.assert_array_equal(found, want[:E])
 
 
+@pytest.mark.parametrize("room", [1 << 20, 1 << 17])
+def test_tiles_that_hang_over_on_a_tpu(monkeypatch, room):
+    """Widths that whole lanes do not divide, in tiles of 128; with little room blocks of rows are halved too. What lies over the
+    edge is NaN in the interpreter. Small integers: exact."""
+    monkeypatch.setattr(grouped_matmul_tpu, "INTENSITY", 64)
+    monkeypatch.setattr(grouped_matmul_tpu, "TILE_BYTES", room)
+    rng, experts, D, F, block = np.random.default_rng(0), np.array([0, 0, 3, E]), 320, 200, 64
+    x, y = (rng.integers(-4, 5, (len(experts), block, n)) * (experts < E)[:, None, None] for n in (D, F))
+    w = rng.integers(-4, 5, (E, D, F))
+    x32, y32 = (jnp.asarray(a.reshape(-1, a.shape[-1]), jnp.float32) for a in (x, y))
+    each = w[np.minimum(experts, E - 1)]
+    want = np.zeros((E + 1, D, F))
+    np.add.at(want, experts, x.swapaxes(1, 2) @ y)
+    with here("tpu"):
+        rows, weights = IMPLEMENTATIONS["tpu"].rows, IMPLEMENTATIONS["tpu"].weights
+        w32, blocks = jnp.asarray(w, jnp.float32), jnp.asarray(experts)
+        np.testing.assert_array_equal(rows(x32, w32, blocks, False), (x @ each).reshape(-1, F))
+        np.testing.assert_array_equal(rows(y32, w32, blocks, True), (y @ each.swapaxes(1, 2)).reshape(-1, D))
+        np.testing.assert_array_equal(weights(x32, y32, blocks, E, jnp.float32), want[:E])
+
+
+@pytest.mark.parametrize(
+    "width, tiles",
+    [(2816, [128, 256, 1408, 2816]), (7168, [128, 256, 512, 896, 1024, 1792, 3584, 7168]), (96, [96]), (320, [128, 256, 320])],
+)
+def test_tiles_on_a_tpu(width, tiles):
+    """Divisors, where there are good ones: nothing hangs over at the widths of this family."""
+    assert grouped_matmul_tpu._tiles(width) == tiles
+    assert len(grouped_matmul_tpu._tiles(2176)) == 17, "17 lanes' widths: in tiles of 128 rows would be read 17 times"
+
+
 def test_weight_sums_stay_in_float32():
     """2,048 bfloat16 ones per entry: a bfloat16 running sum would stop at 256."""
     ones = jnp.ones((2048, 8), jnp.bfloat16)
@@ -173,6 +204,13 @@ def test_a_gradient_without_a_kernel_is_said():
 )
 def test_block_rows(rows, experts, platform, block):
     assert block_rows(rows, experts, platform) == block
+
+
+@pytest.mark.parametrize("rows, block", [(32, 1), (512, 16), (3072, 64), (98304, 128)])
+def test_blocks_whose_gradients_have_kernels(rows, block):
+    """Fewer than 64 rows per expert, as in short microbatches: in blocks of 64 their weights are read once for each expert; in
+    blocks of 16 XLA would copy them for each block, or, with many, end the process."""
+    assert block_rows(rows, 64, "hopper", trained=True) == block
 
 
 def test_every_platform_has_an_implementation():

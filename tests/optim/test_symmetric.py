@@ -80,3 +80,17 @@ def test_shares(monkeypatch):
     assert rows(2048) == 0.625
     assert [implementation(p, 2048, 7168) for p in ("cpu", "tpu", "gpu", "hopper")] == ["full", "tpu", "rows", "hopper"]
     assert implementation("tpu", 512, 7168) == "full" and implementation("gpu", 1100, 7168) == "full"
+
+
+def test_which_sizes_are_halved_on_a_tpu(monkeypatch):
+    """Not those that only tiles of 128 divide, which are fetched more often than halving saves, nor those whose schedule is
+    larger than a core's scalar memory."""
+    monkeypatch.undo()
+    halved = [
+        (m, k) for m, k in ((2048, 7168), (7168, 18432), (5120, 12288), (1408, 2048)) if implementation("tpu", m, k) == "tpu"
+    ]
+    assert len(halved) == 4
+    for m, k in halved:
+        tile, step = symmetric_tpu._tile(m, symmetric_tpu.LARGEST_TILE), symmetric_tpu._tile(k, symmetric_tpu.LARGEST_STEP)
+        assert symmetric_tpu._schedule(m // tile, k // step).size <= 5 * symmetric_tpu.MOST_STEPS
+    assert {implementation("tpu", m, k) for m, k in ((2176, 11264), (2944, 11264), (6784, 18432), (65536, 131072))} == {"full"}

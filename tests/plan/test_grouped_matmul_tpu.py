@@ -18,14 +18,26 @@ PRODUCTS = {"convolution", "dot"}
 
 
 @pytest.mark.parametrize("name", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-@pytest.mark.parametrize("D, F", [(2048, 2816), (2048, 7168), (7168, 4096)])
-def test_all_three_products_are_kernels(name, D, F):
-    """Forward, gradient of the rows and gradient of the weights at Moonlight's and K2's widths: three kernels, no product
+@pytest.mark.parametrize(
+    "D, F, dtype",
+    [
+        (2048, 2816, "bfloat16"),
+        (2048, 7168, "bfloat16"),
+        (7168, 4096, "bfloat16"),
+        (2880, 5760, "bfloat16"),
+        (16384, 2112, "bfloat16"),
+        (1408, 2048, "float32"),
+        (6400, 4864, "float32"),
+    ],
+)
+def test_all_three_products_are_kernels(name, D, F, dtype):
+    """Forward, gradient of the rows and gradient of the weights at Moonlight's and K2's widths, at some that lanes do not
+    divide and some whose tiles hardly fit: three kernels, no product
     of the compiler's own (lax.ragged_dot's gradient of the weights is one over all experts there, up to jax 0.10), and
     beside what is returned no array as large as the weights: nothing is gathered, copied or transposed."""
     device = topology(name).devices()[0]
     M = 6 * BLOCK
-    shapes = ((M, D), jnp.bfloat16), ((E, D, F), jnp.bfloat16), ((6,), jnp.int32), ((M, F), jnp.bfloat16)
+    shapes = ((M, D), dtype), ((E, D, F), dtype), ((6,), jnp.int32), ((M, F), dtype)
     x, w, blocks, y = (jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device)) for shape, dtype in shapes)
 
     def all_three(x, w, blocks, y):
