@@ -108,10 +108,13 @@ def main(sizes: list[float]) -> None:
             }
         )
         print(rows[-1], flush=True)
-        measure.write("export_memory", rows)
+        measure.write("export_memory", rows, question=("masters_GB",))
 
 
 if __name__ == "__main__":
     arguments = measure.parser(__doc__)
     arguments.add_argument("gigabytes", nargs="*", type=float, default=[2.0, 8.0], help="of masters")
-    main(arguments.parse_args().gigabytes)
+    sizes = arguments.parse_args().gigabytes
+    if min(sizes) <= 0:
+        arguments.error(f"gigabytes of masters must be above 0, not {min(sizes):g}")
+    main(sizes)

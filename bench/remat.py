@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from bench import measure
 from configs.platforms import platform_of
 from configs.presets import preset
-from configs.schema import ModelConfig
+from configs.schema import ConfigError, ModelConfig
 from model import cross_entropy
 from model.call import Call
 from model.remat import POLICIES
@@ -58,8 +58,13 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=4096)
     parser.add_argument("--topology", default="")
     args = parser.parse_args()
-    cfg, rows = preset(args.preset).model, []
-    device = topology(args.topology).devices()[0] if args.topology else jax.devices()[0]
+    if args.rows < 1 or args.positions < 1:
+        parser.error(f"--rows and --positions must be at least 1, not {args.rows} and {args.positions}")
+    try:
+        cfg, rows = preset(args.preset).model, []
+        device = topology(args.topology).devices()[0] if args.topology else jax.devices()[0]
+    except ConfigError as error:
+        parser.error(str(error))
     print(f"{args.preset}, {args.rows} x {args.positions} tokens, one {device.device_kind}: temporary memory in MB")
     for policy in POLICIES:
         used = compiled_memory(cfg, args.rows, args.positions, policy, device)
@@ -73,7 +78,8 @@ def main() -> None:
         )
         print(f"{policy:8} {rows[-1]['temp_mb']:10.1f}   on the host {rows[-1]['host_temp_mb']:.1f}", flush=True)
     chip = args.topology.partition(":")[0].partition("-")[0]
-    print(f"wrote {measure.write('-'.join(filter(None, ('remat', chip))), rows).name}")
+    question = ("preset", "rows", "positions", "topology", "policy")
+    print(f"wrote {measure.write('-'.join(filter(None, ('remat', chip))), rows, question).name}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not spin beside another library's
 
@@ -51,16 +52,17 @@ class ExpertMuon(torch.optim.Optimizer):
                 p.add_(update, alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
 
 
+@cache
 def faster_dtype() -> torch.dtype:
     """bfloat16 or float32, by a batched product of this size: a CPU without bfloat16 instructions emulates them."""
 
     def seconds(dtype: torch.dtype) -> float:
-        x = torch.ones(16, 128, 128, dtype=dtype)
+        x = torch.ones(64, 128, 128, dtype=dtype)
         times = []
-        for _ in range(5):
-            start = time.process_time()
+        for _ in range(20):
+            start = time.perf_counter()
             torch.bmm(x, x)
-            times.append(time.process_time() - start)
+            times.append(time.perf_counter() - start)
         return min(times)
 
     return min((torch.bfloat16, torch.float32), key=seconds)

@@ -15,8 +15,11 @@ with a filled one.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,6 +43,9 @@ EXPERTS = ("eager", "grouped_mm")
 
 PRECISIONS = {"float32": ("float32",), "bfloat16": ("autocast", "bfloat16")}
 """The peer's: bfloat16 products over float32 weights as ours, or all of it in bfloat16, which is less."""
+
+COMPILED = ("uncompiled", "compiled")
+VARIANTS = {*EXPERTS, *itertools.chain(*PRECISIONS.values()), *COMPILED}
 
 
 def ours(shape: str, dtype: str) -> None:
@@ -69,16 +75,17 @@ def ours(shape: str, dtype: str) -> None:
     )
 
 
+def contenders(dtype: str, without: list[str]) -> list[str]:
+    """The peers."""
+    each = itertools.product(PRECISIONS[dtype], EXPERTS, COMPILED)
+    return [
+        f"torch {experts} {precision} {how}" for precision, experts, how in each if not {experts, precision, how} & {*without}
+    ]
+
+
 def compare(shape: str, dtype: str, rounds: int, peers: str, without: list[str]) -> dict:
     """One row: tokens per second of each contender and what they come to."""
-    cfg = config(shape, dtype)
-    torch = [
-        f"torch {experts} {precision} {how}"
-        for precision in PRECISIONS[dtype]
-        for experts in EXPERTS
-        for how in ("uncompiled", "compiled")
-        if not {experts, precision, how} & set(without)
-    ]
+    cfg, torch = config(shape, dtype), contenders(dtype, without)
     sides = {"ours": Contender(sys.executable, "-m", "bench.train_cpu", "--serve", shape, dtype)}
     sides |= {name: Contender(peers, "-m", "bench.torch_peer", shape, dtype, *name.split()[1:]) for name in torch}
     steps, pulls, limits = fastest(sides, ("step", "pull", "matmul"), rounds)
@@ -93,6 +100,7 @@ def compare(shape: str, dtype: str, rounds: int, peers: str, without: list[str])
             "step_cpu_ms": round(1e3 * steps[side][1], 1),
             "forward_backward_ms": round(1e3 * pulls[side][0], 1),
             "forward_backward_cpu_ms": round(1e3 * pulls[side][1], 1),
+            "matmul_gflops": round(step_flops(cfg) / limits[side][0] / 1e9),
         }
         for side in sides
     }
@@ -102,6 +110,7 @@ def compare(shape: str, dtype: str, rounds: int, peers: str, without: list[str])
         "shape": shape,
         "dtype": dtype,
         "cpu": measure.cpu(),
+        "rounds": rounds,
         "tokens": tokens,
         "flops": step_flops(cfg),
         "sides": rows,
@@ -116,7 +125,13 @@ def compare(shape: str, dtype: str, rounds: int, peers: str, without: list[str])
 
 
 def first_step() -> dict[str, float]:
-    """Seconds from the command to the first line of a step of the tiny preset."""
+    """Seconds from the command to the first line of a step of the tiny preset: the middle one of three starts."""
+    starts = [one_start() for _ in range(3)]
+    return {name: statistics.median(start[name] for start in starts) for name in starts[0]}
+
+
+def one_start() -> dict[str, float]:
+    """With an empty compilation cache, and with what that left."""
     with tempfile.TemporaryDirectory() as folder:
 
         def once(name: str) -> float:
@@ -149,6 +164,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.serve:
         return ours(*args.serve)
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, not {args.rounds}")
+    if not shutil.which(args.peers_python):
+        parser.error(f"--peers-python {args.peers_python} is no program; name a Python with the peers extra")
+    if unknown := set(args.without) - VARIANTS:
+        parser.error(f"--without {', '.join(sorted(unknown))}: no such variant; there are {', '.join(sorted(VARIANTS))}")
+    for dtype in args.dtypes:
+        if not contenders(dtype, args.without):
+            parser.error(f"--without {' '.join(args.without)} leaves no peer for {dtype}")
     rows = []
     if args.first_step:
         rows.append({"cpu": measure.cpu(), "first_step": (start := first_step())})

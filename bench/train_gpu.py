@@ -183,7 +183,10 @@ def main() -> None:
     except ConfigError as error:
         parser.error(str(error))
     cfg = tyro.cli(RunConfig, default=default, args=fields, prog=f"bench.train_gpu --preset {args.preset}")
-    session = open_session(cfg)
+    try:
+        session = open_session(cfg.checked())
+    except ConfigError as error:
+        parser.error(str(error))
     if session.platform == "cpu":
         keep_freed_memory()
     seconds, measured = seconds_of(session, args.rounds, only)
@@ -223,8 +226,9 @@ def main() -> None:
         f"busiest expert at {facts['load_max_over_mean']} of the mean, {jax.devices()[0].device_kind}"
     )
     print(table(rows))
-    if args.write:
-        print(f"wrote {measure.write(f'step-{args.preset}', [facts, *rows]).name}")
+    if args.write:  # a part of the variants does not take the place of all
+        part = "" if only == set(ALL) else "-" + args.only.replace(",", "+").replace(" ", "-")
+        print(f"wrote {measure.write(f'step-{args.preset}{part}', [facts, *rows]).name}")
 
 
 if __name__ == "__main__":
