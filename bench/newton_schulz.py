@@ -2,9 +2,9 @@
 
     python -m bench.newton_schulz
 
-The limit is the fastest large square product of the form's number format, in turns with the forms. `useful` is the FLOPs of the plain
-form over those of the limit in the same time: a form that multiplies less may exceed 1. `multiplied` counts what the form
-itself multiplies. Times are the clock's on an accelerator and CPU time on a CPU, where others may be at work.
+The limit is the fastest large square product of the form's number format, in turns with the forms. `useful` is the FLOPs of
+the plain form over those of the limit in the same time: a form that multiplies less may exceed 1. `multiplied` counts what the
+form itself multiplies. Times are the clock's on an accelerator and CPU time on a CPU, where others may be at work.
 """
 
 from __future__ import annotations
