@@ -270,6 +270,11 @@ class QuantConfig:
             f"{self.start_step + self.ramp_steps}",
         )
 
+    @property
+    def rounding_grid(self) -> str:
+        """What masters are rounded to when their grid values are asked for: the run's own, or INT4 where it has none."""
+        return "int4" if self.grid == "none" else self.grid
+
 
 @dataclass(frozen=True)
 class DataConfig:

@@ -43,8 +43,7 @@ def evaluate_arms(
     around = () if cfg.data.paths else playable(lengths, (lo, (lo + hi) // 2, hi, hi + hi // 2, 2 * hi), cfg.data.task)
     session = open_to_look(run)
     data = data_of(session, run)
-    grid = "int4" if cfg.quant.grid == "none" else cfg.quant.grid
-    loaded = load_arms(arms or (f"bf16={run_path}:bf16", f"{grid}={run_path}:int4"))
+    loaded = load_arms(arms or (f"bf16={run_path}:bf16", f"{cfg.quant.rounding_grid}={run_path}:int4"))
     for _, weights in loaded:
         require_same_ids(session, weights)
     if suite == "horizon":

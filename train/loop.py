@@ -169,7 +169,7 @@ def run_steps(
     evaluator = Evaluator(machine.session, data)
     recorder = Recorder(machine.session, run, step + 1, started, compiling, last_data_hash(run, step, cfg.train.fork_from))
     profile = Profile(cfg.profile.bounds(), run.profile)
-    grid_watch, first = machine.grid_watch, step
+    grid_watch = machine.grid_watch
     sample_every = max(cfg.train.log_every, cfg.train.steps // 20)
     with Bar(f"training {run.path}", cfg.train.steps - step) as bar:
         for batch in data.iterate(step, rows):
@@ -177,7 +177,7 @@ def run_steps(
             reported = step + 1 in (recorder.first_step, cfg.train.steps) or (step + 1) % cfg.train.log_every == 0
             if reported:
                 grid_watch.before(state.params)
-            if step in (first, machine.settles_at):
+            if step + 1 == recorder.first_step or step == machine.settles_at:
                 with recorder.apart():  # the compiler's time is no step's
                     machine.lower(step).compile()
             if profile.begins(step + 1):

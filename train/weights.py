@@ -109,13 +109,12 @@ def _from_run(source: str, where: str, kind: str | None, dtype: str | None) -> W
     cfg = session.cfg
     params, _ = load_params(session, run, step)
     kind = kind or ("int4" if cfg.quant.grid != "none" else "bf16")
-    trained = "int4" if cfg.quant.grid == "none" else cfg.quant.grid
     if kind in BASELINES:
         arm = baseline(session, params, kind, partial(data_of, session, run))
         params = arm.fake(params, session.specs)
         for note in arm.notes:
             console.print(f"{source}: {note}", markup=False)
-    serving = Serving(cfg.model.dtype, trained if kind == "int4" else "none", cfg.quant.group_size)
+    serving = Serving(cfg.model.dtype, cfg.quant.rounding_grid if kind == "int4" else "none", cfg.quant.group_size)
     served = serve(params, session.specs, serving, 1.0, session.compute_dtype)
     return Weights(
         source, cfg.model, served, session.tokenizer, session.compute_dtype, session.platform, cfg.data.system, cfg.data.mode
