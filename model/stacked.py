@@ -24,7 +24,7 @@ Body = Callable[[Array, Any, Array, Any], tuple[Array, Any]]
 @dataclass(frozen=True)
 class Sums:
     """layers: as the stacked layers, the sums so far. add(sum, gradient, seed, index) -> their sum, in the sum's
-    dtype; every layer of every array has an index of its own."""
+    dtype, all [1, ...]; every layer of every array has an index of its own."""
 
     layers: Any
     seed: Any
@@ -84,13 +84,11 @@ def _backward(body, unroll, saved, gradients):
         tree = jax.tree.structure(totals)
 
         def into(number, total, gradient):
-            mine = saved.sums.add(
-                lax.dynamic_index_in_dim(total, index, keepdims=False),
-                gradient,
-                saved.sums.seed,
-                index * tree.num_leaves + number,
-            )
-            return lax.dynamic_update_index_in_dim(total, mine, index, 0)
+            # The layer's axis stays, because of the same shape XLA reads, adds and writes in one pass; it copies the layer
+            # first where the shapes differ.
+            place = index * tree.num_leaves + number
+            mine = saved.sums.add(lax.dynamic_slice_in_dim(total, index, 1), gradient[None], saved.sums.seed, place)
+            return lax.dynamic_update_slice_in_dim(total, mine, index, 0)
 
         return (dx, jax.tree.map(into, tree.unflatten(range(tree.num_leaves)), totals, of_weights)), None
 

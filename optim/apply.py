@@ -18,7 +18,7 @@ def _noise(shape: tuple[int, ...], key: PRNGKeyArray) -> UInt32[Array, "..."]:
     C. Wellons, "Prospecting for hash functions" (lowbias32).
     """
     h = jnp.broadcast_to(jax.random.bits(key, (), jnp.uint32), shape)
-    for axis in range(len(shape)):
+    for axis in (axis for axis, size in enumerate(shape) if size > 1):
         h = h + (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) + 1) * np.uint32(0x9E3779B9)
         h = (h ^ (h >> 16)) * np.uint32(0x7FEB352D)
         h = (h ^ (h >> 15)) * np.uint32(0x846CA68B)

@@ -31,9 +31,10 @@ WIDTH, TALL, STEP = 128, 8, 32
 """Columns of a tile; rows of weights at a time, so that a thread loads sixteen bytes of codes; and in one round of the loop, so
 that it has four such loads on their way and one group of scales (half as many rows of whole weights, which are eight loads)."""
 
-PROGRAMS, LEAST = 2112, 64
-"""At most about so many programs: sixteen warps for each of 132 cores, which is what a core needs on its way to be fed by the
-memory; and at least so many rows of weights for each, beside which what begins and ends it is little."""
+PROGRAMS, LEAST = 1056, 64
+"""At most about so many programs: eight warps for each of 132 cores. On an H200 twice as many took an eighth longer, half as
+many a sixth of four-bit weights and a third of whole ones. And at least so many rows of weights for each, beside which what
+begins and ends it is little."""
 
 
 def takes(dtype, w: Array | Int4Weight) -> bool:

@@ -104,8 +104,9 @@ def generate_batch(
 
 
 def wide(packed: bool) -> tuple[ModelConfig, dict[str, jax.Array | Int4Weight]]:
-    """A network as wide as the decoding kernels want it, with served bfloat16 weights, or its experts at four bits."""
-    cfg = small(hidden_size=128, moe_intermediate_size=128, dtype="bfloat16")
+    """A network as wide as the decoding kernels want it, with served bfloat16 weights, or its experts at four bits. Every
+    token uses all experts: of a few, another rounding to bfloat16 would choose others here and there."""
+    cfg = small(hidden_size=128, moe_intermediate_size=128, num_experts_per_tok=8, dtype="bfloat16")
     specs = param_specs(cfg)
     served = serve(random_params(cfg, std=0.1), specs, Serving("bfloat16", "int4", 32), 1.0, "bfloat16")
     on_grid = {path: to_int4(w, group_axis(specs[path]), 32) for path, w in served.items() if packed and specs[path].on_grid}

@@ -121,6 +121,22 @@ def test_masters_of_experts_stay_in_their_stack(machine):
     assert len(arrays) > 300 and not [named for named in arrays if named[0] in parts]
 
 
+@pytest.mark.parametrize("machine", [GPU])
+def test_no_product_twice_and_no_sum_copied(machine):
+    """What the experts' first product gives is kept and used, and computed once; gradients of a layer's experts are added to
+    their float32 sums where these lie among those of all layers."""
+    cfg = preset("one_gpu")
+    model = dataclasses.replace(cfg.model, num_hidden_layers=3)
+    train = dataclasses.replace(cfg.train, batch_size=4, accumulate=2)
+    program = compile_step(dataclasses.replace(cfg, model=model, train=train), topology(machine)).program
+    names = [i.op_name for scope in program.computations.values() for i in scope.values() if i.kind == "custom-call"]
+    counts = [sum(f"/{kernel}/" in name for name in names) for kernel in ("experts_rows", "experts_weights")]
+    assert counts == [4, 2], "two products forward; both gradients of each backward"
+    experts = {(1, *spec.shape[1:]) for spec in param_specs(model).values() if spec.on_grid}
+    arrays = [(shape.dims, name) for shape, name in written(program)]
+    assert len(arrays) > 300 and not [named for named in arrays if named[0] in experts]
+
+
 @pytest.mark.parametrize("machine", [TPU, GPU])
 def test_the_probe_of_an_export(machine):
     layer = {
