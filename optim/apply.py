@@ -29,15 +29,18 @@ def _noise(shape: tuple[int, ...], key: PRNGKeyArray) -> UInt32[Array, "..."]:
 def stochastic_round(x: Float[Array, "..."], key: PRNGKeyArray) -> Array:
     """float32 to bfloat16, up or down with the probability that keeps the expected value.
 
-    bfloat16 is the upper half of float32's bits: adding 16 random bits below the cut and truncating rounds up
-    exactly as often as the discarded part demands. A value that is a bfloat16 already is returned unchanged, and
-    so are infinities and NaN (by a bit that its upper half has in any case). All of it is decided on the bits: XLA for GPUs
-    would write a choice between two bfloat16 values as three arrays.
+    x is a whole number of steps between bfloat16 values and a fraction of one; a random number of 16 bits in [0, 1) is added to
+    the fraction, and what is not whole is cut off. So a value that is a bfloat16 already is returned unchanged, and so is what
+    is not finite. (Below 2**-75 a step is taken for another.) Plain arithmetic without a look at the bits: XLA for GPUs would
+    copy the sums of all gradients before it adds to them in a way that it cannot see through.
     """
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    no_number = jnp.where(jnp.isnan(x), np.uint32(0x400000), np.uint32(0))
-    more = jnp.where(jnp.isfinite(x), _noise(x.shape, key) >> 16, np.uint32(0))
-    return jax.lax.bitcast_convert_type((((bits | no_number) + more) >> 16).astype(jnp.uint16), jnp.bfloat16)
+    x = x.astype(jnp.float32)
+    near = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    # Three quarters of x round to the power of two below x, or half of it for a power of two, whose fraction is none.
+    step = 2.0**-7 * jax.lax.reduce_precision(0.75 * jnp.abs(x) + 2.0**-100, exponent_bits=8, mantissa_bits=0)
+    noise = 2.0**-16 * (_noise(x.shape, key) >> 16).astype(jnp.float32)
+    rounded = near + step * jnp.floor((x - near) / step + noise)
+    return jnp.where(jnp.isfinite(near), rounded, near).astype(jnp.bfloat16)
 
 
 def apply_updates(params: Mapping[str, Array], updates: Mapping[str, Array], key: PRNGKeyArray | None) -> dict[str, Array]:

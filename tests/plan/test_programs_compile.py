@@ -122,16 +122,18 @@ def test_masters_of_experts_stay_in_their_stack(machine):
 
 
 @pytest.mark.parametrize("machine", [GPU])
-def test_no_product_twice_and_no_sum_copied(machine):
-    """What the experts' first product gives is kept and used, and computed once; gradients of a layer's experts are added to
-    their float32 sums where these lie among those of all layers."""
-    cfg = preset("one_gpu")
+@pytest.mark.parametrize("name, kept, rows", [("one_gpu", "hidden", 4), ("moonlight_16b_h200_1", "names", 5)])
+def test_no_product_twice_and_no_sum_copied(machine, name, kept, rows):
+    """Forward two products of experts, backward the gradients of both, and with remat names the first of the two once more; what
+    is kept of it is not computed twice. Gradients of a layer's experts are added to their sums, in float32 or in bfloat16, where
+    these lie among those of all layers."""
+    cfg = preset(name)
+    assert cfg.train.remat == kept
     model = dataclasses.replace(cfg.model, num_hidden_layers=3)
     train = dataclasses.replace(cfg.train, batch_size=4, accumulate=2)
     program = compile_step(dataclasses.replace(cfg, model=model, train=train), topology(machine)).program
     names = [i.op_name for scope in program.computations.values() for i in scope.values() if i.kind == "custom-call"]
-    counts = [sum(f"/{kernel}/" in name for name in names) for kernel in ("experts_rows", "experts_weights")]
-    assert counts == [4, 2], "two products forward; both gradients of each backward"
+    assert [sum(f"/{kernel}/" in name for name in names) for kernel in ("experts_rows", "experts_weights")] == [rows, 2]
     experts = {(1, *spec.shape[1:]) for spec in param_specs(model).values() if spec.on_grid}
     arrays = [(shape.dims, name) for shape, name in written(program)]
     assert len(arrays) > 300 and not [named for named in arrays if named[0] in experts]
