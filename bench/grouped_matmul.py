@@ -127,7 +127,7 @@ def main() -> None:
                     f"{shape:17} {rows[-1]['dtype']:8} {load:8} time over dense: {rows[-1]['ratio']}; dense TF/s: {rate}",
                     flush=True,
                 )
-    path = measure.write("grouped_matmul", rows)
+                path = measure.write("grouped_matmul", rows)  # after every row: what is interrupted has its answers so far
     print(f"{platform} uses {implementation(platform)!r}; wrote {path.name}")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -53,6 +55,13 @@ class Bar:
             self._task = self._bar.add_task(self.what, total=self.total, rate="")
             self._bar.start()
         return self
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What comes once is neither in the rate nor in the time left."""
+        begun = time.monotonic()
+        yield
+        self.start += time.monotonic() - begun
 
     def advance(self, count: int = 1) -> None:
         self.done += count

@@ -178,7 +178,7 @@ def run_steps(
             if reported:
                 grid_watch.before(state.params)
             if step + 1 == recorder.first_step or step == machine.settles_at:
-                with recorder.apart():  # the compiler's time is no step's
+                with recorder.apart(), bar.apart():  # the compiler's time is no step's
                     machine.lower(step).compile()
             if profile.begins(step + 1):
                 with recorder.apart():

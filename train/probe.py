@@ -30,7 +30,8 @@ def logits(
     weights: WeightSource, specs: Specs, model: ModelConfig, serving: Serving, rows: np.ndarray, platform: str
 ) -> np.ndarray:
     """[N, S] tokens -> [N, S, V] float32 logits of masters as `serving` sees them (amount 1), computed in float32."""
-    run = partial(_run, model=model, platform=platform)
+    # Hopper's kernels take no float32, and training is told so; here nothing else is wanted.
+    run = partial(_run, model=model, platform="gpu" if platform == "hopper" else platform)
     stacked = [path for path, spec in specs.items() if spec.axes[0] == "layers"]
     x = _serve_one(weights.read("embed", ())[rows], "embed", specs, serving)
     for number in range(model.first_k_dense_replace):
