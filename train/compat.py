@@ -30,6 +30,8 @@ def quiet_absl_flags() -> None:
 
 def start_jax(platform: str | None = None, cache: Path | None = None) -> None:
     """Before anything computes: platform, tree-mode Flax, a persistent compilation cache, and quiet libraries."""
+    # XLA's warnings are about its own tuning, such as a first try that asked for too much memory; its errors are not quiet.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import jax
 
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ):
@@ -131,7 +133,6 @@ def abstract_devices(platform: str, name: str, slices: int = 1, gpu_target: str 
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_STDERR_LOG_LEVEL": "3",
         "TPU_MIN_LOG_LEVEL": "3",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": name.replace(":", "-"),
     }.items():
