@@ -31,8 +31,11 @@ def stochastic_round(x: Float[Array, "..."], key: PRNGKeyArray) -> Array:
 
     x is a whole number of steps between bfloat16 values and a fraction of one; a random number of 16 bits in [0, 1) is added to
     the fraction, and what is not whole is cut off. So a value that is a bfloat16 already is returned unchanged, and so is what
-    is not finite. (Below 2**-75 a step is taken for another.) Plain arithmetic without a look at the bits: XLA for GPUs would
-    copy the sums of all gradients before it adds to them in a way that it cannot see through.
+    is not finite. At the ends: below 2**-75 a step may be taken for a larger one, below 2**-114 nothing is drawn, -0 becomes 0,
+    and on CPUs so does what is below 2**-126; what is nearest to infinity becomes it.
+
+    It is plain arithmetic without a look at the bits, because XLA for GPUs copies the sums of all gradients before it adds to
+    them in a way that it cannot see through.
     """
     x = x.astype(jnp.float32)
     near = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)

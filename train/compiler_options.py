@@ -34,7 +34,7 @@ GPU = {
     # which is fastest: on 16 cores beside an H200 that was not done after 150 s for `one_gpu` (docs/performance.md).
     "xla_gpu_enable_triton_gemm": False,
     # A product whose result is kept for the backward pass, in the stack of all layers', is used at once too. XLA would compute it
-    # twice then, once into the stack: of `one_gpu` the first product of every expert, 3.3 % of the step (docs/performance.md).
+    # twice then, once into the stack: of `one_gpu` the first product of every expert (docs/performance.md).
     "xla_gpu_enable_dynamic_slice_fusion": False,
 }
 

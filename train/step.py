@@ -201,7 +201,9 @@ def accumulated(
 
     first = jax.tree.map(lambda x: x[0], micro)
     shapes = jax.eval_shape(lambda: grad(params, teacher, first, amount, total_weight, cfg)[0][1][1])
-    start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), nothing_measured(shapes)
+    # Not the zero of other arrays: XLA up to jax 0.11 would keep the update's zeros in memory, a second array beside the sums.
+    zero = jax.lax.optimization_barrier(jnp.zeros(()))
+    start = jnp.zeros(()), jax.tree.map(lambda p: jnp.full_like(p, zero), params), nothing_measured(shapes)
     (nll, grads, aux), _ = jax.lax.scan(add, start, (jnp.arange(count), micro))
     return nll, grads, aux
 

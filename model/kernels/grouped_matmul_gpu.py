@@ -24,7 +24,7 @@ STEP = 64
 
 WIDTHS = {256: 1.0, 192: 0.95, 128: 0.85, 64: 0.6}
 """Columns of a tile, and the rate expected of it next to the widest: each operand byte from shared memory is used more
-often in a wide one. Only the widest was measured: 618 to 725 TF/s on an H200 (docs/performance.md)."""
+often in a wide one. Large products take the widest: 599 to 718 TF/s on an H200 (docs/performance.md)."""
 
 BLOCKS = (64, 128)
 """Rows of a block that the kernels take: one or two accumulators high."""

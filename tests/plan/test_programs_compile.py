@@ -126,17 +126,20 @@ def test_masters_of_experts_stay_in_their_stack(machine):
 def test_no_product_twice_and_no_sum_copied(machine, name, kept, rows):
     """Forward two products of experts, backward the gradients of both, and with remat names the first of the two once more; what
     is kept of it is not computed twice. Gradients of a layer's experts are added to their sums, in float32 or in bfloat16, where
-    these lie among those of all layers."""
+    these lie among those of all layers, and there is one array of those."""
     cfg = preset(name)
     assert cfg.train.remat == kept
     model = dataclasses.replace(cfg.model, num_hidden_layers=3)
     train = dataclasses.replace(cfg.train, batch_size=4, accumulate=2)
-    program = compile_step(dataclasses.replace(cfg, model=model, train=train), topology(machine)).program
+    found = compile_step(dataclasses.replace(cfg, model=model, train=train), topology(machine))
+    program, experts = found.program, [spec for spec in param_specs(model).values() if spec.on_grid]
     names = [i.op_name for scope in program.computations.values() for i in scope.values() if i.kind == "custom-call"]
     assert [sum(f"/{kernel}/" in name for name in names) for kernel in ("experts_rows", "experts_weights")] == [rows, 2]
-    experts = {(1, *spec.shape[1:]) for spec in param_specs(model).values() if spec.on_grid}
+    layer = {(1, *spec.shape[1:]) for spec in experts}
     arrays = [(shape.dims, name) for shape, name in written(program)]
-    assert len(arrays) > 300 and not [named for named in arrays if named[0] in experts]
+    assert len(arrays) > 300 and not [named for named in arrays if named[0] in layer]
+    largest = [array.shape.partition("[")[2] for array in found.memory.largest]
+    assert [largest.count(f"{','.join(map(str, spec.shape))}]") for spec in experts] == [1, 1]
 
 
 @pytest.mark.parametrize("machine", [TPU, GPU])
