@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from train.console import console
 from train.grid_watch import GridWatch
 from train.program import step_program
 from train.session import Session
-from train.state import TrainState, initial_state
+from train.state import TrainState, initial_program
 from train.step import Batch, abstract_batch
 
 
@@ -46,18 +45,19 @@ class Machine:
     def new_state(self) -> TrainState:
         """Random weights and a fresh optimizer.
 
-        On a CPU the first step is compiled beside the generators of weights, which take the compiler a quarter as long, and
-        then beside what the step's report needs: none of them fills two cores. Elsewhere, compilers need the devices' memory and,
-        on several hosts, one order.
+        On a CPU the generators of weights are compiled while the first step is traced, and the step beside them, then beside what
+        its report needs: none of them fills two cores. Elsewhere, compilers need the devices' memory and, on several hosts, one
+        order.
         """
         session = self.session
-        make = partial(initial_state, session.cfg, session.specs, self.optimizer, session.mesh)
+        weights = initial_program(session.cfg, session.specs, self.optimizer, session.mesh)
         if session.platform != "cpu" or processes.several():
-            return make()
-        first = self.lower(0)  # before the thread starts: two that trace hold each other up
-        with ThreadPoolExecutor(1) as beside:
+            return weights.compile()()
+        with ThreadPoolExecutor(2) as beside:  # which only compile: two that trace hold each other up
+            generators = beside.submit(weights.compile)
+            first = self.lower(0)
             beside.submit(first.compile)  # what it raises, the first step raises again
-            state = make()
+            state = generators.result()()
             self.grid_watch.rehearse(state.params)
         return state
 

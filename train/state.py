@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.stages import Lowered
 from jaxtyping import Array, Int
 
 from configs.param_spec import ParamSpec, Specs
@@ -62,6 +63,11 @@ def as_teacher(params: dict[str, Array], cfg: RunConfig, specs: Specs) -> dict[s
 
 def initial_state(cfg: RunConfig, specs: Specs, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Random weights and a fresh optimizer, every array born in its own sharding."""
+    return initial_program(cfg, specs, optimizer, mesh).compile()()
+
+
+def initial_program(cfg: RunConfig, specs: Specs, optimizer: optax.GradientTransformation, mesh: Mesh) -> Lowered:
+    """What makes them, not yet compiled."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, specs, optimizer, mesh))
     options = once_options(mesh.devices.flat[0].platform)
-    return jax.jit(lambda: _initial(cfg, specs, optimizer), out_shardings=shardings, compiler_options=options or None)()
+    return jax.jit(lambda: _initial(cfg, specs, optimizer), out_shardings=shardings, compiler_options=options or None).lower()
