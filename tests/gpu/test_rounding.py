@@ -5,7 +5,7 @@ import pytest
 
 from configs.platforms import platform_of
 from optim.apply import stochastic_round
-from tests.optim.test_build import rounding_of_all_magnitudes
+from tests.optim.rounding import rounding_of_all_magnitudes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(platform_of(jax.devices()[0]) != "hopper", reason="needs a Hopper GPU")]
 

@@ -7,12 +7,13 @@ import pytest
 from optim_table import E, H, L, arrays, k2_table, mesh_of, shardings, statistics
 
 from configs.schema import ConfigError, OptimConfig
-from optim import apply, routing
+from optim import routing
 from optim.apply import apply_updates, stochastic_round
 from optim.build import build_optimizer, check_state, state_shardings
 from optim.metrics import gradient_metrics, update_metrics
 from optim.routing import fingerprint, routing_table
 from optim.transforms import global_norm
+from tests.optim.rounding import rounding_of_all_magnitudes
 
 CFG = OptimConfig(warmup_steps=1, qk_clip_tau=2.0, newton_schulz_steps=3)
 
@@ -160,17 +161,6 @@ def test_stochastic_rounding():
     np.testing.assert_array_equal(stochastic_round(odd, jax.random.key(3)).astype(jnp.float32), odd)
     only_last_bits = jax.lax.bitcast_convert_type(jnp.asarray([0x7F800001, 0xFF800001, 0x7FFFFFFF], jnp.uint32), jnp.float32)
     assert jnp.isnan(stochastic_round(only_last_bits, jax.random.key(4))).all()
-
-
-def rounding_of_all_magnitudes(run):
-    """What run(x, key) makes of numbers of all magnitudes is a whole number of steps of bfloat16, after a random part of one was
-    added."""
-    wide = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32).view(np.float32)
-    wide = wide[(np.abs(wide) > 2.0**-75) & (np.abs(wide) < 3.3e38)]
-    key = jax.random.key(5)
-    part = (np.asarray(apply._noise(wide.shape, key)) >> 16) / 2.0**16
-    steps = 2.0 ** (np.frexp(wide.astype(np.float64))[1] - 8)
-    np.testing.assert_array_equal(run(jnp.asarray(wide), key), np.floor(wide / steps + part) * steps)
 
 
 @pytest.mark.parametrize("run", [stochastic_round, jax.jit(stochastic_round)], ids=["eager", "compiled"])
