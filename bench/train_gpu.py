@@ -148,9 +148,9 @@ def plot(file: str) -> None:
             **saved,
             "rest of the update": max(update, 0),
         }
-        start = 0.0
+        start, whole = 0.0, sum(parts.values())  # of what the parts add up to, which differs from the step by the noise
         for i, (name, value) in enumerate(parts.items()):
-            share = value / ms["everything"]
+            share = value / whole
             axes.barh(
                 f"{facts['preset']}\n{machine['device']}", share, left=start, color=f"C{i}", label=None if labelled else name
             )

@@ -30,9 +30,9 @@ def stochastic_round(x: Float[Array, "..."], key: PRNGKeyArray) -> Array:
     """float32 to bfloat16, up or down with the probability that keeps the expected value.
 
     x is a whole number of steps between bfloat16 values and a fraction of one; a random number of 16 bits in [0, 1) is added to
-    the fraction, and what is not whole is cut off. So a value that is a bfloat16 already is returned unchanged, and so is what
-    is not finite. At the ends: below 2**-75 a step may be taken for a larger one, below 2**-114 nothing is drawn, -0 becomes 0,
-    and on CPUs so does what is below 2**-126; what is nearest to infinity becomes it.
+    the fraction, and what is not whole is cut off. A value that is a bfloat16 already is returned unchanged, and so is what is
+    not finite. At the ends: below 2**-75 a step may be taken for a larger one, below 2**-114 nothing is drawn, and what is
+    nearest to infinity becomes it.
 
     It is plain arithmetic without a look at the bits, because XLA for GPUs copies the sums of all gradients before it adds to
     them in a way that it cannot see through.
@@ -43,7 +43,7 @@ def stochastic_round(x: Float[Array, "..."], key: PRNGKeyArray) -> Array:
     step = 2.0**-7 * jax.lax.reduce_precision(0.75 * jnp.abs(x) + 2.0**-100, exponent_bits=8, mantissa_bits=0)
     noise = 2.0**-16 * (_noise(x.shape, key) >> 16).astype(jnp.float32)
     rounded = near + step * jnp.floor((x - near) / step + noise)
-    return jnp.where(jnp.isfinite(near), rounded, near).astype(jnp.bfloat16)
+    return jnp.where(jnp.isfinite(near) & (x != near), rounded, near).astype(jnp.bfloat16)
 
 
 def apply_updates(params: Mapping[str, Array], updates: Mapping[str, Array], key: PRNGKeyArray | None) -> dict[str, Array]:

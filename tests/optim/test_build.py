@@ -13,7 +13,7 @@ from optim.build import build_optimizer, check_state, state_shardings
 from optim.metrics import gradient_metrics, update_metrics
 from optim.routing import fingerprint, routing_table
 from optim.transforms import global_norm
-from tests.optim.rounding import rounding_of_all_magnitudes
+from tests.optim.rounding import every_bfloat16_stays, rounding_of_all_magnitudes
 
 CFG = OptimConfig(warmup_steps=1, qk_clip_tau=2.0, newton_schulz_steps=3)
 
@@ -166,6 +166,7 @@ def test_stochastic_rounding():
 @pytest.mark.parametrize("run", [stochastic_round, jax.jit(stochastic_round)], ids=["eager", "compiled"])
 def test_stochastic_rounding_of_all_magnitudes(run):
     rounding_of_all_magnitudes(run)
+    every_bfloat16_stays(run)
 
 
 def test_apply_updates():
